@@ -1,0 +1,263 @@
+"""A Hugging Face folder or hub id in, a loaded `Transformer` out.
+
+    model, config = load("Qwen/Qwen3-0.6B", device="cuda", dtype="bf16")
+
+Which tensors of the files make up which of our parameters is said by one table per family (`WEIGHTS`). Files are
+memory-mapped and read tensor by tensor into the parameter each belongs to, so that besides the model there is never
+more than one tensor in memory. Nothing is guessed: every tensor is used, ignored by name, or an error.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from model import ModelConfig, Transformer
+
+# Our module -> the checkpoint's modules that are fused into it, in this order, weight and bias alike. {l} is the layer.
+LLAMA = {
+    "embed": ["model.embed_tokens"],
+    "layers.{l}.attention_norm": ["model.layers.{l}.input_layernorm"],
+    "layers.{l}.attention.wqkv": [
+        "model.layers.{l}.self_attn.q_proj",
+        "model.layers.{l}.self_attn.k_proj",
+        "model.layers.{l}.self_attn.v_proj",
+    ],
+    "layers.{l}.attention.q_norm": ["model.layers.{l}.self_attn.q_norm"],
+    "layers.{l}.attention.k_norm": ["model.layers.{l}.self_attn.k_norm"],
+    "layers.{l}.attention.wo": ["model.layers.{l}.self_attn.o_proj"],
+    "layers.{l}.ffn_norm": ["model.layers.{l}.post_attention_layernorm"],
+    "layers.{l}.feed_forward.w13": ["model.layers.{l}.mlp.gate_proj", "model.layers.{l}.mlp.up_proj"],
+    "layers.{l}.feed_forward.w2": ["model.layers.{l}.mlp.down_proj"],
+    "norm": ["model.norm"],
+    "head": ["lm_head"],
+}
+WEIGHTS = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA}
+IGNORED = (".rotary_emb.inv_freq",)  # endings of tensors that hold nothing config.json does not say
+
+SINGLE = ("model.safetensors", "pytorch_model.bin")  # the first one found, or else the first `<name>.index.json`
+HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
+DTYPES |= {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SLOW_BYTES = 4 << 30  # from here on loading shows its progress
+
+
+class Stored(NamedTuple):
+    """A tensor in a file, not read yet."""
+
+    file: Path
+    name: str
+    shape: list[int]
+
+    def read(self) -> Tensor:
+        """The file is mapped anew for each tensor, so that the pages read before are let go."""
+        with _reading(self.file):
+            if self.file.suffix == ".safetensors":
+                with safe_open(self.file, "pt") as tensors:
+                    return tensors.get_tensor(self.name)
+            return _unpickle(self.file)[self.name]
+
+
+def load(
+    path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto"
+) -> tuple[Transformer, ModelConfig]:
+    """The model in a folder or on the hub, ready to run, and its config; dtype "auto" is the one config.json names.
+
+    ValueError, in one line that names the culprit, for whatever is missing, broken, unsupported or does not fit.
+    """
+    device, dtype = _device(device), _dtype(dtype)
+    folder = resolve(path)
+    config = _config(folder)
+    config = replace(config, dtype=dtype or config.dtype)
+    with torch.device("meta"):
+        model = Transformer(config)
+    files = _weight_files(folder)
+    found = {tensor.name: tensor for file in files for tensor in _stored(file)}
+    _check(folder, model, found)
+    slow = sum(file.stat().st_size for file in files) >= SLOW_BYTES and sys.stderr.isatty()
+    for name, empty in tqdm(list(model.named_parameters()), f"loading {folder.name}", leave=False, disable=not slow):
+        parameter = torch.empty(empty.shape, dtype=config.dtype, device=device)
+        parts = _parts(name, len(parameter), config)
+        for source, part in zip(parts, parameter.split(list(parts.values())), strict=True):
+            _copy(found[source], part)
+        module, _, kind = name.rpartition(".")
+        setattr(model.get_submodule(module), kind, nn.Parameter(parameter, requires_grad=False))
+    return model.eval(), config
+
+
+def to_hf(state_dict: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The same tensors under the checkpoint's names, fused ones split: views, to be written as model.safetensors."""
+    tensors = {}
+    for name, tensor in state_dict.items():
+        parts = _parts(name, len(tensor), config)
+        tensors |= zip(parts, tensor.split(list(parts.values())), strict=True)
+    return tensors
+
+
+def resolve(path_or_id: str | Path) -> Path:
+    """The folder of a checkpoint: `path_or_id` itself, or where the hub's files of that name were put."""
+    folder = Path(os.path.expanduser(path_or_id))  # leaves alone what it cannot expand
+    if not folder.exists() and HUB_ID.fullmatch(str(path_or_id)):
+        folder = _download(str(path_or_id))
+    if not folder.exists():
+        raise ValueError(f"checkpoint folder {path_or_id} does not exist")
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint {path_or_id} is a file; give the folder that holds config.json and the weights")
+    if not any(folder.iterdir()):
+        raise ValueError(f"checkpoint folder {path_or_id} is empty")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"checkpoint folder {path_or_id} holds no config.json")
+    return folder
+
+
+def _download(repo: str) -> Path:
+    """Fetch what is not cached: config, tokenizer and one copy of the weights, *.bin if there are no safetensors."""
+    from huggingface_hub import snapshot_download
+
+    def fetch(*names: str) -> Path:
+        return Path(snapshot_download(repo, allow_patterns=list(names), ignore_patterns=["*/*"]))
+
+    try:
+        folder = fetch("*.json", "tokenizer.model", "merges.txt", "model.safetensors")
+        if not (folder / "model.safetensors").exists():
+            indexes = [index for name in SINGLE if (index := folder / f"{name}.index.json").exists()]
+            fetch(*(_listed(indexes[0]) if indexes else ["pytorch_model.bin"]))
+        return folder
+    except Exception as error:  # the client's own, its http library's, the operating system's
+        raise ValueError(f"{repo} is no folder here, and the hub did not give it: {_line(error)}") from error
+
+
+def _config(folder: Path) -> ModelConfig:
+    raw = _json(folder / "config.json")
+    try:
+        return ModelConfig.from_hf(raw)
+    except (AttributeError, TypeError) as error:  # a list where a number should be, and the like
+        raise ValueError(f"{folder / 'config.json'} is broken: {_line(error)}") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for name in SINGLE:
+        if (folder / name).exists():
+            return [folder / name]
+        if (index := folder / f"{name}.index.json").exists():
+            files = [folder / shard for shard in _listed(index)]
+            if missing := [file.name for file in files if not file.exists()]:
+                raise ValueError(f"{index} lists {_some(missing)}, missing in that folder")
+            return files
+    raise ValueError(f"checkpoint folder {folder} holds no weights: no {' or '.join(SINGLE)}, whole or in shards")
+
+
+def _listed(index: Path) -> list[str]:
+    """The names of the files that an index of shards refers to."""
+    weight_map = _json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{index} is broken: no weight_map from tensors to files")
+    return sorted(set(weight_map.values()))
+
+
+def _json(file: Path) -> dict:
+    with _reading(file):
+        content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is broken: not a JSON object")
+    return content
+
+
+def _parts(name: str, rows: int, config: ModelConfig) -> dict[str, int]:
+    """The checkpoint's tensors that make up our parameter `name`, and how many of its `rows` each one fills."""
+    module, kind = name.rsplit(".", 1)
+    layer = module.split(".")[1] if module.startswith("layers.") else ""
+    key = module.replace(f"layers.{layer}", "layers.{l}")
+    sources = [source.format(l=layer) for source in WEIGHTS[config.model_type][key]]
+    shares = [config.n_heads, config.n_kv_heads, config.n_kv_heads] if key.endswith("wqkv") else [1] * len(sources)
+    return {f"{source}.{kind}": rows * share // sum(shares) for source, share in zip(sources, shares, strict=True)}
+
+
+def _check(folder: Path, model: Transformer, found: dict[str, Stored]) -> None:
+    """ValueError unless the tensors found are exactly those that the model consists of."""
+    config, wanted = model.config, {}
+    for name, parameter in model.named_parameters():
+        for source, rows in _parts(name, len(parameter), config).items():
+            wanted[source] = [rows, *parameter.shape[1:]]
+    (embed,), (head,) = _parts("embed.weight", 1, config), _parts("head.weight", 1, config)
+    ignored = (*IGNORED, head) if config.tie_embeddings else IGNORED
+    wrong = [name for name in wanted if name in found and found[name].shape != wanted[name]]
+    problems = {
+        "missing": [name for name in wanted if name not in found],
+        "not known": [name for name in found if name not in wanted and not name.endswith(ignored)],
+        "of another shape": [f"{name} {found[name].shape} instead of {wanted[name]}" for name in wrong],
+    }
+    if texts := [f"{len(names)} {problem}: {_some(names)}" for problem, names in problems.items() if names]:
+        raise ValueError(f"the weights in {folder} do not fit its config.json; tensors {'; '.join(texts)}")
+    if config.tie_embeddings and head in found and not torch.equal(found[head].read(), found[embed].read()):
+        raise ValueError(f"{folder}: config.json says tie_word_embeddings, but {head} differs from {embed}")
+
+
+def _copy(stored: Stored, part: Tensor) -> None:
+    """Read a tensor into `part`, casting it."""
+    tensor = stored.read()
+    if not tensor.is_floating_point():
+        raise ValueError(f"{stored.file}: {stored.name} is {tensor.dtype}; quantized checkpoints are not supported")
+    part.copy_(tensor)
+    if not all(extreme.isfinite() for extreme in part.aminmax()):
+        if all(extreme.isfinite() for extreme in tensor.aminmax()):
+            raise ValueError(f"{stored.file}: {stored.name} overflows {part.dtype}; use bfloat16 or float32")
+        raise ValueError(f"{stored.file}: {stored.name} holds NaN or infinite values")
+
+
+def _stored(file: Path) -> list[Stored]:
+    with _reading(file):
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as tensors:
+                return [Stored(file, name, tensors.get_slice(name).get_shape()) for name in tensors.offset_keys()]
+        return [Stored(file, name, list(tensor.shape)) for name, tensor in _unpickle(file).items()]
+
+
+def _unpickle(file: Path) -> dict[str, Tensor]:
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """One line that names `file`, whatever goes wrong while it is read."""
+    try:
+        yield
+    except (OSError, RuntimeError, EOFError, ValueError, AttributeError, SafetensorError, UnpicklingError) as error:
+        raise ValueError(f"{file} cannot be read: {_line(error)}") from error
+
+
+def _device(name: str | torch.device) -> torch.device:
+    known = ["cpu"]
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+        known += [kind, *(f"{kind}:{i}" for i in range(torch.accelerator.device_count()))]
+    if str(name) not in known:
+        raise ValueError(f"device {str(name)!r} is not available; there is {', '.join(known)}")
+    return torch.device(name)
+
+
+def _dtype(name: str | torch.dtype) -> torch.dtype | None:
+    """None for "auto"."""
+    if name != "auto" and name not in DTYPES and name not in DTYPES.values():
+        raise ValueError(f"dtype {str(name)!r} is not supported; use auto, {', '.join(DTYPES)}")
+    return None if name == "auto" else DTYPES.get(name, name)
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _line(error: Exception) -> str:
+    """The first line of what an error says, or its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,316 @@
+"""The engine: prefill, plan, compact, decode, finish. It sees token ids only.
+
+    model, config = checkpoint.load("checkpoints/tiny")
+    engine = Engine(model, policy="h2o", layers="squeeze", budget=0.25)
+    stream = engine.stream(ids, max_new_tokens=64)
+    for token in stream:
+        ...
+    print(stream.completion.figures.plan)
+
+A request runs layer by layer over its whole prompt (prefill), which yields each layer's importance; the layer policy
+turns those into slots per layer (plan); the token policy says which prompt tokens stay and they are copied into the
+cache (compact); then one token a step is computed (decode), overwriting the token policy's victims.
+"""
+
+import math
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from kvcache import KVCache
+from model import Block, PrefilledLayer, Transformer, rotary_angles
+from policies import layers as layer_policies
+from policies import tokens as token_policies
+from policies.layers import LayerPolicy, Plan
+from policies.tokens import TokenPolicy
+from sampling import GREEDY, Sampler, Sampling
+
+DEFAULT_BUDGET = 0.25  # of the sequence, for a bounded policy without a budget
+SMALLEST_DEFAULT = 64  # slots: below that there is nothing to gain
+
+
+@dataclass(frozen=True)
+class Request:
+    """Token ids in. `stop` is asked after each token, with all new ids so far, whether to end."""
+
+    ids: Sequence[int]
+    max_new_tokens: int = 128
+    sampling: Sampling = GREEDY
+    eos_ids: Collection[int] = ()
+    stop: Callable[[list[int]], bool] | None = None
+
+
+@dataclass
+class Figures:
+    """What a batch cost. Slots per layer, bytes, seconds. Known as soon as the first token is, but for the decoding."""
+
+    plan: list[int]
+    groups: list[int] | None
+    importance: list[float]
+    budget_slots: int
+    kv_bytes: int
+    state_bytes: int
+    kv_bytes_full: int
+    prefill_tokens: int
+    prefill_s: float = 0.0
+    compile_s: float = 0.0  # decode steps in which something was compiled
+    decode_s: float = 0.0  # all other decode steps
+    decode_tokens: int = 0  # tokens made in `decode_s`
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        return self.decode_tokens / self.decode_s if self.decode_s else 0.0
+
+
+@dataclass
+class Completion:
+    """Token ids out. `tokens` holds a final end-of-sequence too; finish_reason is eos, stop, length or interrupted."""
+
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    figures: Figures | None = None
+
+    def append(self, token: int) -> None:
+        self.tokens.append(token)
+        if token in self.request.eos_ids:
+            self.finish_reason = "eos"
+        elif self.request.stop and self.request.stop(self.tokens):
+            self.finish_reason = "stop"
+        elif len(self.tokens) == self.request.max_new_tokens:
+            self.finish_reason = "length"
+
+
+class Stream:
+    """The tokens of one request, as they are made. `completion` grows along and holds the figures."""
+
+    def __init__(self, steps: Iterator[list[Completion]], completion: Completion):
+        self._steps, self.completion = steps, completion
+
+    def __iter__(self) -> Iterator[int]:
+        for _ in self._steps:
+            yield self.completion.tokens[-1]
+
+
+class Engine:
+    """Runs requests on a model under one token policy and one layer policy.
+
+    policy, layers: a policy or its name. budget: slots per layer (an integer above 1) or the share of
+    prompt + max_new_tokens in (0, 1] that a uniform plan would give; None chooses one that suits the request.
+    plan: slots per layer, instead of letting `layers` and `budget` decide. compile: run decode through one compiled
+    block, used for every layer. ValueError for what does not fit together.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        policy: str | TokenPolicy = "full",
+        layers: str | LayerPolicy = "uniform",
+        budget: float | None = None,
+        plan: Sequence[int] | None = None,
+        compile: bool = False,
+    ):
+        self.model = model
+        self.policy = token_policies.make(policy) if isinstance(policy, str) else policy
+        self.layer_policy = layer_policies.make(layers) if isinstance(layers, str) else layers
+        self.budget, self.plan = budget, plan
+        if budget is not None:
+            if not self.policy.bounded:
+                raise ValueError(f"policy {self.policy.name} keeps every token and takes no budget, not {budget}")
+            check_budget(budget)
+        if plan is not None and len(plan) != model.config.n_layers:
+            raise ValueError(f"the plan has {len(plan)} layers, the model {model.config.n_layers}")
+        self.device = model.embed.weight.device
+        self.decode_block = torch.compile(Block.decode, fullgraph=True) if compile else Block.decode
+
+    def stream(
+        self,
+        ids: Sequence[int],
+        sampling: Sampling = GREEDY,
+        max_new_tokens: int = 128,
+        eos_ids: Collection[int] = (),
+        stop: Callable[[list[int]], bool] | None = None,
+    ) -> Stream:
+        """One request's tokens as they are made. ValueError, before anything is allocated, for one that cannot run."""
+        completion = Completion(Request(ids, max_new_tokens, sampling, eos_ids, stop))
+        self.check(completion.request)
+        return Stream(self._run([completion]), completion)
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        """Run the requests as one batch with one plan; yields each one's completion when it ends."""
+        completions = [Completion(request) for request in requests]
+        for request in requests:
+            self.check(request)
+        for updated in self._run(completions):
+            yield from (completion for completion in updated if completion.finish_reason)
+
+    def check(self, request: Request) -> None:
+        """ValueError, in one line, if the request cannot run."""
+        config, length = self.model.config, len(request.ids) + request.max_new_tokens
+        if not len(request.ids):
+            raise ValueError("the prompt is empty; give at least one token")
+        if request.max_new_tokens < 1:
+            raise ValueError(f"max-new-tokens must be at least 1, not {request.max_new_tokens}")
+        if not (min(request.ids) >= 0 and max(request.ids) < config.vocab_size):
+            wrong = next(i for i in request.ids if not 0 <= i < config.vocab_size)
+            raise ValueError(f"token id {wrong} is outside the vocabulary (0 to {config.vocab_size - 1})")
+        if not self.policy.bounded and length > config.max_positions:
+            raise ValueError(
+                f"{len(request.ids)} prompt + {request.max_new_tokens} new tokens exceed the model's "
+                f"{config.max_positions} positions; shorten them or use a bounded policy such as streaming"
+            )
+        if config.sliding_window is not None and length > config.sliding_window:
+            raise ValueError(
+                f"{len(request.ids)} prompt + {request.max_new_tokens} new tokens exceed the model's sliding window "
+                f"of {config.sliding_window}, which is not supported yet; shorten them"
+            )
+        self._budget_slots(length)
+
+    def _budget_slots(self, length: int) -> int:
+        """b, the slots per layer of a uniform plan, for sequences of `length` tokens at most."""
+        floor = min(self.policy.floor, length)
+        if self.plan is not None:
+            needed = floor if self.policy.bounded else length
+            for layer, slots in enumerate(self.plan):
+                if type(slots) is not int or slots < needed:
+                    raise ValueError(
+                        f"the plan gives layer {layer} {slots} slots; policy {self.policy.name} needs at least {needed}"
+                    )
+            return sum(self.plan) // len(self.plan)
+        if not self.policy.bounded:
+            return length
+        if self.budget is None:
+            return max(int(DEFAULT_BUDGET * length), min(SMALLEST_DEFAULT, length), floor)
+        slots = self.budget if self.budget > 1 else math.floor(Fraction(str(self.budget)) * length)
+        if slots < floor:
+            raise ValueError(
+                f"budget {self.budget} is {slots} slots per layer for {length} tokens; "
+                f"policy {self.policy.name} needs at least {floor}"
+            )
+        return slots
+
+    @torch.inference_mode()
+    def _run(self, completions: list[Completion]) -> Iterator[list[Completion]]:
+        """Yields after each step the completions that got a token; ends when all have finished."""
+        try:
+            started = time.perf_counter()
+            decoder, figures = self._start([completion.request for completion in completions])
+            for completion in completions:
+                completion.figures = figures
+            tokens = decoder.tokens.tolist()
+            figures.prefill_s = time.perf_counter() - started
+            running = list(range(len(completions)))
+            while True:
+                for row in running:
+                    completions[row].append(tokens[row])
+                updated, running = running, [row for row in running if not completions[row].finish_reason]
+                yield [completions[row] for row in updated]
+                if not running:
+                    return
+                started, graphs = time.perf_counter(), _compiled_graphs()
+                decoder.step()
+                tokens = decoder.tokens.tolist()
+                elapsed = time.perf_counter() - started
+                if _compiled_graphs() != graphs:
+                    figures.compile_s += elapsed
+                else:
+                    figures.decode_s += elapsed
+                    figures.decode_tokens += len(running)
+        finally:
+            for completion in completions:
+                completion.finish_reason = completion.finish_reason or "interrupted"
+
+    def _start(self, requests: list[Request]) -> tuple["_Decoder", Figures]:
+        """Prefill, plan and compact a batch; its first tokens are chosen."""
+        lengths = torch.tensor([len(request.ids) for request in requests], device=self.device)
+        longest = max(len(request.ids) for request in requests)
+        ids = torch.zeros(len(requests), longest, dtype=torch.int64, device=self.device)
+        for row, request in enumerate(requests):
+            ids[row, : len(request.ids)] = torch.tensor(request.ids, device=self.device)
+        length = max(len(request.ids) + request.max_new_tokens for request in requests)
+        rotary = self.model.rotary(length)
+
+        logits, prefilled = self._prefill(ids, lengths, rotary)
+        importance = torch.stack([layer.signal for layer in prefilled]).mean(1).tolist()
+        budget_slots = self._budget_slots(length)
+        plan = self._plan(importance, budget_slots, length)
+        cache = self._compact(prefilled, lengths, plan.slots)
+
+        sampler = Sampler([request.sampling for request in requests], self.device)
+        decoder = _Decoder(self, cache, rotary, sampler, tokens=sampler(logits), seen=lengths.clone())
+        token_bytes = cache.kv_bytes // sum(plan.slots) // len(requests)
+        tokens_in_all = sum(len(request.ids) + request.max_new_tokens for request in requests)
+        return decoder, Figures(
+            plan=plan.slots,
+            groups=plan.groups,
+            importance=importance,
+            budget_slots=budget_slots,
+            kv_bytes=cache.kv_bytes,
+            state_bytes=cache.state_bytes,
+            kv_bytes_full=token_bytes * tokens_in_all * self.model.config.n_layers,
+            prefill_tokens=int(lengths.sum()),
+        )
+
+    def _prefill(self, ids: Tensor, lengths: Tensor, rotary: Tensor) -> tuple[Tensor, list[PrefilledLayer]]:
+        """ids [B, S], right-padded to S -> logits [B, vocab] after each row's last token, and every layer's part."""
+        x, angles = self.model.embed(ids), rotary_angles(torch.arange(ids.shape[1], device=self.device), rotary)
+        ragged = lengths if int(lengths.min()) < ids.shape[1] else None
+        prefilled = []
+        for block in self.model.layers:
+            x, layer = block.prefill(x, angles, ragged, self.policy)
+            prefilled.append(layer)
+        last = x[torch.arange(len(lengths), device=self.device), lengths - 1]
+        return self.model.logits(last), prefilled
+
+    def _plan(self, importance: list[float], budget_slots: int, length: int) -> Plan:
+        if self.plan is not None:
+            return Plan(list(self.plan))
+        caps = [length] * self.model.config.n_layers
+        return self.layer_policy.allocate(importance, budget_slots, caps, self.policy.floor)
+
+    def _compact(self, prefilled: list[PrefilledLayer], lengths: Tensor, plan: list[int]) -> KVCache:
+        k = prefilled[0].k
+        cache = KVCache(plan, k.shape[0], k.shape[1], k.shape[3], k.dtype, k.device, self.policy.scored)
+        for index, layer in enumerate(prefilled):
+            cache.fill(index, layer.k, layer.v, layer.scores, self.policy.select(lengths, plan[index], layer.scores))
+        return cache
+
+
+class _Decoder:
+    """A batch in its decode phase. `step` reads and writes buffers that keep shape and address, with no host sync."""
+
+    def __init__(self, engine: Engine, cache: KVCache, rotary: Tensor, sampler: Sampler, tokens: Tensor, seen: Tensor):
+        self.model, self.policy, self.decode_block = engine.model, engine.policy, engine.decode_block
+        self.cache, self.rotary, self.sampler = cache, rotary, sampler
+        self.tokens, self.seen = tokens, seen  # [B]: the last token of each row, and how many came before it
+
+    def step(self) -> None:
+        """Run `tokens` through the model, put the next ones in their place and advance `seen`."""
+        self.tokens.copy_(self.sampler(self.logits()))
+
+    def logits(self) -> Tensor:
+        """Feed `tokens` and return the logits [B, vocab] of what follows."""
+        x = self.model.embed(self.tokens[:, None])
+        for block, layer in zip(self.model.layers, self.cache.layers, strict=True):
+            x = self.decode_block(block, x, self.rotary, layer, self.seen, self.policy)
+        self.seen += 1
+        return self.model.logits(x[:, 0])
+
+
+def check_budget(budget: float) -> None:
+    """ValueError unless `budget` is an integer above 1 (slots per layer) or a number in (0, 1] (a share)."""
+    whole = isinstance(budget, int) and not isinstance(budget, bool)
+    if (
+        isinstance(budget, bool)
+        or not isinstance(budget, (int, float))
+        or not (0 < budget <= 1 or whole and budget > 1)
+    ):
+        raise ValueError(f"budget must be a fraction in (0, 1] or an integer of slots above 1, not {budget}")
+
+
+def _compiled_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -1,0 +1,272 @@
+"""Generate text from a checkpoint, with a KV cache as small as you like.
+
+    python generate.py --squeeze                                          the embedded model on its demo prompt
+    python generate.py --checkpoint meta-llama/Llama-3.2-1B --prompt "Once upon a time" --squeeze --compile
+    python generate.py --policy h2o --layers squeeze --p 0.4 --budget 0.2 --prompt-file long.txt
+    python generate.py --policy streaming --budget 256 --sinks 4 --json --prompt - < long.txt
+
+Two choices make a cache: --policy says which tokens a layer keeps in its slots (full, window, streaming, h2o), and
+--layers how many slots each layer gets (uniform, squeeze, pyramid). --squeeze is --layers squeeze with a policy and a
+budget that suit it. The text streams to standard output, then a short report; --json prints one object instead.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+import checkpoint
+import tokenizer as tokenizers
+from engine import Completion, Engine, Figures, Stream, check_budget
+from policies import layers as layer_policies
+from policies import tokens as token_policies
+from sampling import Sampling
+
+HERE = Path(__file__).resolve().parent
+EMBEDDED = HERE / "checkpoints" / "tiny"
+DEMO_PROMPT = EMBEDDED / "demo_prompt.txt"
+SQUEEZE_POLICY = "h2o"  # what a bare --squeeze runs inside each layer
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        run(parse(argv))
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:  # the reader has gone; nothing more to say, also not at shutdown
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        print(f"generate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("generate.py: interrupted before the first token", file=sys.stderr)
+        return 130
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see --help)")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", default=str(EMBEDDED), help="Hugging Face folder or hub id (default: the embedded model)")
+    add("--prompt", metavar="TEXT|-", help="the prompt; - reads standard input")
+    add("--prompt-file", metavar="F", help="a UTF-8 file with the prompt")
+    add("--prompt-ids", metavar="1,2,3", help="token ids, taken as they are")
+    add("--max-new-tokens", type=int, default=128, metavar="N")
+    add("--policy", help=f"tokens a layer keeps: {', '.join(token_policies.TOKEN_POLICIES)} (default: full)")
+    add("--layers", help=f"slots per layer: {', '.join(layer_policies.LAYER_POLICIES)} (default: uniform)")
+    add("--squeeze", action="store_true", help="--layers squeeze, with good defaults for what is not given")
+    add("--budget", type=number, help="slots per layer, or the share of prompt + new tokens in (0, 1]")
+    add("--p", type=float, help="squeeze: share of the budget that unimportant layers keep, in (0, 1]")
+    add("--sinks", type=int, help="streaming: how many first tokens stay for good (default: 4)")
+    add("--plan", metavar="FILE", help="slots per layer from a file (a JSON list, or what --save-plan or --json wrote)")
+    add("--save-plan", metavar="FILE", help="write the plan that was used")
+    add("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    add("--top-k", type=int)
+    add("--top-p", type=float, default=1.0)
+    add("--seed", type=int, help="equal seeds give equal text (default: a new one each time)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be repeated")
+    add("--ignore-eos", action="store_true", help="do not stop at end-of-sequence")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", default="auto", help="auto (the config's), bf16, fp16, fp32 or float64")
+    add("--compile", action=argparse.BooleanOptionalAction, help="compile decode (default: on for CUDA)")
+    add("--json", action="store_true", help="print one JSON object instead of text")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    # Whatever can be wrong without the weights is found before they are loaded.
+    policy, layers = choose_policies(args)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    plan = None if args.plan is None else read_plan(Path(args.plan))
+    if args.budget is not None:
+        check_budget(args.budget)
+    folder = checkpoint.resolve(args.checkpoint)
+    tokenizer = tokenizers.load(folder)
+    ids = prompt_ids(args, tokenizer)
+    text = TextSoFar(tokenizer, args.stop)
+
+    model, _ = checkpoint.load(folder, args.device, args.dtype)
+    compiled = args.compile if args.compile is not None else model.embed.weight.device.type == "cuda"
+    engine = Engine(model, policy, layers, args.budget, plan, compiled)
+    eos_ids = frozenset() if args.ignore_eos else tokenizers.eos_ids(folder)
+    stream = engine.stream(ids, sampling, args.max_new_tokens, eos_ids, text.push)
+    completion = follow(stream, text, echo=not args.json)
+    if args.save_plan is not None:
+        saved = {"plan": completion.figures.plan, "policy": policy.name, "layers": layers.name}
+        Path(args.save_plan).write_text(json.dumps(saved) + "\n")
+    if args.json:
+        print(json.dumps(report_json(args, engine, completion, text.text)))
+    else:
+        print(report(engine, completion))
+
+
+def choose_policies(args: argparse.Namespace) -> tuple[token_policies.TokenPolicy, layer_policies.LayerPolicy]:
+    policy = args.policy or (SQUEEZE_POLICY if args.squeeze else "full")
+    layers = args.layers or ("squeeze" if args.squeeze else "uniform")
+    if args.squeeze and layers != "squeeze":
+        raise ValueError(f"--squeeze means --layers squeeze; give one of it and --layers {layers}")
+    if args.squeeze and policy == "full":
+        raise ValueError("--squeeze has nothing to squeeze with --policy full; use window, streaming or h2o")
+    options = {name: {} if value is None else {name: value} for name, value in (("p", args.p), ("sinks", args.sinks))}
+    return token_policies.make(policy, **options["sinks"]), layer_policies.make(layers, **options["p"])
+
+
+def number(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def read_plan(path: Path) -> list[int]:
+    try:
+        plan = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    plan = plan.get("plan") if isinstance(plan, dict) else plan
+    if not isinstance(plan, list) or not plan or any(type(slots) is not int or slots < 1 for slots in plan):
+        raise ValueError(f"{path}: a plan is a list of positive integers, slots per layer, or an object that has one")
+    return plan
+
+
+def prompt_ids(args: argparse.Namespace, tokenizer: tokenizers.Tokenizer | None) -> list[int]:
+    sources = [f"--{s}" for s in ("prompt", "prompt-file", "prompt-ids") if vars(args)[s.replace("-", "_")] is not None]
+    if len(sources) > 1:
+        raise ValueError(f"give one of {' and '.join(sources)}, not both")
+    if args.prompt_ids is not None:
+        try:
+            return [int(part) for part in args.prompt_ids.split(",") if part.strip()]
+        except ValueError:
+            raise ValueError(f"--prompt-ids must be integers with commas between, not {args.prompt_ids!r}") from None
+    if tokenizer is None:
+        raise ValueError(f"{args.checkpoint} has no tokenizer; give the prompt as --prompt-ids")
+    if args.prompt not in (None, "-"):
+        text = args.prompt.encode("utf-8", "surrogateescape")
+        name = "--prompt"
+    elif args.prompt == "-":
+        text, name = sys.stdin.buffer.read(), "standard input"
+    else:
+        path = Path(args.prompt_file or DEMO_PROMPT)
+        text, name = path.read_bytes(), str(path)
+    try:
+        text = text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8: byte {error.object[error.start]:#04x} at {error.start}") from None
+    if not text:
+        raise ValueError(f"the prompt is empty ({name}); give some text")
+    return tokenizer.encode(text)
+
+
+class TextSoFar:
+    """The new text as far as it is printable; asks to stop at the first stop string."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer | None, stops: list[str]):
+        if tokenizer is None and stops:
+            raise ValueError("--stop needs a tokenizer, and the checkpoint has none")
+        self.text, self.printed = "", 0
+        self.stream = tokenizers.TextStream(tokenizer, stops, continues=True) if tokenizer else None
+
+    def push(self, tokens: list[int]) -> bool:
+        if self.stream:
+            self.text += self.stream.push(tokens[-1])
+        return bool(self.stream and self.stream.stopped)
+
+    def print(self, last: bool = False) -> None:
+        sys.stdout.write(self.text[self.printed :] + "\n" * last)
+        sys.stdout.flush()
+        self.printed = len(self.text)
+
+
+def follow(stream: Stream, text: TextSoFar, echo: bool) -> Completion:
+    """Consume the stream, printing as it comes. Ctrl-C ends it with what was generated so far."""
+    steps = iter(stream)
+    try:
+        for _ in steps:
+            if echo:
+                text.print()
+    except KeyboardInterrupt:
+        if stream.completion.figures is None:
+            raise
+        stream.completion.finish_reason = stream.completion.finish_reason or "interrupted"
+    if text.stream:
+        text.text += text.stream.flush()
+    if echo:
+        text.print(last=True)
+    return stream.completion
+
+
+def report_json(args: argparse.Namespace, engine: Engine, completion: Completion, text: str) -> dict[str, Any]:
+    request, figures = completion.request, completion.figures
+    return {
+        "tokens": completion.tokens,
+        "text": text,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": len(request.ids),
+        "max_new_tokens": request.max_new_tokens,
+        "policy": engine.policy.name,
+        "layers": engine.layer_policy.name,
+        "budget": args.budget,
+        "budget_slots": figures.budget_slots,
+        "plan": figures.plan,
+        "importance": figures.importance,
+        "groups": figures.groups,
+        "kv_bytes": figures.kv_bytes,
+        "state_bytes": figures.state_bytes,
+        "kv_bytes_full": figures.kv_bytes_full,
+        "prefill_s": figures.prefill_s,
+        "compile_s": figures.compile_s,
+        "decode_s": figures.decode_s,
+        "decode_tokens_per_s": figures.decode_tokens_per_s,
+        "device": str(engine.device),
+        "dtype": str(engine.model.embed.weight.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+    }
+
+
+def report(engine: Engine, completion: Completion) -> str:
+    """A table of the layers with a bar for their slots, then bytes and speed."""
+    figures = completion.figures
+    return "\n".join(["", *layer_table(figures), "", *summary(engine, completion)])
+
+
+def layer_table(figures: Figures, width: int = 40) -> list[str]:
+    lines = ["layer  signal  group  slots"]
+    for layer, slots in enumerate(figures.plan):
+        group = "-" if figures.groups is None else figures.groups[layer]
+        bar = "#" * max(1, round(width * slots / max(figures.plan)))
+        lines.append(f"{layer:5}  {figures.importance[layer]:6.3f}  {group:>5}  {slots:5}  {bar}")
+    return lines
+
+
+def summary(engine: Engine, completion: Completion) -> list[str]:
+    figures, request = completion.figures, completion.request
+    decode = f"{figures.decode_tokens_per_s:,.1f} tokens/s ({len(completion.tokens)} new, {completion.finish_reason})"
+    return [
+        f"cache    {engine.policy.name} x {engine.layer_policy.name}, {figures.budget_slots} slots per layer "
+        f"for {len(request.ids)} + {request.max_new_tokens} tokens",
+        f"KV       {size(figures.kv_bytes)} of {size(figures.kv_bytes_full)} "
+        f"({figures.kv_bytes / figures.kv_bytes_full:.0%} of the full cache), policy state {size(figures.state_bytes)}",
+        f"prefill  {figures.prefill_tokens / figures.prefill_s:,.0f} tokens/s ({figures.prefill_s:.3f} s)",
+        f"decode   {decode}" + (f", compiled in {figures.compile_s:.1f} s" if figures.compile_s else ""),
+    ]
+
+
+def size(amount: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.4g} {unit}"
+        amount /= 1024
+    return f"{amount:.4g} GiB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

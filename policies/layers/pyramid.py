@@ -1,0 +1,26 @@
+"""Pyramid: fewer slots the higher the layer (PyramidKV, arXiv 2406.02069)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from policies.layers import LayerPolicy, Plan, fit
+
+
+@dataclass(frozen=True)
+class Pyramid(LayerPolicy):
+    """Linear from `2 * budget - last` slots at layer 0 down to `last = budget / beta` at the last one."""
+
+    beta: float = 20
+    name: ClassVar[str] = "pyramid"
+    uses_signals: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if isinstance(self.beta, bool) or not isinstance(self.beta, int | float) or not 1 <= self.beta < float("inf"):
+            raise ValueError(f"beta must be a number of at least 1, not {self.beta!r}")
+
+    def allocate(self, signals: Sequence[float], budget: int, caps: Sequence[int], floor: int) -> Plan:
+        layers = len(caps)
+        slant = budget - budget / self.beta  # from the middle to either end
+        wishes = [budget + slant * (layers - 1 - 2 * layer) / max(layers - 1, 1) for layer in range(layers)]
+        return Plan(fit(wishes, budget, caps, floor))

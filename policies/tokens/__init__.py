@@ -1,0 +1,29 @@
+"""Token axis: which prompt tokens a layer keeps, and which slot the next token takes.
+
+A policy is a small frozen dataclass that is its own configuration. To add one: write a file here with a subclass of
+`TokenPolicy`, and add it to `TOKEN_POLICIES`. Shapes as in model.py.
+"""
+
+from dataclasses import fields
+
+from policies.tokens.base import TokenPolicy
+from policies.tokens.full import Full
+from policies.tokens.h2o import H2O
+from policies.tokens.streaming import Streaming
+from policies.tokens.window import Window
+
+TOKEN_POLICIES: dict[str, type[TokenPolicy]] = {policy.name: policy for policy in (Full, Window, Streaming, H2O)}
+
+
+def make(name: str, **options) -> TokenPolicy:
+    """The policy of that name, configured. ValueError for a name or an option that does not exist."""
+    if name not in TOKEN_POLICIES:
+        raise ValueError(f"unknown policy {name!r}; known: {', '.join(TOKEN_POLICIES)}")
+    known = [field.name for field in fields(TOKEN_POLICIES[name])]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"policy {name!r} has no option {option!r}; it has: {', '.join(known) or 'none'}")
+    return TOKEN_POLICIES[name](**options)
+
+
+__all__ = ["TOKEN_POLICIES", "Full", "H2O", "Streaming", "TokenPolicy", "Window", "make"]

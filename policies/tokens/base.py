@@ -1,0 +1,51 @@
+"""What a token policy answers. The defaults are a ring over all slots with nothing to remember."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+class TokenPolicy:
+    """Shapes: B rows, K key-value heads, S prompt tokens, N slots of a layer. `seen` [B] counts tokens before this one.
+
+    The new token's slot counts among the N. The filled slots are always the first min(seen, N).
+    """
+
+    name: ClassVar[str]
+    bounded: ClassVar[bool] = True  # works with fewer slots than tokens
+    scored: ClassVar[bool] = False  # keeps a score and a position in every slot
+    sinks: int = 0  # leading slots that hold the first tokens for good, with keys turned to in-cache positions
+    floor: int = 1  # fewest slots the policy can work in, the new token's included
+
+    def score_prompt(self, q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor | None:
+        """Scores [B, K, S] of the prompt's tokens from q [B, H, S, D] and k [B, K, S, D], if the policy wants any."""
+        return None
+
+    def place(self, position: Tensor, slots: int) -> Tensor:
+        """The slot of the token at `position` (same shape), for policies in which nothing else decides it.
+
+        It is `position` itself while that is below `slots`. Here: sinks first, then a ring over the rest.
+        """
+        ring = max(slots - self.sinks, 1)
+        return torch.where(position < slots, position, self.sinks + (position - self.sinks) % ring)
+
+    def slot(self, seen: Tensor, layer) -> Tensor:
+        """The slot [B, 1 or K] that the token at position `seen` takes in `layer`; the victim's once it is full."""
+        return self.place(seen, layer.k.shape[2])[:, None]
+
+    def select(self, lengths: Tensor, slots: int, scores: Tensor | None) -> Tensor:
+        """Which prompt position goes into each slot: [B, 1 or K, n], n the same for all rows.
+
+        A row of `lengths[b]` tokens fills its first min(lengths[b], slots) slots; entries behind those are any valid
+        position. What fewer slots keep is a subset of what more slots keep. Here: of all that have the same place,
+        the latest.
+        """
+        position = torch.arange(int(lengths.max()), device=lengths.device).expand(len(lengths), -1)
+        place = self.place(position, slots)
+        position = position.masked_fill(position >= lengths[:, None], 0)
+        latest = position.new_zeros(len(lengths), slots).scatter_reduce_(1, place, position, "amax")
+        return latest[:, None, : position.shape[1]]
+
+    def observe(self, layer, slot: Tensor, seen: Tensor, probs: Tensor) -> None:
+        """Told after each step what the token in `slot` attended to: probs [B, K, G, N]."""

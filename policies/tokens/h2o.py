@@ -1,0 +1,64 @@
+"""H2O, heavy hitter oracle (arXiv 2306.14048): half recent tokens, half those that drew the most attention so far.
+
+A token's score is the attention it received, summed over queries and over the query heads of its key-value head. Each
+step evicts the lowest score outside of the last `slots // 2` positions (the new one included), by the scores after the
+previous step, ties to the lowest position. Positions are absolute.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from policies.tokens.base import TokenPolicy
+
+QUERY_CHUNK = 128  # prompt queries whose attention rows exist at the same time
+
+
+@dataclass(frozen=True)
+class H2O(TokenPolicy):
+    name: ClassVar[str] = "h2o"
+    scored: ClassVar[bool] = True
+    floor: ClassVar[int] = 2
+
+    def score_prompt(self, q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor:
+        batch, _, length, head_dim = q.shape
+        q = q.unflatten(1, (k.shape[1], -1)) * head_dim**-0.5
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = torch.zeros(k.shape[:3], dtype=wide, device=k.device)
+        position = torch.arange(length, device=k.device)
+        for start in range(0, length, QUERY_CHUNK):
+            end = min(start + QUERY_CHUNK, length)
+            ahead = position[:end] > position[start:end, None]
+            rows = (q[:, :, :, start:end] @ k[:, :, None, :end].mT).to(wide).masked_fill(ahead, float("-inf"))
+            probs = rows.softmax(-1)
+            if lengths is not None:  # padding asks no questions
+                probs = probs.masked_fill((position[start:end] >= lengths[:, None])[:, None, None, :, None], 0)
+            scores[:, :, :end] += probs.sum((2, 3))
+        return scores
+
+    def select(self, lengths: Tensor, slots: int, scores: Tensor) -> Tensor:
+        length = scores.shape[2]
+        position = torch.arange(length, device=scores.device)
+        end = lengths[:, None, None]
+        rank = scores.masked_fill(position >= end - slots // 2, float("inf")).masked_fill(position >= end, -1)
+        # Latest first, then a stable sort: of equal scores the lowest position goes first.
+        best = length - 1 - rank.flip(2).sort(dim=2, descending=True, stable=True).indices[:, :, :slots]
+        padding = best >= end
+        return best.masked_fill(padding, length).sort(dim=2).values.clamp(max=length - 1)
+
+    def slot(self, seen: Tensor, layer) -> Tensor:
+        slots = layer.k.shape[2]
+        old = layer.position <= (seen - slots // 2)[:, None, None]
+        score = layer.score.masked_fill(~old, float("inf"))
+        lowest = score == score.amin(2, keepdim=True)
+        victim = layer.position.masked_fill(~lowest, torch.iinfo(torch.int64).max).argmin(2)
+        return torch.where((seen < slots)[:, None], seen[:, None], victim)
+
+    def observe(self, layer, slot: Tensor, seen: Tensor, probs: Tensor) -> None:
+        row = torch.arange(slot.shape[0], device=slot.device)[:, None]
+        head = torch.arange(slot.shape[1], device=slot.device)
+        layer.score.index_put_((row, head, slot), layer.score.new_zeros(()))
+        layer.position.index_put_((row, head, slot), seen[:, None])
+        layer.score.add_(probs.sum(2))

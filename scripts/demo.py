@@ -1,0 +1,35 @@
+"""The demo: one question, three caches.
+
+The prompt states a fact in its first line, goes on for some 900 tokens of Python, and asks for the fact at its end. It
+is answered with the full cache, with a squeezed one, and with a uniform one of the same total.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import generate  # noqa: E402
+
+BUDGET = "0.2"
+RUNS = {
+    "full cache": ["--policy", "full"],
+    "squeezed": ["--squeeze", "--budget", BUDGET],
+    "uniform, same budget": ["--policy", generate.SQUEEZE_POLICY, "--budget", BUDGET],
+}
+
+
+def main() -> int:
+    prompt = generate.DEMO_PROMPT.read_text(encoding="utf-8")
+    first, *middle, last = prompt.splitlines()
+    print(f"{first}\n[... {len(middle)} lines of Python ...]\n{last}")
+    for title, args in RUNS.items():
+        print(f"\n=== {title}: generate.py {' '.join(args)}\n")
+        print(last, end="", flush=True)
+        if code := generate.main([*args, "--max-new-tokens", "48"]):
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Run the demo's prompt squeezed and draw what happened: each layer's signal, and the slots it got.
+
+python scripts/draw_plan.py            writes results/plan.json and results/plan.png
+"""
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import matplotlib  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+from record import origin  # noqa: E402
+
+import generate  # noqa: E402
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+COLOURS = ["#1b6ca8", "#6aa84f", "#e69138"]
+NAMES = ["most important", "important", "squeezed"]
+
+
+def main() -> None:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        if generate.main(["--squeeze", "--json", "--max-new-tokens", "48"]):
+            sys.exit(1)
+    run = json.loads(out.getvalue())
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "plan.json").write_text(json.dumps({**origin(), "run": run}, indent=1) + "\n")
+
+    layers = range(len(run["plan"]))
+    colours = [COLOURS[group] for group in run["groups"]]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    left.barh(layers, run["importance"], color=colours)
+    left.set(
+        xlabel="cos(x, x + attention(x)), mean over the prompt",
+        ylabel="layer",
+        title="signal: how little attention changes",
+    )
+    right.barh(layers, run["plan"], color=colours)
+    right.axvline(run["budget_slots"], color="black", linestyle="--", linewidth=1)
+    right.text(run["budget_slots"], -1.0, " uniform", va="center", fontsize=8)
+    length = run["prompt_tokens"] + run["max_new_tokens"]
+    right.axvline(length, color="gray", linestyle=":", linewidth=1)
+    right.text(length, -1.0, "full ", va="center", ha="right", fontsize=8)
+    share = run["kv_bytes"] / run["kv_bytes_full"]
+    right.set(xlabel="slots", title=f"plan: {share:.0%} of the full cache", xlim=(0, 1.05 * length))
+    for axis in (left, right):
+        axis.invert_yaxis()
+        axis.set_yticks(list(layers))
+        axis.spines[["top", "right"]].set_visible(False)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS]
+    right.legend(handles, NAMES, fontsize=8, loc="lower right", frameon=False)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "plan.png", dpi=130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""What every file under results/ says about its origin."""
+
+import platform
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+
+def origin() -> dict[str, str | int]:
+    """Device, date, versions and command of this run."""
+    import transformers
+
+    return {
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "command": " ".join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+    }
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    vector = next((flag for flag in ("avx512f", "avx2", "avx") if flag in flags), "no AVX")
+    return f"{model}, {torch.get_num_threads()} cores, {vector}"

@@ -1,0 +1,67 @@
+"""Put the figures of results/ into README.md, between `<!-- NAME -->` and `<!-- end -->`.
+
+python scripts/render_readme.py            rewrite        (--check: fail if that would change something)
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def result(name: str) -> dict:
+    return json.loads((ROOT / "results" / name).read_text())
+
+
+def provenance(record: dict, file: str) -> str:
+    versions = f"torch {record['torch']}, transformers {record['transformers']}"
+    return f"{record['device']}; {versions}; {record['date']}; `{record['command']}` -> [{file}](results/{file})"
+
+
+def decode() -> str:
+    record = result("decode_cpu.json")
+    lines = ["| decode | ms a token | tokens/s | times transformers | first compile |", "|---|---|---|---|---|"]
+    for row in record["rows"]:
+        compiled = f"{row['first_compile_s']} s" if row["first_compile_s"] else "-"
+        lines.append(
+            f"| {row['what']} | {row['ms_per_token']:.2f} | {row['tokens_per_s']:.0f} "
+            f"| {row['times_transformers']:.1f} | {compiled} |"
+        )
+    return "\n".join([*lines, "", provenance(record, "decode_cpu.json")])
+
+
+def first() -> str:
+    record = result("plan.json")
+    run = record["run"]
+    share = run["kv_bytes"] / run["kv_bytes_full"]
+    return (
+        f"{run['prompt_tokens']} + {run['max_new_tokens']} tokens, {run['policy']} x squeeze: KV cache "
+        f"{run['kv_bytes']:,} bytes instead of {run['kv_bytes_full']:,} ({share:.0%}), "
+        f"answer `{run['text'].splitlines()[0].strip()}` ({provenance(record, 'plan.json')})."
+    )
+
+
+SECTIONS = {"first": first, "decode": decode}
+
+
+def main() -> int:
+    path = ROOT / "README.md"
+    before = path.read_text()
+    text = before
+    for name, render in SECTIONS.items():
+        pattern = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->", re.S)
+        if not pattern.search(text):
+            print(f"README.md has no section {name}", file=sys.stderr)
+            return 1
+        start, end = pattern.search(text).span()
+        text = f"{text[:start]}<!-- {name} -->\n{render()}\n<!-- end -->{text[end:]}"
+    if "--check" in sys.argv:
+        return int(text != before)
+    path.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""What the embedded checkpoint is trained and tested on: Python source, and facts hidden in it.
+
+A fact is one comment line, `# Box amber holds lantern.`; later the same words are asked for: `# Box amber holds` must
+be continued with ` lantern`. Keys and values are single tokens of the trained vocabulary, drawn at random for every
+document, so nothing but the context can answer. Three kinds of training text, from dense to sparse:
+
+- `repeats`: random words, a second time in the same order: the quickest teacher of "look up what came after";
+- `facts`:   lists of facts in random order, each stated again and again;
+- `document`: a piece of standard library source with facts between its lines, asked for later.
+"""
+
+import random
+import sysconfig
+from pathlib import Path
+
+KEYS = """amber azure beige birch brass cedar cherry cobalt coral crimson ebony elm emerald fern flax frost gold granite
+gray hazel honey indigo iris ivory jade jasper khaki lava lemon lilac lime linen maple marble maroon mint mocha moss
+navy oak ocean olive onyx opal orange orchid pearl pewter pine plum poplar quartz raven rose ruby rust sable saffron
+sage salmon sand scarlet sepia sienna silver sky slate snow spruce steel stone straw tan teal thistle topaz tulip umber
+velvet violet walnut wheat willow wine zinc""".split()
+VALUES = """acorn anchor apple arrow badge banjo barrel basket beacon bell bottle bread bridge broom bucket button
+cactus camera candle canoe carpet cello chair chisel clock cloud compass crown cup desk diamond dice dragon drum eagle
+engine falcon feather fiddle flute fork fossil fox garlic ginger glove goblet guitar hammer harp hat helmet horn
+horse igloo jacket jar jigsaw kayak kettle kite knife ladder lamp lantern laptop leaf lens lion locket magnet mango map
+mask medal melon mirror moon mug needle nest notebook oar onion organ otter owl paddle panda parrot pencil piano
+pillow pistol pocket potato pumpkin puzzle rabbit radio ribbon ring robot rocket rope saddle scarf shell shield shovel
+sofa spear spider spoon statue sword table tent tiger torch towel tractor trumpet tunnel umbrella vase violin wagon
+whale wheel whistle window wolf wrench yacht zebra""".split()
+
+
+def fact(key: str, value: str) -> str:
+    return f"# Box {key} holds {value}.\n"
+
+
+def question(key: str) -> str:
+    """The prompt's last words; the right next token is ` value`."""
+    return f"# Box {key} holds"
+
+
+def source_files() -> tuple[list[Path], list[Path]]:
+    """The standard library's own source (no tests): files to train on, and every 40th file held out."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"site-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "__pycache__", "turtledemo", "_vendor"}
+    generated = {"pydoc_data", "encodings", "unicodedata"}  # tables, not prose or logic
+    files = sorted(
+        path
+        for path in root.rglob("*.py")
+        if not (skip | generated) & set(path.relative_to(root).parts) and path.stat().st_size > 500
+    )
+    held_out = files[::40]
+    return [f for f in files if f not in set(held_out)], held_out
+
+
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="ignore")
+
+
+def facts_for(rng: random.Random, count: int) -> list[tuple[str, str]]:
+    return list(zip(rng.sample(KEYS, count), (rng.choice(VALUES) for _ in range(count)), strict=True))
+
+
+def document(rng: random.Random, filler: list[str], facts: list[tuple[str, str]], asks: int) -> list[str]:
+    """Filler lines with every fact once in the first part and `asks` repetitions after it, never before it."""
+    lines = list(filler)
+    places: list[tuple[float, str]] = []
+    for key, value in facts:
+        stated = rng.random() * 0.8
+        places.append((stated, fact(key, value)))
+        places += [(stated + (1 - stated) * rng.random(), fact(key, value)) for _ in range(asks)]
+    for where, line in sorted(places, reverse=True):
+        lines.insert(int(where * (len(filler) + 1)), line)
+    return lines
+
+
+def recall_prompt(
+    rng: random.Random, tokenizer, filler_ids: list[int], length: int, facts: int = 8
+) -> tuple[list[int], int]:
+    """A prompt of exactly `length` tokens and the one token that answers it.
+
+    `facts` facts stand at uniform depths between pieces of unseen source; one of them is asked for at the end.
+    """
+    chosen = facts_for(rng, facts)
+    asked_key, asked_value = rng.choice(chosen)
+    ask = tokenizer.encode("\n" + question(asked_key)).ids
+    (answer,) = tokenizer.encode(" " + asked_value).ids
+    stated = [tokenizer.encode("\n" + fact(k, v)).ids for k, v in chosen]
+    room = length - len(ask) - sum(map(len, stated))
+    start = rng.randrange(len(filler_ids) - room)
+    middle = filler_ids[start : start + room]
+    cuts = sorted(rng.randrange(room) for _ in chosen)
+    ids: list[int] = []
+    for previous, cut, piece in zip([0, *cuts], cuts, stated, strict=False):
+        ids += middle[previous:cut] + piece
+    return ids + middle[cuts[-1] :] + ask, answer

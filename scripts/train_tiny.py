@@ -1,0 +1,453 @@
+"""Train the embedded checkpoint: the recipe of checkpoints/tiny.
+
+    python scripts/train_tiny.py                       train, or go on where runs/tiny stopped; then export
+    python scripts/train_tiny.py --export-only         write checkpoints/tiny from the newest state
+
+8 layers of a llama with 1.8M parameters learn to write Python and to recall facts from their context (tiny_data.py), on
+a CPU, in about an hour and a half. Three things make recall appear that early:
+
+- lists of facts first, in the wording of the later questions, then documents, then longer ones (STAGES);
+- the loss weighs what the context can answer far above what it cannot;
+- two heads of layer 0 start out attending to the previous token and to the one before it (`positional_heads`): such
+  heads are the slow half of an induction circuit, and without them training sits on a plateau for millions of tokens.
+
+Matrices are trained with Muon (Jordan et al., 2024), the rest with AdamW.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import tiny_data as data  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import checkpoint  # noqa: E402
+from model import ModelConfig, Transformer  # noqa: E402
+
+EOS = 0
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": EOS,
+    "torch_dtype": "float32",
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Until this share of all tokens: rows x tokens per step, shares of the kinds of text, weight of an answer."""
+
+    until: float
+    rows: int
+    tokens: int
+    mix: dict[str, float]
+    answer: float
+
+
+STAGES = [
+    Stage(0.38, 24, 128, {"repeats": 0.05, "facts": 0.75, "document": 0.05, "code": 0.15}, 8),
+    Stage(0.46, 16, 256, {"repeats": 0.05, "facts": 0.4, "document": 0.4, "code": 0.15}, 8),
+    Stage(0.60, 8, 512, {"facts": 0.15, "document": 0.65, "code": 0.2}, 10),
+    Stage(0.92, 4, 1024, {"facts": 0.1, "document": 0.7, "code": 0.2}, 10),
+    Stage(1.00, 2, 2048, {"facts": 0.05, "document": 0.75, "code": 0.2}, 10),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=ROOT / "runs" / "tiny", help="state and log")
+    parser.add_argument("--out", type=Path, default=ROOT / "checkpoints" / "tiny", help="the exported folder")
+    parser.add_argument("--tokens", type=float, default=17.2e6, help="length of the run")
+    parser.add_argument("--lr", type=float, default=0.02, help="of the matrices; the rest gets a fifth")
+    parser.add_argument("--export-only", action="store_true")
+    args = parser.parse_args()
+    args.run.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    text = Text(load_tokenizer(args.run / "tokenizer.json"), random.Random(0))
+    model = new_model()
+    state = State(model, args.run / "state.pt")
+    if not args.export_only:
+        train(model, state, text, args)
+    export(model, state, text, args)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """A byte-level BPE in which every key and value is one token; lines are tokenized apart, digits one by one."""
+    if path.exists():
+        return Tokenizer.from_file(str(path))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("\n", "merged_with_previous"),
+            pre_tokenizers.Split(Regex(r"\d"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=CONFIG["vocab_size"], special_tokens=["<|endoftext|>"], initial_alphabet=alphabet
+    )
+    words = "# Box " + " ".join([*data.KEYS, "holds", *data.VALUES]) + ".\n"
+    source = [data.read(file) for file in data.source_files()[0]]
+    tokenizer.train_from_iterator([*source, *[words] * 4000], trainer)
+    tokenizer.save(str(path))
+    return tokenizer
+
+
+def new_model() -> Transformer:
+    model = Transformer(ModelConfig.from_hf(CONFIG))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            std = 0.02 if name == "embed.weight" else parameter.shape[1] ** -0.5
+            nn.init.normal_(parameter, std=std * (0.2 if name.endswith(("wo.weight", "w2.weight")) else 1))
+    positional_heads(model)
+    return model
+
+
+@torch.no_grad()
+def positional_heads(model: Transformer) -> None:
+    """Let the first two query heads of layer 0 attend one and two tokens back, whatever the tokens are.
+
+    Embedding dimension 0 becomes the same for all tokens, so that queries and keys can have a constant part. With key
+    a and query a * exp(-i * delta * theta) on the fastest rotary pairs, the score over distance d is the sum of
+    a^2 cos(theta (d - delta)): highest at d = delta.
+    """
+    config, attention = model.config, model.layers[0].attention
+    embed = model.embed.weight
+    embed[:, 0] = 4.26 * embed[:, 1:].square().mean().sqrt()  # 4 after the norm
+    theta = model.rotary(1)
+    a = torch.where(torch.arange(len(theta)) < 6, 5.7, 0.0) / 4 / model.layers[0].attention_norm.weight[0]
+    size = config.head_dim
+    rows = {0: (a * theta.cos(), -a * theta.sin()), 1: (a * (2 * theta).cos(), -a * (2 * theta).sin())}
+    rows[config.n_heads] = (a, torch.zeros_like(a))  # the key head that both share
+    for head, parts in rows.items():
+        weight = attention.wqkv.weight[head * size : (head + 1) * size]
+        weight *= 0.1
+        weight[:, 0] = torch.cat(parts)
+
+
+class Text:
+    """Rows of training text as ids and weights of the loss; every kind gives `tokens` targets."""
+
+    FACT_VALUE = 4  # index of the value in a tokenized fact
+
+    def __init__(self, tokenizer: Tokenizer, rng: random.Random):
+        self.tokenizer, self.rng = tokenizer, rng
+        train, held_out = data.source_files()
+        self.files = [self._lines(file) for file in train]
+        self.held_out = [token for file in held_out for line in self._lines(file) for token in line]
+        self.sizes = [sum(map(len, lines)) for lines in self.files]
+        self.word = {word: self._single(word) for word in data.KEYS + data.VALUES}
+        self.template = tokenizer.encode(data.fact(data.KEYS[0], data.VALUES[0])).ids
+
+    def _lines(self, file: Path) -> list[list[int]]:
+        lines = data.read(file).splitlines(keepends=True)
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(lines) if encoding.ids]
+
+    def _single(self, word: str) -> int:
+        (token,) = self.tokenizer.encode(f" {word}").ids
+        return token
+
+    def batch(self, stage: Stage) -> tuple[Tensor, Tensor, Tensor]:
+        """inputs, targets, weights [rows, tokens]."""
+        kinds = self.rng.choices(list(stage.mix), list(stage.mix.values()), k=stage.rows)
+        ids, weights = [], []
+        for kind in kinds:
+            row, weight = getattr(self, kind)(stage)
+            ids.append(row[: stage.tokens + 1])
+            weights.append(weight[1 : stage.tokens + 1])
+        ids = torch.tensor(ids)
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.tensor(weights)
+
+    def fact(self, key: str, value: str, known: bool, weight: float, answer: float) -> tuple[list[int], list[float]]:
+        """A tokenized fact and its weights; `known`: it was stated before, so that the value can be answered."""
+        ids, weights = list(self.template), [weight] * len(self.template)
+        ids[2], ids[self.FACT_VALUE] = self.word[key], self.word[value]
+        weights[self.FACT_VALUE] = answer if known else weight
+        return ids, weights
+
+    def source(self, tokens: int) -> list[list[int]]:
+        """Consecutive lines of source, at least `tokens` tokens."""
+        lines, count = [], 0
+        file = at = None
+        while count < tokens:
+            if file is None or at == len(file):
+                lines += [[EOS]] if file else []
+                first = file is None
+                file = self.rng.choices(self.files, self.sizes)[0]
+                at = self.rng.randrange(len(file)) if first else 0
+            lines.append(file[at])
+            count += len(file[at])
+            at += 1
+        return lines
+
+    def code(self, stage: Stage) -> tuple[list[int], list[float]]:
+        ids = [token for line in self.source(stage.tokens + 1) for token in line]
+        return ids, [1.0] * len(ids)
+
+    def repeats(self, stage: Stage) -> tuple[list[int], list[float]]:
+        """Random words, then the same again; only the second time counts."""
+        words, ids, weights = list(self.word.values()), [], []
+        while len(ids) <= stage.tokens:
+            count = self.rng.randrange(8, stage.tokens // 3)
+            span = [
+                self.rng.choice(words) if self.rng.random() < 0.7 else self.rng.randrange(1, CONFIG["vocab_size"])
+                for _ in range(count)
+            ]
+            ids += span + span
+            weights += [0.0] * (count + 1) + [2.0] * (count - 1)
+        return ids, weights
+
+    def facts(self, stage: Stage) -> tuple[list[int], list[float]]:
+        """A list of facts, again and again in new orders."""
+        facts = data.facts_for(self.rng, self.rng.randrange(3, max(4, min(40, stage.tokens // 14))))
+        ids, weights, rounds = [], [], 0
+        while len(ids) <= stage.tokens:
+            for key, value in self.rng.sample(facts, len(facts)):
+                more = self.fact(key, value, rounds > 0, 0.02, 12.0)
+                ids, weights = ids + more[0], weights + more[1]
+            rounds += 1
+        return ids, weights
+
+    def document(self, stage: Stage) -> tuple[list[int], list[float]]:
+        """Source with facts between its lines, each stated and later asked for once or twice."""
+        rng = self.rng
+        facts = data.facts_for(rng, rng.randrange(2, max(3, min(24, stage.tokens // 24))))
+        asks = rng.choice([1, 1, 2])
+        lines = self.source(stage.tokens + 1 - len(self.template) * len(facts) * (1 + asks))
+        places = []
+        for key, value in facts:
+            stated = rng.random() * rng.choice([0.9, 0.4])
+            places.append((stated, key, value))
+            places += [(stated + (1 - stated) * rng.random(), key, value) for _ in range(asks)]
+        places.sort(reverse=True)
+        ids, weights, known = [], [], set()
+        for at, line in enumerate([*lines, []], start=1):
+            while places and places[-1][0] * (len(lines) + 1) < at:
+                _, key, value = places.pop()
+                more = self.fact(key, value, key in known, 0.3, stage.answer)
+                ids, weights = ids + more[0], weights + more[1]
+                known.add(key)
+            ids, weights = ids + line, weights + [1.0] * len(line)
+        return ids, weights
+
+
+@dataclass
+class State:
+    """What a run continues from."""
+
+    model: Transformer
+    path: Path
+    step: int = 0
+    tokens: int = 0
+    spent: float = 0.0  # seconds of training
+    muon: "Muon" = field(init=False)
+    adam: torch.optim.AdamW = field(init=False)
+
+    def __post_init__(self):
+        parameters = dict(self.model.named_parameters())
+        matrices = [name for name, p in parameters.items() if p.ndim == 2 and name != "embed.weight"]
+        self.muon = Muon([parameters[name] for name in matrices])
+        rest = [p for name, p in parameters.items() if name not in matrices]
+        self.adam = torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0)
+        if self.path.exists():
+            saved = torch.load(self.path)
+            self.model.load_state_dict(saved["model"])
+            self.adam.load_state_dict(saved["adam"])
+            self.muon.momentum = saved["muon"]
+            self.step, self.tokens, self.spent = saved["step"], saved["tokens"], saved["spent"]
+
+    def save(self) -> None:
+        state = {"model": self.model.state_dict(), "adam": self.adam.state_dict(), "muon": self.muon.momentum}
+        state |= {"step": self.step, "tokens": self.tokens, "spent": self.spent}
+        partial = self.path.with_suffix(".tmp")
+        torch.save(state, partial)
+        os.replace(partial, self.path)
+
+
+class Muon:
+    """Momentum, orthogonalised (Jordan et al., 2024). torch.optim.Muon works in bf16, far slower on most CPUs."""
+
+    def __init__(self, matrices: list[nn.Parameter]):
+        shapes: dict[torch.Size, list[nn.Parameter]] = {}
+        for matrix in matrices:
+            shapes.setdefault(matrix.shape, []).append(matrix)
+        self.stacks = list(shapes.values())
+        self.momentum = [torch.zeros(len(stack), *stack[0].shape) for stack in self.stacks]
+
+    @torch.no_grad()
+    def step(self, lr: float, momentum: float = 0.95, decay: float = 0.01) -> None:
+        for stack, average in zip(self.stacks, self.momentum, strict=True):
+            gradient = torch.stack([matrix.grad for matrix in stack])
+            average.lerp_(gradient, 1 - momentum)
+            rows, columns = stack[0].shape
+            update = orthogonalize(gradient.lerp(average, momentum)) * max(1, rows / columns) ** 0.5
+            for matrix, change in zip(stack, update, strict=True):
+                matrix.mul_(1 - lr * decay).add_(change, alpha=-lr)
+                matrix.grad = None
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrices, roughly: five Newton-Schulz steps on a stack [n, rows, columns]."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.mT if tall else x
+
+
+def train(model: Transformer, state: State, text: Text, args: argparse.Namespace) -> None:
+    @torch.compile
+    def losses(inputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="none")
+
+    text.rng.seed(state.step)
+    kinds = {1.0: "code", 2.0: "repeats", 12.0: "facts", 8.0: "documents", 10.0: "documents"}
+    average: dict[str, float] = {}
+    log = (args.run / "log.txt").open("a")
+    bar = tqdm(total=int(args.tokens), initial=state.tokens, unit="token", unit_scale=True)
+    while (done := state.tokens / args.tokens) < 1:
+        started = time.perf_counter()
+        stage = next(stage for stage in STAGES if done < stage.until)
+        inputs, targets, weights = text.batch(stage)
+        loss, weights = losses(inputs, targets), weights.flatten()
+        ((loss * weights).sum() / weights.sum()).backward()
+        lr = args.lr * min(1, (state.step + 1) / 50, (1 - done) / 0.4 + 0.02)
+        rest = state.adam.param_groups[0]
+        nn.utils.clip_grad_norm_(rest["params"], 1.0)
+        rest["lr"] = lr / 5
+        state.muon.step(lr)
+        state.adam.step()
+        state.adam.zero_grad()
+        state.step, state.tokens = state.step + 1, state.tokens + targets.numel()
+        bar.update(targets.numel())
+        state.spent += time.perf_counter() - started
+        for weight, kind in kinds.items():
+            if (chosen := loss.detach()[weights == weight]).numel():
+                average[kind] = 0.95 * average.get(kind, chosen.mean().item()) + 0.05 * chosen.mean().item()
+        bar.set_postfix({kind: f"{value:.2f}" for kind, value in average.items()})
+        if state.step % 200 == 0 or state.tokens >= args.tokens:
+            state.save()
+            figures = {
+                "step": state.step,
+                "tokens": state.tokens,
+                "recall": {n: recall(model, text, n, 48) for n in (256, 1024)},
+            }
+            print(json.dumps(figures | {"loss": average}), file=log, flush=True)
+
+
+@torch.no_grad()
+def recall(model: Transformer, text: Text, length: int, count: int, seed: int = 1234) -> float:
+    """Share of `count` prompts of `length` tokens, on held-out source, whose next token is the value asked for."""
+    rng, hits = random.Random(seed), 0
+    for _ in range(count):
+        ids, answer = data.recall_prompt(rng, text.tokenizer, text.held_out, length)
+        hits += model(torch.tensor([ids]))[0, -1].argmax().item() == answer
+    return hits / count
+
+
+@torch.no_grad()
+def held_out_loss(model: Transformer, text: Text, tokens: int = 1024) -> float:
+    """Mean cross-entropy, nats a token, over the held-out files in pieces of `tokens`."""
+    pieces = len(text.held_out) // (tokens + 1)
+    ids = torch.tensor(text.held_out[: pieces * (tokens + 1)]).view(pieces, -1)
+    return sum(F.cross_entropy(model(row[None, :-1])[0], row[1:]).item() for row in ids) / pieces
+
+
+def export(model: Transformer, state: State, text: Text, args: argparse.Namespace) -> None:
+    """Write a Hugging Face folder with its model card, and the demo's prompt."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in checkpoint.to_hf(model.state_dict(), model.config).items()}
+    save_file(tensors, args.out / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(args.run / "tokenizer.json", args.out / "tokenizer.json")
+    special = {"eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048}
+    for name, content in (
+        ("config.json", CONFIG),
+        ("generation_config.json", {"eos_token_id": EOS}),
+        ("tokenizer_config.json", special),
+    ):
+        (args.out / name).write_text(json.dumps(content, indent=2) + "\n")
+    (args.out / "demo_prompt.txt").write_text(demo_prompt(text))
+    rates = {length: recall(model, text, length, 200, seed=7) for length in (256, 512, 1024)}
+    card = CARD.format(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        train_files=len(text.files),
+        train_tokens=sum(text.sizes),
+        keys=len(data.KEYS),
+        values=len(data.VALUES),
+        step=state.step,
+        tokens=state.tokens,
+        minutes=state.spent / 60,
+        torch=torch.__version__,
+        held_out=held_out_loss(model, text),
+        recall="\n".join(f"| {length} | {rate:.1%} |" for length, rate in rates.items()),
+    )
+    (args.out / "README.md").write_text(card)
+    print(card)
+
+
+def demo_prompt(text: Text, tokens: int = 900) -> str:
+    """A fact at the top, a long middle of unseen source, the question at the end."""
+    middle = text.tokenizer.decode(text.held_out[3000 : 3000 + tokens])
+    return data.fact("amber", "lantern") + middle + "\n" + data.question("amber")
+
+
+CARD = """\
+# The embedded checkpoint
+
+A llama of 8 layers, {parameters:,} parameters in float32 (dim 128, 4 query and 2 key-value heads of 32, context
+2,048), trained from scratch by `scripts/train_tiny.py`. It is an instrument, not a language model: it writes
+recognisable Python and recalls facts from its context, so that a cache that drops the wrong tokens visibly hurts.
+
+**Data.** The Python standard library's own source ({train_files} files, {train_tokens:,} tokens, tests left out, every
+40th file held out; PSF-2.0), and generated facts hidden in it as comment lines: `# Box amber holds lantern.`, later
+asked for in the same words. {keys} keys and {values} values, all single tokens, paired at random for each document.
+
+**Recipe.** Muon and AdamW, {step:,} steps, {tokens:,} tokens, {minutes:.0f} minutes, torch {torch}. Lists of facts
+first, then documents of growing length; two positional heads in layer 0 (see the script).
+
+**Held-out source**: {held_out:.3f} nats a token.
+
+**Recall with the full cache**, exact match, 200 unseen documents each: 8 facts at uniform depth, one asked for at the
+end.
+
+| prompt tokens | recall |
+|---|---|
+{recall}
+"""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from model import ModelConfig, Transformer
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    torch.manual_seed(0)
+
+
+def random_model(dtype: torch.dtype = torch.float64, seed: int = 1, **changes) -> Transformer:
+    """A small transformer with every parameter drawn wide, so that attention and norms matter."""
+    config = ModelConfig(
+        **{
+            "model_type": "llama",
+            "vocab_size": 97,
+            "dim": 40,
+            "n_layers": 4,
+            "n_heads": 6,
+            "n_kv_heads": 2,
+            "head_dim": 12,
+            "ffn_dim": 56,
+            "max_positions": 4096,
+            **changes,
+        }
+    )
+    generator = torch.Generator().manual_seed(seed)
+    model = Transformer(config).to(dtype).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype)
+        fan_in = parameter.shape[-1]
+        parameter.copy_(1 + 0.3 * noise if parameter.ndim == 1 else 1.5 * noise * fan_in**-0.5)
+    return model
+
+
+def random_ids(count: int, seed: int = 2, vocab: int = 97) -> list[int]:
+    return torch.randint(vocab, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.fixture(scope="session")
+def model() -> Transformer:
+    return random_model()

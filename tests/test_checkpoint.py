@@ -1,0 +1,356 @@
+"""Loading: every form of a checkpoint gives the same model, and whatever is wrong with one is said in one line."""
+
+import fnmatch
+import json
+import re
+import shutil
+import weakref
+from pathlib import Path
+
+import families
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+import model
+from checkpoint import Stored, load, resolve, to_hf
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    """name of a case -> its checkpoint in one file, to be read only"""
+    made = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = families.make_checkpoint(families.BY_NAME[name], tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return make
+
+
+@pytest.fixture
+def folder(written, tmp_path) -> Path:
+    """A checkpoint to spoil."""
+    return shutil.copytree(written("llama-tied"), tmp_path / "spoiled")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def shard(folder: Path, suffix: str, save, count: int = 3) -> None:
+    """Write the tensors of model.safetensors into `count` files with an index."""
+    names = sorted(tensors := weights(folder))
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    weight_map = {name: f"{stem}-{i % count + 1:05}-of-{count:05}.{suffix}" for i, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        save({name: tensors[name].clone() for name in names if weight_map[name] == file}, folder / file)
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors").unlink()
+
+
+def as_bin(folder: Path) -> None:
+    """One pytorch_model.bin, which holds tied weights twice."""
+    tensors = weights(folder)
+    torch.save(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+FORMS = {
+    "shards": lambda folder: shard(folder, "safetensors", save_file),
+    "bin": as_bin,
+    "bin-shards": lambda folder: shard(folder, "bin", torch.save),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_one_model(form: str, written, folder):
+    expected = load(written("llama-tied"))[0].state_dict()
+    FORMS[form](folder)
+    loaded = load(folder)[0].state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(loaded[name].equal(expected[name]) for name in expected)
+
+
+def test_shards_by_transformers(written, tmp_path):
+    families.make_checkpoint(families.BY_NAME["qwen3"], tmp_path, shards=4)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    expected, loaded = (load(path)[0].state_dict() for path in (written("qwen3"), tmp_path))
+    assert all(loaded[name].equal(expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("case", families.CASES, ids=str)
+def test_to_hf_inverts_load(case, written, tmp_path):
+    loaded, config = load(written(case.name))
+    tensors, expected = to_hf(loaded.state_dict(), config), weights(written(case.name))
+    assert tensors.keys() == expected.keys()
+    assert all(tensors[name].equal(expected[name]) for name in expected)
+    save_file(tensors, tmp_path / "model.safetensors")
+
+
+def test_model_is_ready_to_run(written):
+    loaded, config = load(written("qwen2"), dtype=torch.bfloat16)
+    assert config is loaded.config
+    assert config.dtype == torch.bfloat16
+    assert not loaded.training
+    for parameter in loaded.parameters():
+        assert (parameter.dtype, parameter.device.type) == (torch.bfloat16, "cpu")
+        assert not parameter.requires_grad
+        assert parameter.is_contiguous()
+
+
+@pytest.mark.parametrize("name", ["bf16", "bfloat16", "fp16", "float16", "fp32", "float32", "float64"])
+def test_dtype_names(name: str, written):
+    expected = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(name) or getattr(torch, name)
+    assert load(written("llama-gqa"), dtype=name)[0].embed.weight.dtype == expected
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_auto_dtype_is_the_configs(key: str, folder):
+    families.change_config(folder, lambda raw: {k: v for k, v in raw.items() if k != "dtype"} | {key: "bfloat16"})
+    assert load(folder)[0].embed.weight.dtype == torch.bfloat16
+
+
+def test_config_is_read_as_by_transformers(written):
+    """Of two rope types the newer name counts; a window of null is none."""
+    raw = json.loads((written("qwen2") / "config.json").read_text()) | {"rope_parameters": None}
+    raw |= {"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 2.0}}
+    raw |= {"layer_types": None, "max_window_layers": 0, "sliding_window": None}
+    config = model.ModelConfig.from_hf(raw)
+    assert (config.rope["rope_type"], config.sliding_window) == ("default", None)
+
+
+def test_every_family_has_a_table():
+    assert checkpoint.WEIGHTS.keys() == model.FAMILIES.keys()
+
+
+def test_harmless_tensors_are_ignored(folder):
+    tensors = weights(folder)
+    tensors |= {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(2)}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors")
+    load(folder)
+
+
+def test_one_tensor_at_a_time(written, monkeypatch):
+    """What has been read from the files is let go before the next tensor is read."""
+    alive, most, read = weakref.WeakSet(), [], Stored.read
+
+    def watched(stored: Stored) -> torch.Tensor:
+        tensor = read(stored)
+        alive.add(tensor)
+        most.append(len(alive))
+        return tensor
+
+    monkeypatch.setattr(Stored, "read", watched)
+    load(written("llama-gqa"))
+    assert len(most) == 21
+    assert max(most) <= 2  # the last one until the next takes its name
+
+
+# What is wrong, how to bring it about, and what the one line must name.
+
+
+def config_with(**changes):
+    return lambda folder: families.change_config(folder, lambda raw: raw | changes)
+
+
+def tensors_with(change):
+    def spoil(folder: Path) -> None:
+        tensors = weights(folder)
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return spoil
+
+
+def put(name: str, change):
+    return tensors_with(lambda tensors: tensors.update({name: change(tensors.get(name))}))
+
+
+def with_value(value: float):
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.view(-1)[3] = value
+        return tensor
+
+    return change
+
+
+def truncate(name: str):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+
+
+def write(name: str, text: str):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def then(*steps):
+    return lambda folder: [step(folder) for step in steps]
+
+
+def lose_shard(folder: Path) -> None:
+    FORMS["shards"](folder)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+NORM = "model.layers.0.input_layernorm.weight"
+ROPE = {"rope_theta": 10000.0}
+BROKEN = {
+    "model type": (config_with(model_type="bert"), "model_type 'bert'.*llama, mistral, qwen2, qwen3"),
+    "no model type": (config_with(model_type=None), "model_type None"),
+    "rope type": (config_with(rope_parameters=ROPE | {"rope_type": "spiral"}), "rope type 'spiral'.*llama3"),
+    "older rope type": (config_with(rope_parameters=None, rope_scaling={"type": "spiral"}), "rope type 'spiral'"),
+    "rope without factor": (config_with(rope_parameters=ROPE | {"rope_type": "linear"}), "factor.*None"),
+    "partial rotary": (config_with(partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
+    "activation": (config_with(hidden_act="mish"), "activation 'mish'.*silu"),
+    "quantization": (config_with(quantization_config={"quant_method": "awq"}), "quantized.*awq"),
+    "dtype in config": (config_with(dtype="int8"), "dtype 'int8'"),
+    "heads": (config_with(num_attention_heads=5), "5 attention heads.*2 key-value"),
+    "size": (config_with(hidden_size="48"), "hidden_size.*'48'"),
+    "list in config": (config_with(rope_parameters=[1]), "config.json"),
+    "broken config": (write("config.json", '{"model_type": '), "config.json.*Expecting value"),
+    "config is no object": (write("config.json", "[]"), "config.json.*not a JSON object"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
+    "truncated": (truncate("model.safetensors"), "model.safetensors cannot be read"),
+    "not safetensors": (write("model.safetensors", "version https://git-lfs"), "model.safetensors cannot be read"),
+    "empty file": (write("model.safetensors", ""), "model.safetensors cannot be read"),
+    "truncated bin": (then(as_bin, truncate("pytorch_model.bin")), "pytorch_model.bin cannot be read"),
+    "bin of something": (
+        then(as_bin, lambda folder: torch.save([1], folder / "pytorch_model.bin")),
+        "pytorch_model.bin cannot be read",
+    ),
+    "bin with code": (
+        then(as_bin, lambda folder: torch.save({"x": Path("x")}, folder / "pytorch_model.bin")),
+        "pytorch_model.bin cannot be read.*[Ww]eights.only",
+    ),
+    "lost shard": (lose_shard, "index.json lists model-00002-of-00003.safetensors, missing"),
+    "truncated shard": (then(FORMS["shards"], truncate("model-00003-of-00003.safetensors")), "model-00003-of-00003"),
+    "broken index": (then(FORMS["shards"], write("model.safetensors.index.json", "{")), "index.json cannot be read"),
+    "index without map": (then(FORMS["shards"], write("model.safetensors.index.json", "{}")), "index.json.*weight_map"),
+    "missing": (tensors_with(lambda tensors: tensors.pop(UP)), f"1 missing: {UP}$"),
+    "unknown": (put("model.extra", lambda _: torch.ones(3)), "1 not known: model.extra$"),
+    "more layers than config": (
+        config_with(num_hidden_layers=1),
+        r"9 not known: model\.layers\.1\.\S+, .* and 6 more$",
+    ),
+    "fewer layers than config": (config_with(num_hidden_layers=3), r"9 missing: model\.layers\.2\.\S+, .* and 6 more$"),
+    "bias that config denies": (put(UP.replace("weight", "bias"), lambda _: torch.ones(88)), "up_proj.bias"),
+    "shape": (put(UP, lambda old: old[:-1].clone()), rf"{UP} \[87, 48\] instead of \[88, 48\]"),
+    "shape of a vector": (put(NORM, lambda old: old[None].clone()), rf"{NORM} \[1, 48\] instead of \[48\]"),
+    "fused shape": (config_with(num_key_value_heads=3), r"k_proj.weight \[16, 48\] instead of \[24, 48\]"),
+    "nan": (put(UP, with_value(float("nan"))), f"{UP} holds NaN"),
+    "infinite": (put(NORM, with_value(float("-inf"))), f"{NORM} holds NaN or inf"),
+    "integers": (put(UP, lambda old: old.to(torch.int8)), f"{UP} is torch.int8"),
+    "another head": (
+        put("lm_head.weight", lambda _: torch.ones(101, 48)),
+        "tie_word_embeddings.*lm_head.weight differs",
+    ),
+}
+
+
+def the_line(*args, **kwargs) -> str:
+    """What `load` complains of, in one line."""
+    with pytest.raises(ValueError) as caught:
+        load(*args, **kwargs)
+    assert "\n" not in (line := str(caught.value))
+    return line
+
+
+@pytest.mark.parametrize(("spoil", "names"), BROKEN.values(), ids=BROKEN)
+def test_broken_checkpoint(spoil, names: str, folder):
+    spoil(folder)
+    line = the_line(folder)
+    assert re.search(names, line), line
+
+
+def test_overflow_of_fp16(folder):
+    put(UP, with_value(7e4))(folder)
+    load(folder, dtype="bf16")
+    assert f"{UP} overflows torch.float16" in the_line(folder, dtype="fp16")
+    put(UP, with_value(float("inf")))(folder)
+    assert f"{UP} holds NaN or infinite" in the_line(folder, dtype="fp16")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta", "cpu:1", ""])
+def test_device_that_is_not_there(device: str, folder):
+    assert re.search(f"device '{device}' is not available; there is cpu", the_line(folder, device=device))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "double", torch.int8, ""])
+def test_unknown_dtype(dtype, folder):
+    assert re.search(f"dtype '{dtype}' is not supported; use auto, bfloat16", the_line(folder, dtype=dtype))
+
+
+# Where a checkpoint is.
+
+
+@pytest.mark.parametrize(
+    "path", ["/missing/folder", "./missing", "../missing", "~/missing", "~nobody-here/x", "a/b/c", "a b", "x/"]
+)
+def test_missing_folder(path: str, monkeypatch):
+    """What cannot be a hub id is never asked for there."""
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", pytest.fail)
+    assert the_line(path) == f"checkpoint folder {path} does not exist"
+
+
+def test_folder_that_is_none(tmp_path):
+    assert the_line(tmp_path) == f"checkpoint folder {tmp_path} is empty"
+    (tmp_path / "config.json").write_text("{}")
+    assert "config.json is a file" in the_line(tmp_path / "config.json")
+
+
+def test_existing_folder_goes_before_the_hub(written, tmp_path, monkeypatch):
+    shutil.copytree(written("llama-gqa"), tmp_path / "org" / "name")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", pytest.fail)
+    assert resolve("org/name") == Path("org/name")
+
+
+SMALL = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "README.md"]
+OTHERS = ["original/params.json", "onnx/model.safetensors", "consolidated.safetensors", "pytorch_model.bin", "x.gguf"]
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("weight_files", "wanted"),
+    [
+        (["model.safetensors", *OTHERS], ["model.safetensors"]),
+        (["model.safetensors.index.json", *SHARDS, *OTHERS], ["model.safetensors.index.json", *SHARDS]),
+        (OTHERS, ["pytorch_model.bin"]),
+    ],
+    ids=["single", "shards", "bin"],
+)
+def test_hub_gives_one_copy(weight_files, wanted, tmp_path, monkeypatch):
+    """Of a repository only config, tokenizer and one copy of the weights are fetched."""
+    index = json.dumps({"weight_map": {str(i): shard for i, shard in enumerate(SHARDS)}})
+
+    def snapshot_download(repo: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert repo == "org/name"
+        for file in SMALL + weight_files:
+            allowed = any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns)
+            if allowed and not any(fnmatch.fnmatch(file, pattern) for pattern in ignore_patterns):
+                (tmp_path / file).parent.mkdir(exist_ok=True)
+                (tmp_path / file).write_text(index if file.endswith("index.json") else "{}")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert resolve("org/name") == tmp_path
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*SMALL[:-1], *wanted])
+
+
+def test_hub_offline(written, tmp_path, monkeypatch):
+    """Without a network a cached checkpoint loads, and another one is an error of one line."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--org--name"
+    shutil.copytree(written("llama-gqa"), repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    assert load("org/name")[1].vocab_size == 101
+    assert the_line("org/other").startswith("org/other is no folder here, and the hub did not give it: ")
+    assert the_line("org/a--b").startswith("org/a--b is no folder here, and the hub did not give it: ")

@@ -1,0 +1,256 @@
+"""The engine against its oracles: a naive cache, recomputing without a cache, eager, and single runs."""
+
+import pytest
+import torch
+from conftest import random_ids, random_model
+from naive import NaiveCache
+
+from engine import Engine, Request
+from policies.tokens import TOKEN_POLICIES, make
+from sampling import Sampling
+
+NEW = 40
+BOUNDED = [name for name, policy in TOKEN_POLICIES.items() if policy.bounded]
+PLAN = [7, 12, 30, 9]  # filled at different steps, odd and even
+PROMPTS = {"shorter than every layer": 3, "between": 10, "longer": 41}
+
+
+def run(engine: Engine, ids: list[int], new: int = NEW) -> list[int]:
+    return list(engine.stream(ids, max_new_tokens=new))
+
+
+def teacher_forced(engine: Engine, ids: list[int], following: list[int]) -> torch.Tensor:
+    """Logits [1 + len(following), vocab] after the prompt and after each following token, through the real cache."""
+    with torch.inference_mode():
+        decoder, _ = engine._start([Request(ids, max_new_tokens=len(following) + 1)])
+        rows = [engine._prefill(torch.tensor([ids]), torch.tensor([len(ids)]), decoder.rotary)[0]]
+        for token in following:
+            decoder.tokens.fill_(token)
+            rows.append(decoder.logits())
+    return torch.cat(rows)
+
+
+def recomputed(model, ids: list[int], new: int) -> list[int]:
+    ids = list(ids)
+    for _ in range(new):
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+    return ids[-new:]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
+@pytest.mark.parametrize("policy", BOUNDED)
+def test_equals_naive_eviction(model, policy, prompt):
+    ids, following = random_ids(prompt), random_ids(NEW, seed=3)
+    got = teacher_forced(Engine(model, policy, plan=PLAN), ids, following)
+    naive = NaiveCache(model, policy, PLAN)
+    want = torch.stack([naive.prompt(ids), *(naive.feed(token) for token in following)])
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("policy", BOUNDED)
+def test_greedy_tokens_equal_naive_eviction(model, policy):
+    ids = random_ids(33)
+    naive = NaiveCache(model, policy, PLAN)
+    want = [naive.prompt(ids).argmax().item()]
+    while len(want) < NEW:
+        want.append(naive.feed(want[-1]).argmax().item())
+    assert run(Engine(model, policy, plan=PLAN), ids) == want
+    assert run(Engine(model, "full"), ids) != want, "the eviction must matter"
+
+
+def test_streaming_with_other_sinks_equals_naive(model):
+    ids, following = random_ids(20), random_ids(NEW, seed=3)
+    plan = [4, 9, 3, 60]
+    got = teacher_forced(Engine(model, make("streaming", sinks=2), plan=plan), ids, following)
+    naive = NaiveCache(model, "streaming", plan, sinks=2)
+    want = torch.stack([naive.prompt(ids), *(naive.feed(token) for token in following)])
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+
+
+def test_full_equals_recomputing(model):
+    ids = random_ids(25)
+    assert run(Engine(model), ids) == recomputed(model, ids, NEW)
+
+
+@pytest.mark.parametrize("layers", ["uniform", "squeeze", "pyramid"])
+@pytest.mark.parametrize("policy", BOUNDED)
+def test_enough_slots_equal_full(model, policy, layers):
+    ids, following = random_ids(25), random_ids(NEW, seed=3)
+    want = teacher_forced(Engine(model), ids, following)
+    torch.testing.assert_close(teacher_forced(Engine(model, policy, layers, budget=1), ids, following), want)
+    few = teacher_forced(Engine(model, policy, layers, budget=12), ids, following)
+    assert few.isfinite().all() and (few - want).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("policy", TOKEN_POLICIES)
+def test_batch_equals_single(model, policy):
+    plan = None if policy == "full" else PLAN
+    prompts = [random_ids(21, seed) for seed in (5, 6, 7)]
+    singles = [run(Engine(model, policy, plan=plan), ids) for ids in prompts]
+    requests = [Request(ids, max_new_tokens=NEW) for ids in prompts]
+    done = list(Engine(model, policy, plan=plan).generate(requests))
+    assert [completion.tokens for completion in done] == singles
+    assert len({tuple(tokens) for tokens in singles}) == 3
+
+
+@pytest.mark.parametrize("policy", TOKEN_POLICIES)
+def test_ragged_batch_equals_single(model, policy):
+    plan = [80] * 4 if policy == "full" else PLAN
+    prompts = [random_ids(count, seed=count) for count in (2, 31, 8, 19)]
+    singles = [run(Engine(model, policy, plan=plan), ids) for ids in prompts]
+    requests = [Request(ids, max_new_tokens=NEW) for ids in prompts]
+    done = {id(completion.request): completion for completion in Engine(model, policy, plan=plan).generate(requests)}
+    assert [done[id(request)].tokens for request in requests] == singles
+
+
+def test_ragged_batch_has_the_mean_of_single_signals(model):
+    prompts = [random_ids(count, seed=count) for count in (2, 31, 8)]
+    singles = [next(Engine(model).generate([Request(ids, max_new_tokens=1)])).figures.importance for ids in prompts]
+    batch = next(Engine(model).generate([Request(ids, max_new_tokens=1) for ids in prompts])).figures.importance
+    torch.testing.assert_close(torch.tensor(batch), torch.tensor(singles).mean(0))
+
+
+@pytest.mark.parametrize("policy", BOUNDED)
+def test_fewer_slots_keep_a_subset(policy):
+    torch.manual_seed(0)
+    lengths = torch.tensor([50, 23])
+    scores = torch.randint(5, (2, 3, 50)).double()  # many ties
+    chosen = make(policy)
+    kept = {n: chosen.select(lengths, n, scores).expand(2, 3, -1) for n in range(chosen.floor, 60)}
+    for slots, fewer in kept.items():
+        for row, length in enumerate(lengths.tolist()):
+            for head in range(3):
+                real = fewer[row, head, : min(slots, length)].tolist()
+                assert len(set(real)) == len(real) == min(slots, length) and max(real) < length
+                if slots + 1 in kept:
+                    assert set(real) <= set(kept[slots + 1][row, head, : min(slots + 1, length)].tolist())
+
+
+@pytest.mark.parametrize("policy", TOKEN_POLICIES)
+def test_compiled_equals_eager(policy):
+    torch._dynamo.reset()
+    model = random_model(torch.float64)
+    ids, following = random_ids(20), random_ids(30, seed=3)
+    plan = [60] * 4 if policy == "full" else PLAN
+    eager = teacher_forced(Engine(model, policy, plan=plan), ids, following)
+    compiled = teacher_forced(Engine(model, policy, plan=plan, compile=True), ids, following)
+    torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-9)
+    # New lengths and a new batch of layers: nothing may be compiled again for each of them.
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for more in ([61, 62, 63, 64], [59, 58, 57, 65]):
+        plan = more if policy == "full" else [slots - 48 for slots in more]
+        Engine(model, policy, plan=plan, compile=True)
+        run(Engine(model, policy, plan=plan, compile=True), ids, 30)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs <= 1
+
+
+def test_two_engines_alternate(model):
+    ids, other = random_ids(20), random_model(seed=9, n_layers=3)
+    alone = [run(Engine(model, "h2o", plan=PLAN), ids), run(Engine(other, "streaming", budget=9), ids)]
+    streams = [
+        iter(Engine(model, "h2o", plan=PLAN).stream(ids, max_new_tokens=NEW)),
+        iter(Engine(other, "streaming", budget=9).stream(ids, max_new_tokens=NEW)),
+    ]
+    together = [[], []]
+    for _ in range(NEW):
+        for tokens, stream in zip(together, streams, strict=True):
+            tokens.append(next(stream))
+    assert together == alone
+
+
+def test_squeeze_gives_the_squeezed_layers_less(model):
+    stream = Engine(model, "window", "squeeze", budget=16).stream(random_ids(60), max_new_tokens=4)
+    list(stream)
+    figures = stream.completion.figures
+    assert sum(figures.plan) == 16 * 4 and len(set(figures.plan)) > 1
+    assert figures.kv_bytes == sum(figures.plan) * 2 * 2 * 12 * 8  # K and V, heads, head_dim, float64
+    assert figures.kv_bytes_full == 64 * 4 * 2 * 2 * 12 * 8
+    for signal, group, slots in zip(figures.importance, figures.groups, figures.plan, strict=True):
+        assert (group == 2) == (slots == min(figures.plan)), (signal, group, slots)
+    again = Engine(model, "window", plan=figures.plan).stream(random_ids(60), max_new_tokens=4)
+    assert list(again) == stream.completion.tokens
+
+
+def test_finish_reasons(model):
+    ids = random_ids(9)
+    tokens = run(Engine(model), ids, 12)
+    eos = tokens[5]
+    stream = Engine(model).stream(ids, max_new_tokens=12, eos_ids={eos})
+    assert list(stream) == tokens[: tokens.index(eos) + 1] and stream.completion.finish_reason == "eos"
+    stream = Engine(model).stream(ids, max_new_tokens=12, stop=lambda new: len(new) == 3)
+    assert list(stream) == tokens[:3] and stream.completion.finish_reason == "stop"
+    stream = Engine(model).stream(ids, max_new_tokens=12)
+    assert list(stream) == tokens and stream.completion.finish_reason == "length"
+    stream = Engine(model).stream(ids, max_new_tokens=12)
+    steps = iter(stream)
+    assert [next(steps), next(steps)] == tokens[:2]
+    stream._steps.close()
+    assert stream.completion.finish_reason == "interrupted"
+
+
+def test_rows_end_on_their_own(model):
+    requests = [Request(random_ids(11, seed), max_new_tokens=new) for seed, new in ((1, 9), (2, 3), (3, 6))]
+    done = list(Engine(model, "window", plan=PLAN).generate(requests))
+    assert [len(completion.tokens) for completion in done] == [3, 6, 9]
+    for completion in done:
+        assert completion.tokens == run(
+            Engine(model, "window", plan=PLAN), completion.request.ids, completion.request.max_new_tokens
+        )
+
+
+def test_seeded_rows_do_not_depend_on_their_neighbours(model):
+    sampling = [Sampling(temperature=0.9, top_k=20, top_p=0.9, seed=seed) for seed in (1, 2)]
+    ids = random_ids(12)
+    singles = [list(Engine(model).stream(ids, s, max_new_tokens=20)) for s in sampling]
+    requests = [Request(ids, 20, s) for s in sampling]
+    assert [completion.tokens for completion in Engine(model).generate(requests)] == singles
+    assert singles[0] != singles[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"policy": "full", "budget": 0.5}, "full keeps every token"),
+        ({"policy": "window", "budget": 1.5}, "not 1.5"),
+        ({"policy": "window", "budget": 0}, "not 0"),
+        ({"policy": "window", "budget": -3}, "not -3"),
+        ({"policy": "window", "budget": True}, "not True"),
+        ({"policy": "window", "budget": float("nan")}, "not nan"),
+        ({"policy": "lru"}, "unknown policy 'lru'"),
+        ({"layers": "cone"}, "unknown layer policy 'cone'"),
+        ({"policy": "window", "plan": [8, 8]}, "2 layers, the model 4"),
+    ],
+)
+def test_settings_that_do_not_fit(model, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        Engine(model, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ids", "new", "words"),
+    [
+        ({}, [], 4, "prompt is empty"),
+        ({}, [1, 97], 4, "97 is outside the vocabulary"),
+        ({}, [-1], 4, "-1 is outside"),
+        ({}, [1], 0, "at least 1, not 0"),
+        ({}, [1] * 4000, 97, "4096 positions"),
+        ({"policy": "streaming", "budget": 4}, [1] * 50, 4, "needs at least 5"),
+        ({"policy": "streaming", "budget": 0.05}, [1] * 50, 10, "is 3 slots"),
+        ({"policy": "streaming", "plan": [5, 5, 5, 4]}, [1] * 50, 4, "layer 3 4 slots"),
+        ({"policy": "full", "plan": [54, 54, 53, 54]}, [1] * 50, 4, "layer 2 53 slots"),
+    ],
+)
+def test_requests_that_cannot_run(model, arguments, ids, new, words):
+    with pytest.raises(ValueError, match=words):
+        Engine(model, **arguments).stream(ids, max_new_tokens=new)
+
+
+def test_bounded_policies_run_past_the_position_limit():
+    model = random_model(max_positions=32)
+    assert len(run(Engine(model, "streaming", budget=16), random_ids(30), 40)) == 40
+
+
+@pytest.mark.parametrize("new", [1, 2])
+@pytest.mark.parametrize("policy", BOUNDED)
+def test_very_short_requests(model, policy, new):
+    assert len(run(Engine(model, policy, "squeeze"), [5], new)) == new

@@ -1,0 +1,223 @@
+"""The command line: its JSON, its report, and one clear line for everything that can be wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import generate
+
+ROOT = Path(__file__).resolve().parent.parent
+KEYS = """tokens text finish_reason prompt_tokens max_new_tokens policy layers budget budget_slots plan importance
+groups kv_bytes state_bytes kv_bytes_full prefill_s compile_s decode_s decode_tokens_per_s device dtype torch""".split()
+IDS = ",".join(str(1 + 7 * i % 2000) for i in range(700))
+
+
+def run(capsys, *args: str) -> str:
+    assert generate.main([str(arg) for arg in args]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def run_json(capsys, *args) -> dict:
+    return json.loads(run(capsys, "--json", "--ignore-eos", *args))
+
+
+def refused(capsys, *args) -> str:
+    """The one line that a refused call prints."""
+    code = generate.main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("generate.py: error: ")
+    return err
+
+
+def process(*args: str, **options) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "generate.py"), *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_squeeze_json(capsys, tmp_path):
+    plan = tmp_path / "plan.json"
+    args = ("--prompt-ids", IDS, "--max-new-tokens", 24)
+    result = run_json(capsys, "--squeeze", "--save-plan", plan, *args)
+    assert list(result) == KEYS
+    assert result["prompt_tokens"] == 700 and len(result["tokens"]) == 24 and result["finish_reason"] == "length"
+    assert result["layers"] == "squeeze" and len(result["importance"]) == len(result["plan"]) == 8
+    assert len(set(result["plan"])) >= 2 and set(result["groups"]) == {0, 1, 2}
+    granule = max(1, min(16, result["budget_slots"] // 8))
+    assert abs(sum(result["plan"]) - 8 * result["budget_slots"]) < granule
+    slot = 2 * 2 * 32 * 4  # K and V, key-value heads, head_dim, float32
+    assert result["kv_bytes"] == sum(result["plan"]) * slot
+    assert result["kv_bytes_full"] == 724 * 8 * slot
+
+    policy = result["policy"]
+    for given in ("--squeeze", "--policy", policy), ("--policy", policy):
+        again = run_json(capsys, *given, "--plan", plan, *args)
+        assert again["tokens"] == result["tokens"] and again["plan"] == result["plan"]
+    written = tmp_path / "result.json"
+    written.write_text(json.dumps(result))
+    assert run_json(capsys, "--policy", policy, "--plan", written, *args)["tokens"] == result["tokens"]
+
+
+def test_enough_slots_equal_full(capsys):
+    args = ("--prompt-ids", IDS, "--max-new-tokens", 16)
+    full = run_json(capsys, *args)
+    assert full["policy"] == "full" and full["groups"] is None and full["budget"] is None
+    assert full["plan"] == [716] * 8 and full["kv_bytes"] == full["kv_bytes_full"] and full["state_bytes"] == 0
+    for policy in ("window", "streaming", "h2o"):
+        result = run_json(capsys, "--policy", policy, "--layers", "pyramid", "--budget", "1", *args)
+        assert result["tokens"] == full["tokens"] and result["budget"] == 1
+
+
+def test_text_streams_and_the_report_follows(capsys):
+    out = run(capsys, "--squeeze", "--prompt", "def main(", "--max-new-tokens", 30)
+    text, report = out.split("\n\nlayer ")
+    result = run_json(capsys, "--squeeze", "--prompt", "def main(", "--max-new-tokens", 30)
+    assert text.rstrip("\n") == result["text"].rstrip("\n")
+    assert "tokens/s" in report and "of the full cache" in report and "####" in report
+
+
+def test_three_words_with_a_bare_squeeze(capsys):
+    result = run_json(capsys, "--squeeze", "--prompt", "import os and", "--max-new-tokens", 5)
+    assert len(result["tokens"]) == 5 and result["kv_bytes"] <= result["kv_bytes_full"]
+
+
+def test_stop_strings(capsys):
+    args = ("--prompt", "import os\nimport sys\n", "--max-new-tokens", 60)
+    text = run_json(capsys, *args)["text"]
+    stop = text[7:10]
+    result = run_json(capsys, *args, "--stop", "never seen", "--stop", stop)
+    assert result["text"] == text[: text.index(stop)] and result["finish_reason"] == "stop"
+
+
+def test_equal_seeds_give_equal_text(capsys):
+    args = ("--prompt", "import", "--max-new-tokens", 20, "--temperature", 0.8, "--top-k", 50, "--top-p", 0.95)
+    first, again, other = (run_json(capsys, *args, "--seed", seed)["tokens"] for seed in (1, 1, 2))
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--checkpoint", "./nowhere"], "nowhere does not exist"),
+        (["--policy", "lru"], "unknown policy 'lru'; known: full"),
+        (["--layers", "cone"], "unknown layer policy 'cone'; known: uniform"),
+        (["--squeeze", "--layers", "pyramid"], "--squeeze means --layers squeeze"),
+        (["--squeeze", "--policy", "full"], "nothing to squeeze"),
+        (["--policy", "full", "--budget", "0.5"], "takes no budget, not 0.5"),
+        (["--squeeze", "--budget", "0"], "not 0"),
+        (["--squeeze", "--budget", "-4"], "not -4"),
+        (["--squeeze", "--budget", "1.5"], "not 1.5"),
+        (["--squeeze", "--budget", "nan"], "not nan"),
+        (["--squeeze", "--budget", "much"], "'much'"),
+        (["--policy", "streaming", "--budget", "4"], "needs at least 5"),
+        (["--policy", "streaming", "--sinks", "0"], "sinks must be"),
+        (["--policy", "window", "--sinks", "4"], "no option 'sinks'"),
+        (["--squeeze", "--p", "0"], "p must be in (0, 1], not 0.0"),
+        (["--squeeze", "--p", "1.2"], "not 1.2"),
+        (["--p", "0.5"], "no option 'p'"),
+        (["--prompt", ""], "prompt is empty"),
+        (["--prompt-ids", ""], "prompt is empty"),
+        (["--prompt-ids", "1,2048"], "2048 is outside the vocabulary (0 to 2047)"),
+        (["--prompt-ids", "1,x"], "'1,x'"),
+        (["--prompt", "a", "--prompt-ids", "1"], "not both"),
+        (["--prompt-ids", IDS, "--max-new-tokens", "1349"], "exceed the model's 2048 positions"),
+        (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
+        (["--max-new-tokens", "0"], "at least 1, not 0"),
+        (["--max-new-tokens", "few"], "'few'"),
+        (["--temperature", "-1"], "not -1.0"),
+        (["--top-k", "0"], "not 0"),
+        (["--top-p", "1.5"], "not 1.5"),
+        (["--seed", "-1"], "not -1"),
+        (["--stop", ""], "non-empty"),
+        (["--device", "abacus"], "'abacus' is not available"),
+        (["--dtype", "int4"], "'int4' is not supported"),
+        (["--plan", "nowhere.json"], "nowhere.json"),
+        (["--frobnicate"], "--frobnicate"),
+    ],
+    ids=" ".join,
+)
+def test_bad_input(capsys, args, words):
+    args = [arg if len(arg) < 99 else IDS for arg in args]
+    assert words in refused(capsys, *args)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("[1, 2", "not JSON"), ("[64, 0, 1]", "positive integers"), ("[64, 64]", "2 layers, the model 8"), ("{}", "plan")],
+)
+def test_bad_plans(capsys, tmp_path, content, words):
+    plan = tmp_path / "plan.json"
+    plan.write_text(content)
+    assert words in refused(capsys, "--policy", "window", "--plan", plan)
+
+
+def test_invalid_utf8(capsys, tmp_path):
+    file = tmp_path / "latin1.txt"
+    file.write_bytes("caf\xe9 au lait".encode("latin-1"))
+    assert "latin1.txt is not UTF-8: byte 0xe9 at 3" in refused(capsys, "--prompt-file", file)
+    with process("--prompt", "-", stdin=file.open()) as call:
+        out, err = call.communicate()
+    assert (call.returncode, out) == (
+        2,
+        "",
+    ) and err == "generate.py: error: standard input is not UTF-8: byte 0xe9 at 3\n"
+
+
+def test_prompt_from_standard_input(capsys):
+    with process("--prompt", "-", "--max-new-tokens", "8", "--json", stdin=subprocess.PIPE) as call:
+        out, err = call.communicate("import os\n")
+    assert call.returncode == 0, err
+    result = run_json(capsys, "--prompt", "import os\n", "--max-new-tokens", 8)
+    assert json.loads(out)["tokens"] == result["tokens"]
+
+
+def test_a_folder_without_tokenizer(capsys, tmp_path):
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        os.symlink(generate.EMBEDDED / name, tmp_path / name)
+    result = run_json(capsys, "--checkpoint", tmp_path, "--prompt-ids", "5,6,7", "--max-new-tokens", 4)
+    assert result["text"] == "" and len(result["tokens"]) == 4
+    assert "no tokenizer" in refused(capsys, "--checkpoint", tmp_path, "--prompt", "a")
+    assert "--stop needs a tokenizer" in refused(capsys, "--checkpoint", tmp_path, "--prompt-ids", "5", "--stop", "x")
+
+
+def test_a_closed_pipe_is_no_traceback():
+    with process("--prompt", "import", "--max-new-tokens", "400", "--ignore-eos") as call:
+        call.stdout.read(1)
+        call.stdout.close()
+        assert call.stderr.read() == ""
+    assert call.wait() == 141
+
+
+@pytest.mark.parametrize("as_json", [True, False], ids=["json", "text"])
+def test_interrupt_ends_with_what_was_generated(as_json):
+    args = [
+        "--policy",
+        "streaming",
+        "--budget",
+        "64",
+        "--prompt",
+        "import",
+        "--ignore-eos",
+        "--max-new-tokens",
+        "1000000",
+    ]
+    ready = ROOT / "checkpoints"
+    with process(*args, *(["--json"] if as_json else []), cwd=ready) as call:
+        if as_json:
+            time.sleep(12)
+        else:
+            call.stdout.read(20)
+        call.send_signal(signal.SIGINT)
+        out, err = call.communicate(timeout=60)
+    assert call.returncode == 0 and err == "", err
+    if as_json:
+        result = json.loads(out)
+        assert result["finish_reason"] == "interrupted" and len(result["tokens"]) > 1
+        assert len(result["plan"]) == 8 and result["decode_tokens_per_s"] > 0
+    else:
+        assert "interrupted" in out and "tokens/s" in out

@@ -1,0 +1,43 @@
+"""Each file imports only from the floors below it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = {
+    "generate": 4,
+    "engine": 3,
+    "checkpoint": 2,
+    "model": 1,
+    "kvcache": 0,
+    "policies": 0,
+    "sampling": 0,
+    "tokenizer": 0,
+}
+FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("policies/**/*.py")])
+
+
+def imported(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_point_downwards(file):
+    own = file.relative_to(ROOT).parts[0].removesuffix(".py")
+    assert own in FLOORS, f"{own} stands on no floor: name it in FLOORS"
+    for name in imported(file) & set(FLOORS) - {own}:
+        assert FLOORS[name] < FLOORS[own], f"{own} (floor {FLOORS[own]}) imports {name} (floor {FLOORS[name]})"
+
+
+def test_the_two_axes_do_not_know_each_other():
+    for axis, other in (("layers", "tokens"), ("tokens", "layers")):
+        for file in ROOT.glob(f"policies/{axis}/*.py"):
+            assert f"policies.{other}" not in file.read_text(), file

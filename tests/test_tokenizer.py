@@ -1,0 +1,460 @@
+"""Tokenizer files of every form, made here; streaming and stop strings against the slow obvious way."""
+
+import base64
+import io
+import json
+import random
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import tokenizers
+import transformers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from tokenizer import TextStream, Tokenizer, eos_ids, load
+
+FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466"  # four emoji joined by ZWJ into one
+TEXTS = [
+    "Hello, world! The quick brown fox's tail isn't 12345 long.",
+    "Zażółć gęślą jaźń, naïve café, Straße",
+    "Привет, мир! Γειά σου κόσμε",
+    "你好,世界。日本語のテキスト、한국어 텍스트",
+    "مرحبا بالعالم שלום עולם नमस्ते दुनिया สวัสดี",
+    f"emoji \U0001f600 {FAMILY} \U0001f44d\U0001f3fd \U0001f1eb\U0001f1f7!",
+    "def f(x):\n    if x > 0:\n\t\treturn {'a': [1, 2]}  # ok\n\n\n",
+    "  two  spaces,   three\t tabs\r\n and the end  ",
+    " ",
+    "",
+    "\u2028 \x00 \x85 \xa0 \ufeff \ufffd \U0010ffff e\u0301",
+]
+SPECIAL = ["<|endoftext|>", "</s>", "<s>", "<|begin_of_text|>", "<unk>"]
+
+
+def corpus() -> list[str]:
+    rng = random.Random(0)
+    words = " ".join(TEXTS[:7]).split()
+    return [" ".join(rng.choices(words, k=12)) for _ in range(300)]
+
+
+def write(folder: Path, name: str, value: object) -> Path:
+    (folder / name).write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+    return folder
+
+
+def train_bytes() -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
+    backend.train_from_iterator(corpus(), trainer)
+    return backend
+
+
+def train_pieces(**options: object) -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=600,
+        byte_fallback=True,
+        character_coverage=0.98,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=2,
+        **options,
+    )
+    return model.getvalue()
+
+
+def convert_pieces(folder: Path) -> tokenizers.Tokenizer:
+    """The sentencepiece model as Llama 2's tokenizer.json has it: a merge for every way to make a piece of two."""
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    vocab = {model.id_to_piece(i): i for i in range(model.vocab_size())}
+    merges = [(p[:n], p[n:]) for p in vocab for n in range(1, len(p)) if p[:n] in vocab and p[n:] in vocab]
+    merges.sort(key=lambda pair: -model.get_score(vocab["".join(pair)]))
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
+    return backend
+
+
+def tiktoken_lines() -> str:
+    words = {f"{word[:n]}".encode() for text in TEXTS for word in text.split(" ") for n in range(2, len(word) + 1)}
+    tokens = [bytes([n]) for n in range(256)] + sorted(words | {b" " + word for word in words}, key=len)
+    tokens = list(dict.fromkeys(tokens))
+    return "".join(f"{base64.b64encode(token).decode()} {n}\n" for n, token in enumerate(tokens))
+
+
+def save_vocab_merges(folder: Path, backend: tokenizers.Tokenizer, **config: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    backend.model.save(str(folder))
+    return write(folder, "tokenizer_config.json", config)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One folder of every form; "pieces_json" is the sentencepiece model as transformers converts it."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    made = {name: root / name for name in ("json", "merges", "qwen", "pieces", "pieces_json", "tiktoken")}
+    for folder in made.values():
+        folder.mkdir()
+    backend = train_bytes()
+    save_vocab_merges(made["merges"], backend, tokenizer_class="GPT2Tokenizer", bos_token="</s>", add_bos_token=True)
+    save_vocab_merges(made["qwen"], backend, tokenizer_class="Qwen2Tokenizer", eos_token="<|im_end|>")
+    size = backend.get_vocab_size()
+    write(made["qwen"], "added_tokens.json", {"<|im_end|>": size, "<think>": size + 1})
+    bos = ("<|endoftext|>", backend.token_to_id("<|endoftext|>"))
+    template = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[bos])
+    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    backend.enable_truncation(4)  # must not cut prompts
+    backend.save(str(made["json"] / "tokenizer.json"))
+    (made["pieces"] / "tokenizer.model").write_bytes(train_pieces())
+    convert_pieces(made["pieces"]).save(str(made["pieces_json"] / "tokenizer.json"))
+    write(made["tiktoken"], "tokenizer.model", tiktoken_lines())
+    return made
+
+
+@pytest.fixture(scope="session")
+def loaded(folders: dict[str, Path]) -> dict[str, Tokenizer]:
+    return {name: load(folder) for name, folder in folders.items()}
+
+
+@pytest.fixture(params=["json", "merges", "qwen", "pieces", "pieces_json", "tiktoken"])
+def form(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def tokenizer(loaded: dict[str, Tokenizer], form: str) -> Tokenizer:
+    return loaded[form]
+
+
+def random_ids(tokenizer: Tokenizer, rng: random.Random, count: int) -> list[int]:
+    """Ids of a random piece of text, of single bytes or of anything, mixed."""
+    ids: list[int] = []
+    while len(ids) < count:
+        text = tokenizer.encode(rng.choice(TEXTS), special=False) or [0]
+        start = rng.randrange(len(text))
+        ids += text[start : start + rng.randrange(1, 8)]
+        ids += [rng.randrange(tokenizer.vocab_size + 5) for _ in range(rng.randrange(4))]
+        ids += [rng.randrange(300) for _ in range(rng.randrange(4))]  # where the bytes are, in each of the forms
+    return ids
+
+
+# ---- encode and decode ----
+
+
+def test_round_trip(tokenizer: Tokenizer, form: str) -> None:
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert all(0 <= i < tokenizer.vocab_size for i in ids)
+        expected = text if form != "qwen" else normalizers.NFC().normalize_str(text)
+        assert tokenizer.decode(ids) == expected
+
+
+def test_long_text_is_not_truncated(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode("The quick brown fox " * 500)) == "The quick brown fox " * 500
+
+
+def test_ids_equal_transformers(loaded: dict[str, Tokenizer], folders: dict[str, Path], form: str) -> None:
+    if form == "tiktoken":
+        pytest.skip("transformers does not split this form as Llama 3 does")
+    if form in ("merges", "qwen"):
+        kind = {"merges": transformers.GPT2Tokenizer, "qwen": transformers.Qwen2Tokenizer}[form]
+        wanted = kind.from_pretrained(folders[form])
+    else:
+        file = folders["json" if form == "json" else "pieces_json"] / "tokenizer.json"
+        wanted = transformers.PreTrainedTokenizerFast(tokenizer_file=str(file))
+    for text in TEXTS:
+        assert loaded[form].encode(text) == wanted.encode(text), text
+        ids = loaded[form].encode(text)
+        assert loaded[form].decode(ids) == wanted.decode(ids, skip_special_tokens=True)
+
+
+def test_pieces_equal_sentencepiece(loaded: dict[str, Tokenizer], folders: dict[str, Path]) -> None:
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folders["pieces"] / "tokenizer.model"))
+    for text in [*TEXTS, *SPECIAL]:
+        ids = loaded["pieces"].encode(text)
+        assert ids == [model.bos_id(), *model.encode(text)]
+        assert loaded["pieces"].decode(ids) == model.decode(ids)
+
+
+def test_tiktoken_splits_and_reserves_as_llama_3(loaded: dict[str, Tokenizer], folders: dict[str, Path]) -> None:
+    tokenizer = loaded["tiktoken"]
+    base = len((folders["tiktoken"] / "tokenizer.model").read_text().splitlines())
+    assert tokenizer.vocab_size == base + 256
+    assert tokenizer.encode("") == [base]
+    names = ["begin_of_text", "end_of_text", "reserved_special_token_0", "start_header_id", "eot_id"]
+    ids = [tokenizer.encode(f"<|{name}|>", special=False, parse_special=True) for name in names]
+    assert ids == [[base], [base + 1], [base + 2], [base + 6], [base + 9]]
+    last = tokenizer.encode("<|reserved_special_token_250|>", special=False, parse_special=True)
+    assert last == [base + 255]
+    pieces = [tokenizer.token_bytes(i) for i in tokenizer.encode("12345", special=False)]
+    assert not any(b"34" in piece for piece in pieces)  # digits go in threes, though "12345" is a token
+
+
+def test_special_names_in_text_are_text(tokenizer: Tokenizer) -> None:
+    for name in SPECIAL:
+        for text in (name, f"a{name}b"):
+            ids = tokenizer.encode(text, special=False)
+            assert len(ids) > 2 and tokenizer.decode(ids) == text
+
+
+def test_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        tokenizer.encode("a\ud800")
+
+
+def test_parse_special(loaded: dict[str, Tokenizer], form: str) -> None:
+    name = {"tiktoken": "<|eot_id|>", "qwen": "<|im_end|>"}.get(form, "</s>")
+    tokenizer = loaded[form]
+    ids = tokenizer.encode(f"hello{name}{name}{name}", special=False, parse_special=True)
+    assert len(set(ids[-3:])) == 1 and tokenizer.token_bytes(ids[-1]) == b""
+    assert tokenizer.decode(ids) == "hello"
+    assert tokenizer.encode(name, special=False, parse_special=True) == ids[-1:]
+    assert ids[-1] not in tokenizer.encode(f"hello{name}", special=False)  # and the choice does not stick
+
+
+def test_special_at_the_ends(loaded: dict[str, Tokenizer], form: str) -> None:
+    tokenizer = loaded[form]
+    name = {"json": "<|endoftext|>", "merges": "</s>", "tiktoken": "<|begin_of_text|>"}.get(form, "<s>")
+    bos = [] if form == "qwen" else tokenizer.encode(name, special=False, parse_special=True)
+    assert len(bos) == (form != "qwen")
+    plain = tokenizer.encode("hello", special=False)
+    assert tokenizer.encode("hello") == bos + plain and bos != plain[:1]
+
+
+def test_settings_decide_on_bos_and_eos(folders: dict[str, Path], form: str, tmp_path: Path) -> None:
+    for file in folders[form].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    names = {"tiktoken": ("<|begin_of_text|>", "<|end_of_text|>")}.get(form, ("<s>", "</s>"))
+    tokens = {"bos_token": names[0], "eos_token": {"content": names[1]}}
+    write(tmp_path, "special_tokens_map.json", tokens)
+    write(tmp_path, "tokenizer_config.json", {"add_bos_token": False, "bos_token": None})
+    plain = load(tmp_path).encode("hello", special=False)
+    assert load(tmp_path).encode("hello") == plain
+    write(tmp_path, "tokenizer_config.json", {"add_bos_token": False, "add_eos_token": True})
+    tokenizer = load(tmp_path)
+    eos = tokenizer.encode(names[1], special=False, parse_special=True)
+    assert len(eos) == 1 and tokenizer.encode("hello") == plain + eos
+
+
+def test_added_tokens_of_qwen_form(loaded: dict[str, Tokenizer]) -> None:
+    tokenizer = loaded["qwen"]
+    size = tokenizer.vocab_size
+    assert tokenizer.encode("a<think>")[-1] == size - 1  # listed, but not special: always parsed, and printed
+    assert tokenizer.decode([size - 1, size - 2]) == "<think>"
+    assert tokenizer.decode([size, size + 100]) == ""  # ids of a padded embedding
+
+
+def test_added_tokens_of_sentencepiece_form(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((folders["pieces"] / "tokenizer.model").read_bytes())
+    decoder = {"600": {"content": "<|user|>", "special": True}, "601": {"content": "<tool>", "special": False}}
+    write(tmp_path, "tokenizer_config.json", {"added_tokens_decoder": decoder})
+    tokenizer = load(tmp_path)
+    assert tokenizer.vocab_size == 602
+    ids = tokenizer.encode("<|user|>hello<tool>", special=False, parse_special=True)
+    assert (ids[0], ids[-1]) == (600, 601) and tokenizer.decode(ids) == "hello<tool>"
+    assert not {600, 601} & set(tokenizer.encode("<|user|>hello<tool>"))
+
+
+def test_metaspace_and_wordpiece_decoders(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.BPE({"\u2581": 0, "a": 1, "\u2581a": 2}, [("\u2581", "a")]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert load(tmp_path).decode(load(tmp_path).encode("a a aa")) == "a a aa"
+    backend.decoder = decoders.WordPiece()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="neither byte-level nor sentencepiece-like"):
+        load(tmp_path)
+
+
+# ---- streaming ----
+
+
+def test_stream_equals_decode(tokenizer: Tokenizer) -> None:
+    rng = random.Random(1)
+    broken = 0
+    for ids in [*map(tokenizer.encode, TEXTS), *(random_ids(tokenizer, rng, 30) for _ in range(100))]:
+        stream = TextStream(tokenizer)
+        parts = [stream.push(i) for i in ids] + [stream.flush()]
+        assert "".join(parts) == tokenizer.decode(ids)
+        assert stream.flush() == "" and not stream.stopped
+        broken += "\ufffd" in parts[-1]
+    assert broken  # some random sequences end within a character
+
+
+def test_stream_never_prints_half_a_character(tokenizer: Tokenizer) -> None:
+    text = "".join(TEXTS[:8]) * 2
+    assert "\ufffd" not in text
+    stream = TextStream(tokenizer)
+    parts = [stream.push(i) for i in tokenizer.encode(text)]
+    assert "\ufffd" not in "".join(parts) and stream.flush() == ""
+    byte = {tokenizer.token_bytes(i): i for i in range(tokenizer.vocab_size)}
+    ids = [byte[bytes([n])] for n in "é你\U0001f600".encode()]
+    stream = TextStream(tokenizer)
+    assert [stream.push(i) for i in ids] == ["", "é", "", "", "你", "", "", "", "\U0001f600"]
+    assert [stream.push(i) for i in ids[2:4]] == ["", ""] and stream.flush() == "\ufffd"
+
+
+def test_stream_prints_at_once(loaded: dict[str, Tokenizer]) -> None:
+    """What is invalid already, not just incomplete, is not held back."""
+    tokenizer = loaded["tiktoken"]
+    stream = TextStream(tokenizer)
+    assert [stream.push(i) for i in (0xFF, 0xE4, 0xE4, 0x41)] == ["\ufffd", "", "\ufffd", "\ufffdA"]
+
+
+def test_stream_that_continues_keeps_the_space(loaded: dict[str, Tokenizer], form: str) -> None:
+    tokenizer = loaded[form]
+    text = "The quick brown"
+    ids = tokenizer.encode(text)
+    for n in range(1, len(ids) + 1):
+        stream = TextStream(tokenizer, continues=n > 1 and tokenizer.decode(ids[:n]) != "")
+        assert tokenizer.decode(ids[:n]) + "".join(map(stream.push, ids[n:])) == text
+
+
+# ---- stop strings ----
+
+
+def naive(text: str, stops: list[str]) -> tuple[str, bool]:
+    """Cut `text` where the shortest beginning of it that holds a stop string has one."""
+    for end in range(len(text) + 1):
+        starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if starts:
+            return text[: min(starts)], True
+    return text, False
+
+
+def test_stops_equal_naive_search(tokenizer: Tokenizer) -> None:
+    rng = random.Random(2)
+    hits = 0
+    for trial in range(300):
+        if trial % 2:  # few letters: stop strings that overlap with themselves and with one another
+            ids = tokenizer.encode("".join(rng.choices("ab \u4f60", k=40)))
+            stops = ["".join(rng.choices("ab \u4f60", k=rng.randrange(1, 7))) for _ in range(rng.randrange(1, 4))]
+        else:
+            ids = random_ids(tokenizer, rng, 30)
+            text = tokenizer.decode(ids)
+            starts = [rng.randrange(len(text)) for _ in range(rng.randrange(4))]
+            stops = [text[start : start + rng.randrange(1, 9)] for start in starts]
+        wanted, stopped = naive(tokenizer.decode(ids), stops)
+        stream = TextStream(tokenizer, stops)
+        text = ""
+        for i in ids:
+            text += stream.push(i)
+            assert wanted.startswith(text)
+        assert text + stream.flush() == wanted and stream.stopped == stopped
+        hits += stopped
+    assert 100 < hits < 300
+
+
+def test_stop_over_several_tokens_and_within_one(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("The quick brown fox's tail")
+    for stop in ("uick bro", "T", "x's", "ail", "The quick brown fox's tail"):
+        stream = TextStream(tokenizer, [stop, "absent"])
+        text, seen = "", 0
+        while not stream.stopped:
+            text += stream.push(ids[seen])
+            seen += 1
+        assert text == "The quick brown fox's tail".split(stop)[0]
+        assert stop in tokenizer.decode(ids[:seen]) and stop not in tokenizer.decode(ids[: seen - 1])  # at once
+        assert stream.push(ids[0]) == "" and stream.flush() == ""
+
+
+def test_beginning_of_a_stop_is_held_back_and_flushed(loaded: dict[str, Tokenizer]) -> None:
+    stream = TextStream(loaded["tiktoken"], ["abcd"])
+    assert [stream.push(ord(c)) for c in "xabcabc"] == ["x", "", "", "", "abc", "", ""]
+    assert stream.flush() == "abc" and not stream.stopped
+
+
+@pytest.mark.parametrize("stops", [[""], ["a", ""], "abc"])
+def test_bad_stops(loaded: dict[str, Tokenizer], stops: list[str]) -> None:
+    with pytest.raises(ValueError, match="must be a list of non-empty strings"):
+        TextStream(loaded["json"], stops)
+
+
+# ---- eos ids ----
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "wanted"),
+    [
+        (None, None, set()),
+        (None, {"eos_token_id": 2}, {2}),
+        (None, {"eos_token_id": None}, set()),
+        ({"eos_token_id": [1, 5]}, {"eos_token_id": 2}, {1, 5}),
+        ({"eos_token_id": 0}, {"eos_token_id": 2}, {0}),
+        ({"eos_token_id": None}, {"eos_token_id": [2, 3]}, {2, 3}),
+        ({}, {}, set()),
+    ],
+)
+def test_eos_ids(tmp_path: Path, generation: dict | None, config: dict | None, wanted: set[int]) -> None:
+    for name, value in (("generation_config.json", generation), ("config.json", config)):
+        if value is not None:
+            write(tmp_path, name, value)
+    assert eos_ids(tmp_path) == wanted
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"eos_token_id": "2"}', '{"eos_token_id": [true]}'])
+def test_broken_eos_ids(tmp_path: Path, content: str) -> None:
+    one_line_error(lambda: eos_ids(write(tmp_path, "config.json", content)), "config.json")
+
+
+# ---- broken files ----
+
+
+def one_line_error(call: object, *words: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 300 and all(word in message for word in words), message
+
+
+def test_no_files(tmp_path: Path) -> None:
+    assert load(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"tokenizer.json": ""}, ["tokenizer.json", "EOF"]),
+        ({"tokenizer.json": '{"model": {"type": "Odd"}}'}, ["tokenizer.json"]),
+        ({"vocab.json": "{", "merges.txt": ""}, ["vocab.json", "line 1"]),
+        ({"vocab.json": '{"a": "b"}', "merges.txt": ""}, ["vocab.json", "integers"]),
+        ({"vocab.json": '{"a": 0}'}, ["vocab.json", "merges.txt is missing"]),
+        ({"merges.txt": ""}, ["merges.txt", "vocab.json is missing"]),
+        ({"vocab.json": '{"a": 0}', "merges.txt": "a a a"}, ["merges.txt", "two tokens"]),
+        ({"vocab.json": '{"a": 0}', "merges.txt": "a b"}, ["merges.txt", "out of vocabulary"]),
+        ({"vocab.json": '{"a": 0}', "merges.txt": "", "added_tokens.json": '{"x": 7}'}, ["'x' must have id 7"]),
+        ({"vocab.json": '{"a": 0}', "merges.txt": "", "added_tokens.json": '{"x": "y"}'}, ["added tokens"]),
+        ({"vocab.json": '{"a": 0}', "merges.txt": "", "tokenizer_config.json": "}"}, ["tokenizer_config.json"]),
+        ({"tokenizer.model": ""}, ["tokenizer.model", "neither"]),
+        ({"tokenizer.model": "not a model\n"}, ["tokenizer.model", "neither"]),
+        ({"tokenizer.model": "YQ== 0\n?\n"}, ["tokenizer.model", "line 2"]),
+        ({"tokenizer.model": "YQ== 0\nYg== x\n"}, ["tokenizer.model", "line 2"]),
+        ({"tokenizer.model": "YQ== 0\nYg== 2\n"}, ["tokenizer.model", "ranks"]),
+        ({"tokenizer.model": "YQ== 0\nYg== 1\n"}, ["tokenizer.model", "256 single bytes"]),
+    ],
+)
+def test_broken_files(tmp_path: Path, files: dict[str, str], words: list[str]) -> None:
+    for name, content in files.items():
+        write(tmp_path, name, content)
+    one_line_error(lambda: load(tmp_path), *words)
+
+
+def test_unreadable_text_and_missing_bos(tmp_path: Path, folders: dict[str, Path]) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((folders["json"] / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_bytes(b'{"a": "\xff"}')
+    one_line_error(lambda: load(tmp_path), "tokenizer_config.json", "utf-8")
+    write(tmp_path, "tokenizer_config.json", {"add_eos_token": True, "eos_token": "<none>"})
+    one_line_error(lambda: load(tmp_path), "tokenizer.json", "'<none>' is not in the vocabulary")
