@@ -29,7 +29,7 @@ from sampling import Sampling
 HERE = Path(__file__).resolve().parent
 EMBEDDED = HERE / "checkpoints" / "tiny"
 DEMO_PROMPT = EMBEDDED / "demo_prompt.txt"
-SQUEEZE_POLICY = "h2o"  # what a bare --squeeze runs inside each layer
+SQUEEZE_POLICY = "streaming"  # what a bare --squeeze runs inside each layer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,6 +89,8 @@ def run(args: argparse.Namespace) -> None:
     plan = None if args.plan is None else read_plan(Path(args.plan))
     if args.budget is not None:
         check_budget(args.budget)
+    if args.save_plan is not None and not Path(args.save_plan).parent.is_dir():
+        raise ValueError(f"--save-plan {args.save_plan}: that folder does not exist; make it first")
     folder = checkpoint.resolve(args.checkpoint)
     tokenizer = tokenizers.load(folder)
     ids = prompt_ids(args, tokenizer)
@@ -249,9 +251,12 @@ def layer_table(figures: Figures, width: int = 40) -> list[str]:
 
 def summary(engine: Engine, completion: Completion) -> list[str]:
     figures, request = completion.figures, completion.request
+    chosen = (
+        " (chosen to suit; --budget sets it)" if engine.budget is engine.plan is None and engine.policy.bounded else ""
+    )
     decode = f"{figures.decode_tokens_per_s:,.1f} tokens/s ({len(completion.tokens)} new, {completion.finish_reason})"
     return [
-        f"cache    {engine.policy.name} x {engine.layer_policy.name}, {figures.budget_slots} slots per layer "
+        f"cache    {engine.policy.name} x {engine.layer_policy.name}, {figures.budget_slots} slots per layer{chosen} "
         f"for {len(request.ids)} + {request.max_new_tokens} tokens",
         f"KV       {size(figures.kv_bytes)} of {size(figures.kv_bytes_full)} "
         f"({figures.kv_bytes / figures.kv_bytes_full:.0%} of the full cache), policy state {size(figures.state_bytes)}",

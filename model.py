@@ -165,7 +165,7 @@ class Transformer(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """x [..., C] -> logits [..., vocab]."""
-        return F.linear(self.norm(x), self.embed.weight if self.config.tie_embeddings else self.head.weight)
+        return linear(self.norm(x), self.embed.weight if self.config.tie_embeddings else self.head.weight)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [B, S] -> logits [B, S, vocab], without a cache."""
@@ -239,8 +239,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
         q_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        self.wqkv = nn.Linear(config.dim, q_size + 2 * kv_size, bias=config.qkv_bias)
-        self.wo = nn.Linear(q_size, config.dim, bias=config.output_bias)
+        self.wqkv = Linear(config.dim, q_size + 2 * kv_size, bias=config.qkv_bias)
+        self.wo = Linear(q_size, config.dim, bias=config.output_bias)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
@@ -284,12 +284,29 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        self.w13 = nn.Linear(config.dim, 2 * config.ffn_dim, bias=config.ffn_bias)  # gate and up, fused
-        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=config.ffn_bias)
+        self.w13 = Linear(config.dim, 2 * config.ffn_dim, bias=config.ffn_bias)  # gate and up, fused
+        self.w2 = Linear(config.ffn_dim, config.dim, bias=config.ffn_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)
         return self.w2(self.activation(gate) * up)
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear; compiled for a single row on a CPU it is a multiply-and-sum, which becomes part of the generated loops.
+
+    There the library's matrix-vector product costs more in its call than in arithmetic on small models, and reaches
+    only a part of the memory bandwidth on large ones.
+    """
+    if x.is_cuda or x.numel() > x.shape[-1] or not torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    out = (x.flatten() * weight).sum(-1)
+    return (out if bias is None else out + bias).view(*x.shape[:-1], -1)
 
 
 class RMSNorm(nn.Module):

@@ -34,14 +34,15 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "checkpoints" / "tiny")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    model, config = checkpoint.load(args.checkpoint, dtype="fp32")
+    model, config = checkpoint.load(args.checkpoint, args.device, "fp32")
     rng = random.Random(0)
     ids = [rng.randrange(1, config.vocab_size) for _ in range(PROMPT)]
-    peer = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
+    peer = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).eval().to(args.device)
     engines = {
         "full, eager": Engine(model),
         "full, compiled": Engine(model, compile=True),
@@ -79,7 +80,14 @@ def main() -> None:
             }
         )
         print(json.dumps(rows[-1]))
-    result = {**origin(), "prompt_tokens": PROMPT, "new_tokens": NEW, "dtype": "float32", "batch": 1, "rows": rows}
+    result = {
+        **origin(args.device),
+        "prompt_tokens": PROMPT,
+        "new_tokens": NEW,
+        "dtype": "float32",
+        "batch": 1,
+        "rows": rows,
+    }
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=2) + "\n")
@@ -92,7 +100,7 @@ def ours(engine: Engine, ids: list[int]):
 
 
 def theirs(peer, ids: list[int], new: int) -> tuple[float, list[int]]:
-    prompt = torch.tensor([ids])
+    prompt = torch.tensor([ids], device=peer.device)
     started = time.perf_counter()
     with torch.inference_mode():
         out = peer.generate(
@@ -104,7 +112,8 @@ def theirs(peer, ids: list[int], new: int) -> tuple[float, list[int]]:
             pad_token_id=0,
             eos_token_id=None,
         )
-    return time.perf_counter() - started, out[0, len(ids) :].tolist()
+    tokens = out[0, len(ids) :].tolist()  # waits for the device
+    return time.perf_counter() - started, tokens
 
 
 if __name__ == "__main__":

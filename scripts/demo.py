@@ -1,7 +1,7 @@
 """The demo: one question, three caches.
 
-The prompt states a fact in its first line, goes on for some 900 tokens of Python, and asks for the fact at its end. It
-is answered with the full cache, with a squeezed one, and with a uniform one of the same total.
+The prompt states a fact near its top, goes on for some 900 tokens of Python, and asks for the fact at its end. It is
+answered with the full cache, with a squeezed one, and with a uniform one of the same total.
 """
 
 import sys
@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import generate  # noqa: E402
 
-BUDGET = "0.2"
+BUDGET = "0.3"
 RUNS = {
     "full cache": ["--policy", "full"],
     "squeezed": ["--squeeze", "--budget", BUDGET],
@@ -21,11 +21,13 @@ RUNS = {
 
 def main() -> int:
     prompt = generate.DEMO_PROMPT.read_text(encoding="utf-8")
-    first, *middle, last = prompt.splitlines()
-    print(f"{first}\n[... {len(middle)} lines of Python ...]\n{last}")
+    lines = prompt.splitlines()
+    place = next(i for i, line in enumerate(lines) if line.startswith("# define"))
+    print(f"[... {place} lines of Python ...]\n{lines[place]}")
+    print(f"[... {len(lines) - place - 2} lines of Python ...]\n{lines[-1]}")
     for title, args in RUNS.items():
         print(f"\n=== {title}: generate.py {' '.join(args)}\n")
-        print(last, end="", flush=True)
+        print(lines[-1], end="", flush=True)
         if code := generate.main([*args, "--max-new-tokens", "48"]):
             return code
     return 0

@@ -43,11 +43,10 @@ def main() -> None:
         title="signal: how little attention changes",
     )
     right.barh(layers, run["plan"], color=colours)
-    right.axvline(run["budget_slots"], color="black", linestyle="--", linewidth=1)
-    right.text(run["budget_slots"], -1.0, " uniform", va="center", fontsize=8)
     length = run["prompt_tokens"] + run["max_new_tokens"]
-    right.axvline(length, color="gray", linestyle=":", linewidth=1)
-    right.text(length, -1.0, "full ", va="center", ha="right", fontsize=8)
+    for slots, name, style in ((run["budget_slots"], "uniform", "--"), (length, "full", ":")):
+        right.axvline(slots, color="gray", linestyle=style, linewidth=1)
+        right.text(slots, len(layers) - 1.2, f" {name}", rotation=90, ha="right", fontsize=8)
     share = run["kv_bytes"] / run["kv_bytes_full"]
     right.set(xlabel="slots", title=f"plan: {share:.0%} of the full cache", xlim=(0, 1.05 * length))
     for axis in (left, right):
@@ -55,7 +54,7 @@ def main() -> None:
         axis.set_yticks(list(layers))
         axis.spines[["top", "right"]].set_visible(False)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS]
-    right.legend(handles, NAMES, fontsize=8, loc="lower right", frameon=False)
+    right.legend(handles, NAMES, fontsize=8, loc="center", frameon=False)
     figure.tight_layout()
     figure.savefig(RESULTS / "plan.png", dpi=130)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 
-def origin() -> dict[str, str | int]:
+def origin(device: str = "cpu") -> dict[str, str | int]:
     """Device, date, versions and command of this run."""
     import transformers
 
     return {
-        "device": device_name(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "python": platform.python_version(),
@@ -23,8 +23,8 @@ def origin() -> dict[str, str | int]:
     }
 
 
-def device_name() -> str:
-    if torch.cuda.is_available():
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

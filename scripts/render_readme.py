@@ -32,6 +32,19 @@ def decode() -> str:
     return "\n".join([*lines, "", provenance(record, "decode_cpu.json")])
 
 
+def recall() -> str:
+    record = result("recall_cpu.json")
+    found = {(row["policy"], row["layers"], row["budget"]): row["recall"] for row in record["rows"]}
+    budgets = sorted({row["budget"] for row in record["rows"] if row["budget"]})
+    heads = [f"{layers} {budget:.0%}" for budget in budgets for layers in ("uniform", "squeeze")]
+    lines = [f"| recall | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for policy in dict.fromkeys(row["policy"] for row in record["rows"] if row["budget"]):
+        cells = [f"{found[policy, layers, b]:.0%}" for b in budgets for layers in ("uniform", "squeeze")]
+        lines.append(f"| {policy} | {' | '.join(cells)} |")
+    full = f"Full cache: {found['full', 'uniform', None]:.0%}. {record['prompts']} documents"
+    return "\n".join([*lines, "", f"{full}; {provenance(record, 'recall_cpu.json')}"])
+
+
 def first() -> str:
     record = result("plan.json")
     run = record["run"]
@@ -43,7 +56,7 @@ def first() -> str:
     )
 
 
-SECTIONS = {"first": first, "decode": decode}
+SECTIONS = {"first": first, "decode": decode, "recall": recall}
 
 
 def main() -> int:

@@ -1,8 +1,9 @@
 """What the embedded checkpoint is trained and tested on: Python source, and facts hidden in it.
 
-A fact is one comment line, `# Box amber holds lantern.`; later the same words are asked for: `# Box amber holds` must
-be continued with ` lantern`. Keys and values are single tokens of the trained vocabulary, drawn at random for every
-document, so nothing but the context can answer. Three kinds of training text, from dense to sparse:
+A fact is one comment line, `# define amber lantern violin`; later the same words are asked for: `# define amber` must
+be continued with ` lantern violin`. All these words are single tokens of the trained vocabulary, drawn at random for
+every document, so nothing but the context can answer. An answer has two words because the first of them comes out of
+the prompt's own attention: only the second one is read from the cache. Three kinds of training text, dense to sparse:
 
 - `repeats`: random words, a second time in the same order: the quickest teacher of "look up what came after";
 - `facts`:   lists of facts in random order, each stated again and again;
@@ -29,12 +30,12 @@ whale wheel whistle window wolf wrench yacht zebra""".split()
 
 
 def fact(key: str, value: str) -> str:
-    return f"# Box {key} holds {value}.\n"
+    return f"# define {key} {value}\n"
 
 
 def question(key: str) -> str:
-    """The prompt's last words; the right next token is ` value`."""
-    return f"# Box {key} holds"
+    """The prompt's last words; the value follows."""
+    return f"# define {key}"
 
 
 def source_files() -> tuple[list[Path], list[Path]]:
@@ -56,7 +57,9 @@ def read(path: Path) -> str:
 
 
 def facts_for(rng: random.Random, count: int) -> list[tuple[str, str]]:
-    return list(zip(rng.sample(KEYS, count), (rng.choice(VALUES) for _ in range(count)), strict=True))
+    """Keys and two-word values, no word used twice."""
+    words = iter(rng.sample(VALUES, 2 * count))
+    return [(key, f"{next(words)} {next(words)}") for key in rng.sample(KEYS, count)]
 
 
 def document(rng: random.Random, filler: list[str], facts: list[tuple[str, str]], asks: int) -> list[str]:
@@ -74,15 +77,15 @@ def document(rng: random.Random, filler: list[str], facts: list[tuple[str, str]]
 
 def recall_prompt(
     rng: random.Random, tokenizer, filler_ids: list[int], length: int, facts: int = 8
-) -> tuple[list[int], int]:
-    """A prompt of exactly `length` tokens and the one token that answers it.
+) -> tuple[list[int], list[int]]:
+    """A prompt of exactly `length` tokens and the two tokens that answer it.
 
     `facts` facts stand at uniform depths between pieces of unseen source; one of them is asked for at the end.
     """
     chosen = facts_for(rng, facts)
     asked_key, asked_value = rng.choice(chosen)
     ask = tokenizer.encode("\n" + question(asked_key)).ids
-    (answer,) = tokenizer.encode(" " + asked_value).ids
+    answer = tokenizer.encode(" " + asked_value).ids
     stated = [tokenizer.encode("\n" + fact(k, v)).ids for k, v in chosen]
     room = length - len(ask) - sum(map(len, stated))
     start = rng.randrange(len(filler_ids) - room)

@@ -4,12 +4,12 @@
     python scripts/train_tiny.py --export-only         write checkpoints/tiny from the newest state
 
 8 layers of a llama with 1.8M parameters learn to write Python and to recall facts from their context (tiny_data.py), on
-a CPU, in about an hour and a half. Three things make recall appear that early:
+two CPU cores, in about an hour. Three things make recall appear that early:
 
-- lists of facts first, in the wording of the later questions, then documents, then longer ones (STAGES);
+- layers 0 and 1 start out with an induction circuit (`induction_circuit`): left to chance, its two halves wait for each
+  other, and after 4M tokens there was no recall; with it, lists of facts were recalled after 0.3M;
 - the loss weighs what the context can answer far above what it cannot;
-- two heads of layer 0 start out attending to the previous token and to the one before it (`positional_heads`): such
-  heads are the slow half of an induction circuit, and without them training sits on a plateau for millions of tokens.
+- short lists come first, then documents, then longer ones (STAGES).
 
 Matrices are trained with Muon (Jordan et al., 2024), the rest with AdamW.
 """
@@ -52,7 +52,7 @@ CONFIG = {
     "hidden_act": "silu",
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
+    "rope_theta": 500000.0,
     "attention_bias": False,
     "mlp_bias": False,
     "tie_word_embeddings": True,
@@ -64,21 +64,19 @@ CONFIG = {
 
 @dataclass(frozen=True)
 class Stage:
-    """Until this share of all tokens: rows x tokens per step, shares of the kinds of text, weight of an answer."""
+    """Until this share of all tokens: rows x tokens per step, and shares of the kinds of text."""
 
     until: float
     rows: int
     tokens: int
     mix: dict[str, float]
-    answer: float
 
 
 STAGES = [
-    Stage(0.38, 24, 128, {"repeats": 0.05, "facts": 0.75, "document": 0.05, "code": 0.15}, 8),
-    Stage(0.46, 16, 256, {"repeats": 0.05, "facts": 0.4, "document": 0.4, "code": 0.15}, 8),
-    Stage(0.60, 8, 512, {"facts": 0.15, "document": 0.65, "code": 0.2}, 10),
-    Stage(0.92, 4, 1024, {"facts": 0.1, "document": 0.7, "code": 0.2}, 10),
-    Stage(1.00, 2, 2048, {"facts": 0.05, "document": 0.75, "code": 0.2}, 10),
+    Stage(0.05, 32, 128, {"repeats": 0.1, "facts": 0.3, "document": 0.2, "code": 0.4}),
+    Stage(0.35, 8, 512, {"facts": 0.1, "document": 0.5, "code": 0.4}),
+    Stage(0.85, 4, 1024, {"facts": 0.05, "document": 0.6, "code": 0.35}),
+    Stage(1.00, 2, 2048, {"facts": 0.05, "document": 0.6, "code": 0.35}),
 ]
 
 
@@ -86,8 +84,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "tiny", help="state and log")
     parser.add_argument("--out", type=Path, default=ROOT / "checkpoints" / "tiny", help="the exported folder")
-    parser.add_argument("--tokens", type=float, default=17.2e6, help="length of the run")
-    parser.add_argument("--lr", type=float, default=0.02, help="of the matrices; the rest gets a fifth")
+    parser.add_argument("--tokens", type=float, default=7.58e6, help="length of the run")
+    parser.add_argument("--lr", type=float, default=0.01, help="of the matrices; the rest gets 0.3 of it")
     parser.add_argument("--export-only", action="store_true")
     args = parser.parse_args()
     args.run.mkdir(parents=True, exist_ok=True)
@@ -117,7 +115,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=CONFIG["vocab_size"], special_tokens=["<|endoftext|>"], initial_alphabet=alphabet
     )
-    words = "# Box " + " ".join([*data.KEYS, "holds", *data.VALUES]) + ".\n"
+    words = "# define " + " ".join(data.KEYS + data.VALUES) + "\n"
     source = [data.read(file) for file in data.source_files()[0]]
     tokenizer.train_from_iterator([*source, *[words] * 4000], trainer)
     tokenizer.save(str(path))
@@ -128,38 +126,62 @@ def new_model() -> Transformer:
     model = Transformer(ModelConfig.from_hf(CONFIG))
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
-            std = 0.02 if name == "embed.weight" else parameter.shape[1] ** -0.5
+            std = parameter.shape[1] ** -0.5
             nn.init.normal_(parameter, std=std * (0.2 if name.endswith(("wo.weight", "w2.weight")) else 1))
-    positional_heads(model)
+    induction_circuit(model)
     return model
 
 
 @torch.no_grad()
-def positional_heads(model: Transformer) -> None:
-    """Let the first two query heads of layer 0 attend one and two tokens back, whatever the tokens are.
+def induction_circuit(model: Transformer, gain: float = 3.0) -> None:
+    """Start layers 0 and 1 as two induction heads (arXiv 2209.11895), one per key-value head.
 
-    Embedding dimension 0 becomes the same for all tokens, so that queries and keys can have a constant part. With key
-    a and query a * exp(-i * delta * theta) on the fastest rotary pairs, the score over distance d is the sum of
-    a^2 cos(theta (d - delta)): highest at d = delta.
+    Embeddings live in the lower half of the residual stream, but for dimension 0, which is the same for all tokens.
+    A head of layer 0 looks one token back and copies that token into the upper half. With key a and query
+    a * exp(-i * theta) on the fastest rotary pairs, both constant, the score over distance d is the sum of
+    a^2 cos(theta (d - 1)): highest at d = 1. A head of layer 1 then matches the current token with what stood before
+    each key, on rotary pairs slow enough not to turn away within the context, and copies the token it finds.
     """
-    config, attention = model.config, model.layers[0].attention
-    embed = model.embed.weight
-    embed[:, 0] = 4.26 * embed[:, 1:].square().mean().sqrt()  # 4 after the norm
+    c = model.config
+    size, groups = c.head_dim, c.n_heads // c.n_kv_heads
     theta = model.rotary(1)
-    a = torch.where(torch.arange(len(theta)) < 6, 5.7, 0.0) / 4 / model.layers[0].attention_norm.weight[0]
-    size = config.head_dim
-    rows = {0: (a * theta.cos(), -a * theta.sin()), 1: (a * (2 * theta).cos(), -a * (2 * theta).sin())}
-    rows[config.n_heads] = (a, torch.zeros_like(a))  # the key head that both share
-    for head, parts in rows.items():
-        weight = attention.wqkv.weight[head * size : (head + 1) * size]
-        weight *= 0.1
-        weight[:, 0] = torch.cat(parts)
+    fast = torch.where(torch.arange(size // 2) < 6, 2.0, 0.0)
+    slow = (theta < 2e-3).repeat(2)[:, None]
+    dims = torch.eye(c.dim)
+
+    embed = model.embed.weight
+    embed.normal_(std=0.05)
+    embed[:, c.dim // 2 :] *= 0.2
+    embed[:, 0] = 0.2
+    for layer in (0, 1):
+        model.layers[layer].feed_forward.w2.weight *= 0.25
+    for kv_head in range(c.n_kv_heads):
+        token = dims[1 + kv_head * (size - 1) :][:size]  # rows that read a part of the token itself
+        before = dims[c.dim // 2 + kv_head * size :][:size]  # rows that read a part of the token before
+        for layer in (0, 1):
+            block, head = model.layers[layer], kv_head * groups
+            rows = block.attention.wqkv.weight.view(-1, size, c.dim)
+            q, k, v = rows[head], rows[c.n_heads + kv_head], rows[c.n_heads + c.n_kv_heads + kv_head]
+            columns = block.attention.wo.weight.view(c.dim, -1, size)
+            columns[:, head + 1] *= 0.2
+            v.copy_(token)
+            if layer == 0:
+                q *= 0.1
+                k *= 0.1
+                q[:, 0] = torch.cat((fast * theta.cos(), -fast * theta.sin()))
+                k[:, 0] = torch.cat((fast, torch.zeros_like(fast)))
+                columns[:, head] = 0.2 * before.T
+            else:
+                q.copy_(gain * slow * token)
+                k.copy_(gain * slow * before)
+                columns[:, head] = 0.5 * token.T
 
 
 class Text:
     """Rows of training text as ids and weights of the loss; every kind gives `tokens` targets."""
 
-    FACT_VALUE = 4  # index of the value in a tokenized fact
+    KEY, VALUE = 2, slice(3, 5)  # places in a tokenized fact
+    ANSWER = {"facts": 12.0, "document": 10.0}  # weight of a value that was stated before
 
     def __init__(self, tokenizer: Tokenizer, rng: random.Random):
         self.tokenizer, self.rng = tokenizer, rng
@@ -168,7 +190,7 @@ class Text:
         self.held_out = [token for file in held_out for line in self._lines(file) for token in line]
         self.sizes = [sum(map(len, lines)) for lines in self.files]
         self.word = {word: self._single(word) for word in data.KEYS + data.VALUES}
-        self.template = tokenizer.encode(data.fact(data.KEYS[0], data.VALUES[0])).ids
+        self.template = tokenizer.encode(data.fact(data.KEYS[0], " ".join(data.VALUES[:2]))).ids
 
     def _lines(self, file: Path) -> list[list[int]]:
         lines = data.read(file).splitlines(keepends=True)
@@ -192,8 +214,8 @@ class Text:
     def fact(self, key: str, value: str, known: bool, weight: float, answer: float) -> tuple[list[int], list[float]]:
         """A tokenized fact and its weights; `known`: it was stated before, so that the value can be answered."""
         ids, weights = list(self.template), [weight] * len(self.template)
-        ids[2], ids[self.FACT_VALUE] = self.word[key], self.word[value]
-        weights[self.FACT_VALUE] = answer if known else weight
+        ids[self.KEY], ids[self.VALUE] = self.word[key], [self.word[word] for word in value.split()]
+        weights[self.VALUE] = [answer if known else weight] * 2
         return ids, weights
 
     def source(self, tokens: int) -> list[list[int]]:
@@ -230,11 +252,11 @@ class Text:
 
     def facts(self, stage: Stage) -> tuple[list[int], list[float]]:
         """A list of facts, again and again in new orders."""
-        facts = data.facts_for(self.rng, self.rng.randrange(3, max(4, min(40, stage.tokens // 14))))
+        facts = data.facts_for(self.rng, self.rng.randrange(3, min(40, stage.tokens // 10)))
         ids, weights, rounds = [], [], 0
         while len(ids) <= stage.tokens:
             for key, value in self.rng.sample(facts, len(facts)):
-                more = self.fact(key, value, rounds > 0, 0.02, 12.0)
+                more = self.fact(key, value, rounds > 0, 0.02, self.ANSWER["facts"])
                 ids, weights = ids + more[0], weights + more[1]
             rounds += 1
         return ids, weights
@@ -255,7 +277,7 @@ class Text:
         for at, line in enumerate([*lines, []], start=1):
             while places and places[-1][0] * (len(lines) + 1) < at:
                 _, key, value = places.pop()
-                more = self.fact(key, value, key in known, 0.3, stage.answer)
+                more = self.fact(key, value, key in known, 0.3, self.ANSWER["document"])
                 ids, weights = ids + more[0], weights + more[1]
                 known.add(key)
             ids, weights = ids + line, weights + [1.0] * len(line)
@@ -334,7 +356,7 @@ def train(model: Transformer, state: State, text: Text, args: argparse.Namespace
         return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="none")
 
     text.rng.seed(state.step)
-    kinds = {1.0: "code", 2.0: "repeats", 12.0: "facts", 8.0: "documents", 10.0: "documents"}
+    kinds = {1.0: "code", 2.0: "repeats"} | {weight: kind for kind, weight in text.ANSWER.items()}
     average: dict[str, float] = {}
     log = (args.run / "log.txt").open("a")
     bar = tqdm(total=int(args.tokens), initial=state.tokens, unit="token", unit_scale=True)
@@ -347,7 +369,7 @@ def train(model: Transformer, state: State, text: Text, args: argparse.Namespace
         lr = args.lr * min(1, (state.step + 1) / 50, (1 - done) / 0.4 + 0.02)
         rest = state.adam.param_groups[0]
         nn.utils.clip_grad_norm_(rest["params"], 1.0)
-        rest["lr"] = lr / 5
+        rest["lr"] = 0.3 * lr
         state.muon.step(lr)
         state.adam.step()
         state.adam.zero_grad()
@@ -370,11 +392,11 @@ def train(model: Transformer, state: State, text: Text, args: argparse.Namespace
 
 @torch.no_grad()
 def recall(model: Transformer, text: Text, length: int, count: int, seed: int = 1234) -> float:
-    """Share of `count` prompts of `length` tokens, on held-out source, whose next token is the value asked for."""
+    """Share of `count` prompts of `length` tokens, on held-out source, that are continued with the value asked for."""
     rng, hits = random.Random(seed), 0
     for _ in range(count):
         ids, answer = data.recall_prompt(rng, text.tokenizer, text.held_out, length)
-        hits += model(torch.tensor([ids]))[0, -1].argmax().item() == answer
+        hits += model(torch.tensor([ids + answer[:-1]]))[0, -len(answer) :].argmax(-1).tolist() == answer
     return hits / count
 
 
@@ -419,9 +441,10 @@ def export(model: Transformer, state: State, text: Text, args: argparse.Namespac
 
 
 def demo_prompt(text: Text, tokens: int = 900) -> str:
-    """A fact at the top, a long middle of unseen source, the question at the end."""
-    middle = text.tokenizer.decode(text.held_out[3000 : 3000 + tokens])
-    return data.fact("amber", "lantern") + middle + "\n" + data.question("amber")
+    """A fact near the top, a long middle of unseen source, the question at the end."""
+    source = text.tokenizer.decode(text.held_out[3000 : 3000 + tokens]).splitlines()
+    fact = data.fact("amber", "lantern violin").strip()
+    return "\n".join([*source[:5], fact, *source[5:-1], "", data.question("amber")])
 
 
 CARD = """\
@@ -432,11 +455,12 @@ A llama of 8 layers, {parameters:,} parameters in float32 (dim 128, 4 query and 
 recognisable Python and recalls facts from its context, so that a cache that drops the wrong tokens visibly hurts.
 
 **Data.** The Python standard library's own source ({train_files} files, {train_tokens:,} tokens, tests left out, every
-40th file held out; PSF-2.0), and generated facts hidden in it as comment lines: `# Box amber holds lantern.`, later
-asked for in the same words. {keys} keys and {values} values, all single tokens, paired at random for each document.
+40th file held out; PSF-2.0), and generated facts hidden in it as comment lines: `# define amber lantern violin`, later
+asked for in the same words. {keys} keys and {values} words for values, all single tokens, drawn at random for each
+document. The first word of an answer comes out of the prompt's own attention; the second is read from the cache.
 
 **Recipe.** Muon and AdamW, {step:,} steps, {tokens:,} tokens, {minutes:.0f} minutes, torch {torch}. Lists of facts
-first, then documents of growing length; two positional heads in layer 0 (see the script).
+first, then documents of growing length; layers 0 and 1 start out with an induction circuit (see the script).
 
 **Held-out source**: {held_out:.3f} nats a token.
 

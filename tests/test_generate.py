@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -82,8 +81,10 @@ def test_text_streams_and_the_report_follows(capsys):
 
 
 def test_three_words_with_a_bare_squeeze(capsys):
-    result = run_json(capsys, "--squeeze", "--prompt", "import os and", "--max-new-tokens", 5)
+    args = ("--squeeze", "--prompt", "import os and", "--max-new-tokens", 5)
+    result = run_json(capsys, *args)
     assert len(result["tokens"]) == 5 and result["kv_bytes"] <= result["kv_bytes_full"]
+    assert f"{result['budget_slots']} slots per layer (chosen to suit" in run(capsys, *args)
 
 
 def test_stop_strings(capsys):
@@ -137,6 +138,7 @@ def test_equal_seeds_give_equal_text(capsys):
         (["--device", "abacus"], "'abacus' is not available"),
         (["--dtype", "int4"], "'int4' is not supported"),
         (["--plan", "nowhere.json"], "nowhere.json"),
+        (["--save-plan", "nowhere/plan.json"], "folder does not exist"),
         (["--frobnicate"], "--frobnicate"),
     ],
     ids=" ".join,
@@ -193,31 +195,33 @@ def test_a_closed_pipe_is_no_traceback():
     assert call.wait() == 141
 
 
-@pytest.mark.parametrize("as_json", [True, False], ids=["json", "text"])
-def test_interrupt_ends_with_what_was_generated(as_json):
-    args = [
-        "--policy",
-        "streaming",
-        "--budget",
-        "64",
-        "--prompt",
-        "import",
-        "--ignore-eos",
-        "--max-new-tokens",
-        "1000000",
-    ]
-    ready = ROOT / "checkpoints"
-    with process(*args, *(["--json"] if as_json else []), cwd=ready) as call:
-        if as_json:
-            time.sleep(12)
-        else:
-            call.stdout.read(20)
+def test_interrupt_ends_with_what_was_generated():
+    with process("--squeeze", "--prompt", "import", "--ignore-eos", "--max-new-tokens", "1000000") as call:
+        call.stdout.read(20)
         call.send_signal(signal.SIGINT)
         out, err = call.communicate(timeout=60)
     assert call.returncode == 0 and err == "", err
-    if as_json:
-        result = json.loads(out)
-        assert result["finish_reason"] == "interrupted" and len(result["tokens"]) > 1
-        assert len(result["plan"]) == 8 and result["decode_tokens_per_s"] > 0
-    else:
-        assert "interrupted" in out and "tokens/s" in out
+    assert "interrupted" in out and "tokens/s" in out
+
+
+def test_interrupted_json(capsys, monkeypatch):
+    push = generate.TextSoFar.push
+
+    def interrupted(self, tokens):
+        if len(tokens) == 6:
+            raise KeyboardInterrupt
+        return push(self, tokens)
+
+    monkeypatch.setattr(generate.TextSoFar, "push", interrupted)
+    result = run_json(capsys, "--squeeze", "--prompt", "import os")
+    assert result["finish_reason"] == "interrupted" and len(result["tokens"]) == 6
+    assert len(result["plan"]) == len(result["importance"]) == 8 and result["decode_tokens_per_s"] > 0
+
+
+def test_interrupt_before_the_first_token(capsys, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate.checkpoint, "load", interrupted)
+    assert generate.main(["--prompt", "import os"]) == 130
+    assert capsys.readouterr() == ("", "generate.py: interrupted before the first token\n")

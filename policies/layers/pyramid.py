@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from policies.layers import LayerPolicy, Plan, fit
+from policies.layers.base import LayerPolicy, Plan, fit
 
 
 @dataclass(frozen=True)

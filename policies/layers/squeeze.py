@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from itertools import accumulate, combinations
 from typing import ClassVar
 
-from policies.layers import LayerPolicy, Plan, fit, granule_size, pour, total_slots
+from policies.layers.base import LayerPolicy, Plan, fit, granule_size, pour, total_slots
 
 
 @dataclass(frozen=True)
 class Squeeze(LayerPolicy):
     """p: what the squeezed layers keep of their uniform share, in (0, 1]."""
 
-    p: float = 0.4
+    p: float = 0.3
     name: ClassVar[str] = "squeeze"
 
     def __post_init__(self):

@@ -1,0 +1,103 @@
+"""What a layer policy answers, and `fit`, which makes its wishes true in integers.
+
+`budget`, `caps`, `floor` and `slots` all count slots of one layer (keys that a decode step attends to); L is the number
+of layers.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class Plan:
+    slots: list[int]  # per layer
+    groups: list[int] | None = None  # squeeze: cluster of each layer, 0..2 ascending by mean signal
+
+
+class LayerPolicy:
+    """Base of the policies: frozen dataclasses that are their own configuration."""
+
+    name: ClassVar[str]
+    uses_signals: ClassVar[bool] = True  # False: the plan is known before the prompt is read
+
+    def allocate(self, signals: Sequence[float], budget: int, caps: Sequence[int], floor: int) -> Plan:
+        """Slots per layer, `budget * L` in all or what the layers can use.
+
+        signals: importance of each layer, mean cosine similarity over its attention (high = less important).
+        budget: slots per layer of a uniform plan. caps: the most that each layer can use.
+        floor: the token policy's minimum; a layer with a smaller cap needs only its cap.
+        ValueError: the budget does not cover the floors.
+        """
+        raise NotImplementedError
+
+    def upper_bound(
+        self, signals_so_far: Sequence[float], num_layers: int, budget: int, caps: Sequence[int], floor: int
+    ) -> list[int]:
+        """Slots that each layer seen so far cannot exceed, whatever signals the remaining layers bring."""
+        seen = len(signals_so_far)
+        if self.uses_signals:
+            return list(caps[:seen])
+        return self.allocate([0.0] * num_layers, budget, caps, floor).slots[:seen]
+
+
+def fit(wishes: Sequence[float], budget: int, caps: Sequence[int], floor: int, granule: int | None = None) -> list[int]:
+    """Integers closest to the wishes: multiples of the granule within [floor, cap], or exactly a cap.
+
+    They sum to `total_slots`, less a rest below one granule. What a cap strands goes evenly to the other layers, what a
+    floor costs is taken evenly from them (`pour`). Reals are rounded down, then granules go out by largest remainder,
+    ties by layer index. With equal caps a larger wish never gets fewer slots.
+    """
+    total = total_slots(budget, caps, floor)
+    granule = granule or granule_size(budget, caps, floor)
+    reals = pour(wishes, [round_up(floor, granule, cap) for cap in caps], caps, total)
+    slots = [cap if real >= cap else int(real) // granule * granule for real, cap in zip(reals, caps, strict=True)]
+    rest = total - sum(slots)
+    for layer in sorted(range(len(slots)), key=lambda layer: slots[layer] - reals[layer]):
+        step = min(granule, caps[layer] - slots[layer])
+        if step <= rest:
+            slots[layer] += step
+            rest -= step
+    return slots
+
+
+def pour(wishes: Sequence[float], lows: Sequence[int], caps: Sequence[int], total: float) -> list[float]:
+    """Water filling: all wishes shifted by one amount, each held within [low, cap], so that they sum to the total."""
+
+    def shifted(by: float) -> list[float]:
+        return [min(max(wish + by, low), cap) for wish, low, cap in zip(wishes, lows, caps, strict=True)]
+
+    # The sum never falls as the shift grows, and it is linear between two edges.
+    edges = sorted({end - wish for ends in (lows, caps) for end, wish in zip(ends, wishes, strict=True)})
+    right = bisect_left(edges, total, key=lambda by: sum(shifted(by)))
+    if right in (0, len(edges)):
+        return shifted(edges[min(right, len(edges) - 1)])
+    start, stop = edges[right - 1], edges[right]
+    below, above = sum(shifted(start)), sum(shifted(stop))
+    return shifted(start + (stop - start) * (total - below) / (above - below))
+
+
+def total_slots(budget: int, caps: Sequence[int], floor: int) -> int:
+    """Slots of all layers together: `budget * L`, or what they can use if that is less. ValueError below the floors."""
+    need = -(-sum(min(floor, cap) for cap in caps) // len(caps))
+    if budget < need:
+        raise ValueError(
+            f"a budget of {budget} slots per layer is below the {need} that the token policy needs: "
+            f"raise --budget to at least {need}"
+        )
+    return min(budget * len(caps), sum(caps))
+
+
+def granule_size(budget: int, caps: Sequence[int], floor: int) -> int:
+    """Step of adaptive plans: 16, or an eighth of a small budget, halved until the floors, rounded up to it, fit."""
+    total = total_slots(budget, caps, floor)
+    granule = max(1, min(16, budget // 8))
+    while sum(round_up(floor, granule, cap) for cap in caps) > total:
+        granule //= 2
+    return granule
+
+
+def round_up(floor: int, granule: int, cap: int) -> int:
+    """The fewest slots a layer may get: its floor as a multiple of the granule, or its cap."""
+    return min(-(-floor // granule) * granule, cap)
