@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +23,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model import ModelConfig, Transformer
+from config import ModelConfig
+from model import Transformer
 
-# Our module -> the checkpoint's modules that are fused into it, in this order, weight and bias alike. {l} is the layer.
+# Our module -> the checkpoint's modules that are fused into it, in this order, weight and bias alike. {l} is the
+# layer, {e} every expert in turn.
 LLAMA = {
     "embed": ["model.embed_tokens"],
     "layers.{l}.attention_norm": ["model.layers.{l}.input_layernorm"],
@@ -43,8 +45,18 @@ LLAMA = {
     "norm": ["model.norm"],
     "head": ["lm_head"],
 }
-WEIGHTS = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA}
-IGNORED = (".rotary_emb.inv_freq",)  # endings of tensors that hold nothing config.json does not say
+WEIGHTS: dict[str, Callable[[ModelConfig], dict[str, list[str]]]] = {
+    "llama": lambda config: LLAMA,
+    "mistral": lambda config: LLAMA,
+    "qwen2": lambda config: LLAMA,
+    "qwen3": lambda config: LLAMA,
+}
+# Ends of tensors that hold, for each key-value head in turn, its query heads, its key and its value. Ours hold all
+# query heads, then all keys, then all values.
+INTERLEAVED = (".query_key_value.weight", ".query_key_value.bias")
+PREFIXES: dict[str, tuple[str, str]] = {}
+# Ends of tensors that hold nothing config.json does not say.
+IGNORED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")  # the first one found, or else the first `<name>.index.json`
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
@@ -83,25 +95,29 @@ def load(
     with torch.device("meta"):
         model = Transformer(config)
     files = _weight_files(folder)
-    found = {tensor.name: tensor for file in files for tensor in _stored(file)}
+    short, whole = PREFIXES.get(config.model_type, ("", ""))
+    found = {re.sub(f"^{short}", whole, tensor.name): tensor for file in files for tensor in _stored(file)}
     _check(folder, model, found)
     slow = sum(file.stat().st_size for file in files) >= SLOW_BYTES and sys.stderr.isatty()
     for name, empty in tqdm(list(model.named_parameters()), f"loading {folder.name}", leave=False, disable=not slow):
         parameter = torch.empty(empty.shape, dtype=config.dtype, device=device)
         parts = _parts(name, len(parameter), config)
         for source, part in zip(parts, parameter.split(list(parts.values())), strict=True):
-            _copy(found[source], part)
+            _copy(found[source], part, config)
         module, _, kind = name.rpartition(".")
         setattr(model.get_submodule(module), kind, nn.Parameter(parameter, requires_grad=False))
     return model.eval(), config
 
 
 def to_hf(state_dict: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The same tensors under the checkpoint's names, fused ones split: views, to be written as model.safetensors."""
+    """The same tensors under the checkpoint's names, fused ones split, to be written as model.safetensors."""
     tensors = {}
     for name, tensor in state_dict.items():
         parts = _parts(name, len(tensor), config)
-        tensors |= zip(parts, tensor.split(list(parts.values())), strict=True)
+        for source, part in zip(parts, tensor.split(list(parts.values())), strict=True):
+            if source.endswith(INTERLEAVED):
+                part = torch.cat(_by_kv_head(part, config), dim=1).flatten(0, 2)
+            tensors[source] = part
     return tensors
 
 
@@ -179,8 +195,12 @@ def _parts(name: str, rows: int, config: ModelConfig) -> dict[str, int]:
     module, kind = name.rsplit(".", 1)
     layer = module.split(".")[1] if module.startswith("layers.") else ""
     key = module.replace(f"layers.{layer}", "layers.{l}")
-    sources = [source.format(l=layer) for source in WEIGHTS[config.model_type][key]]
-    shares = [config.n_heads, config.n_kv_heads, config.n_kv_heads] if key.endswith("wqkv") else [1] * len(sources)
+    templates = WEIGHTS[config.model_type](config)[key]
+    experts = range(config.experts if "{e}" in templates[0] else 1)
+    sources = [source.format(l=layer, e=expert) for expert in experts for source in templates]
+    shares = [1] * len(sources)
+    if key.endswith("wqkv") and len(sources) == 3:
+        shares = [config.n_heads, config.n_kv_heads, config.n_kv_heads]
     return {f"{source}.{kind}": rows * share // sum(shares) for source, share in zip(sources, shares, strict=True)}
 
 
@@ -204,12 +224,24 @@ def _check(folder: Path, model: Transformer, found: dict[str, Stored]) -> None:
         raise ValueError(f"{folder}: config.json says tie_word_embeddings, but {head} differs from {embed}")
 
 
-def _copy(stored: Stored, part: Tensor) -> None:
+def _by_kv_head(wqkv: Tensor, config: ModelConfig) -> list[Tensor]:
+    """Views of our queries, keys and values: [K, G or 1, D, ...] each."""
+    sizes = [heads * config.head_dim for heads in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
+    return [part.unflatten(0, (config.n_kv_heads, -1, config.head_dim)) for part in wqkv.split(sizes)]
+
+
+def _copy(stored: Stored, part: Tensor, config: ModelConfig) -> None:
     """Read a tensor into `part`, casting it."""
     tensor = stored.read()
     if not tensor.is_floating_point():
         raise ValueError(f"{stored.file}: {stored.name} is {tensor.dtype}; quantized checkpoints are not supported")
-    part.copy_(tensor)
+    if stored.name.endswith(INTERLEAVED):
+        views = _by_kv_head(part, config)
+        heads = tensor.unflatten(0, (config.n_kv_heads, -1, config.head_dim))
+        for view, piece in zip(views, heads.split([view.shape[1] for view in views], dim=1), strict=True):
+            view.copy_(piece)
+    else:
+        part.copy_(tensor)
     if not all(extreme.isfinite() for extreme in part.aminmax()):
         if all(extreme.isfinite() for extreme in tensor.aminmax()):
             raise ValueError(f"{stored.file}: {stored.name} overflows {part.dtype}; use bfloat16 or float32")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kvcache import KVCache
-from model import Block, PrefilledLayer, Transformer, rotary_angles
+from model import Block, PrefilledLayer, Transformer
 from policies import layers as layer_policies
 from policies import tokens as token_policies
 from policies.layers import LayerPolicy, Plan
@@ -159,24 +159,30 @@ class Engine:
         if not (min(request.ids) >= 0 and max(request.ids) < config.vocab_size):
             wrong = next(i for i in request.ids if not 0 <= i < config.vocab_size)
             raise ValueError(f"token id {wrong} is outside the vocabulary (0 to {config.vocab_size - 1})")
-        if not self.policy.bounded and length > config.max_positions:
+        learned = config.position_offset is not None
+        if (learned or not self.policy.bounded) and length > config.max_positions:
             raise ValueError(
                 f"{len(request.ids)} prompt + {request.max_new_tokens} new tokens exceed the model's "
-                f"{config.max_positions} positions; shorten them or use a bounded policy such as streaming"
-            )
-        if config.sliding_window is not None and length > config.sliding_window:
-            raise ValueError(
-                f"{len(request.ids)} prompt + {request.max_new_tokens} new tokens exceed the model's sliding window "
-                f"of {config.sliding_window}, which is not supported yet; shorten them"
+                f"{config.max_positions} {'learned ' if learned else ''}positions; shorten them"
+                + ("" if learned else " or use a bounded policy such as streaming")
             )
         self._budget_slots(length)
+
+    def _caps(self, length: int) -> list[int]:
+        """The most slots that each layer can use for sequences of `length` tokens: a sliding window is a cap."""
+        config = self.model.config
+        return [min(length, config.window(layer) or length) for layer in range(config.n_layers)]
+
+    def _policies(self, length: int) -> list[TokenPolicy]:
+        """The token policy of each layer; its own form in those whose window is shorter than the sequence."""
+        return [self.policy if cap == length else self.policy.within_window(cap) for cap in self._caps(length)]
 
     def _budget_slots(self, length: int) -> int:
         """b, the slots per layer of a uniform plan, for sequences of `length` tokens at most."""
         floor = min(self.policy.floor, length)
         if self.plan is not None:
-            needed = floor if self.policy.bounded else length
-            for layer, slots in enumerate(self.plan):
+            for layer, (slots, cap) in enumerate(zip(self.plan, self._caps(length), strict=True)):
+                needed = min(floor, cap) if self.policy.bounded else cap
                 if type(slots) is not int or slots < needed:
                     raise ValueError(
                         f"the plan gives layer {layer} {slots} slots; policy {self.policy.name} needs at least {needed}"
@@ -234,18 +240,18 @@ class Engine:
         for row, request in enumerate(requests):
             ids[row, : len(request.ids)] = torch.tensor(request.ids, device=self.device)
         length = max(len(request.ids) + request.max_new_tokens for request in requests)
-        rotary = self.model.rotary(length)
+        rotary, policies = self.model.rotary(length), self._policies(length)
 
-        logits, prefilled = self._prefill(ids, lengths, rotary)
+        logits, prefilled = self._prefill(ids, lengths, rotary, policies)
         importance = torch.stack([layer.signal for layer in prefilled]).mean(1).tolist()
         budget_slots = self._budget_slots(length)
         plan = self._plan(importance, budget_slots, length)
-        cache = self._compact(prefilled, lengths, plan.slots)
+        cache = self._compact(prefilled, lengths, plan.slots, policies)
 
         sampler = Sampler([request.sampling for request in requests], self.device)
-        decoder = _Decoder(self, cache, rotary, sampler, tokens=sampler(logits), seen=lengths.clone())
-        token_bytes = cache.kv_bytes // sum(plan.slots) // len(requests)
-        tokens_in_all = sum(len(request.ids) + request.max_new_tokens for request in requests)
+        decoder = _Decoder(self, cache, rotary, policies, sampler, tokens=sampler(logits), seen=lengths.clone())
+        token_bytes = cache.kv_bytes // sum(plan.slots) // len(requests)  # in one layer
+        full_slots = sum(sum(self._caps(len(request.ids) + request.max_new_tokens)) for request in requests)
         return decoder, Figures(
             plan=plan.slots,
             groups=plan.groups,
@@ -253,42 +259,57 @@ class Engine:
             budget_slots=budget_slots,
             kv_bytes=cache.kv_bytes,
             state_bytes=cache.state_bytes,
-            kv_bytes_full=token_bytes * tokens_in_all * self.model.config.n_layers,
+            kv_bytes_full=token_bytes * full_slots,
             prefill_tokens=int(lengths.sum()),
         )
 
-    def _prefill(self, ids: Tensor, lengths: Tensor, rotary: Tensor) -> tuple[Tensor, list[PrefilledLayer]]:
+    def _prefill(
+        self, ids: Tensor, lengths: Tensor, rotary: list[Tensor], policies: list[TokenPolicy]
+    ) -> tuple[Tensor, list[PrefilledLayer]]:
         """ids [B, S], right-padded to S -> logits [B, vocab] after each row's last token, and every layer's part."""
-        x, angles = self.model.embed(ids), rotary_angles(torch.arange(ids.shape[1], device=self.device), rotary)
+        x = self.model.embedded(ids, torch.arange(ids.shape[1], device=self.device)[None])
         ragged = lengths if int(lengths.min()) < ids.shape[1] else None
         prefilled = []
-        for block in self.model.layers:
-            x, layer = block.prefill(x, angles, ragged, self.policy)
+        for block, frequencies, policy in zip(self.model.layers, rotary, policies, strict=True):
+            x, layer = block.prefill(x, frequencies, ragged, policy)
             prefilled.append(layer)
         last = x[torch.arange(len(lengths), device=self.device), lengths - 1]
         return self.model.logits(last), prefilled
 
     def _plan(self, importance: list[float], budget_slots: int, length: int) -> Plan:
-        if self.plan is not None:
-            return Plan(list(self.plan))
-        caps = [length] * self.model.config.n_layers
+        caps = self._caps(length)
+        if self.plan is not None:  # only windows cap it: longer sequences may follow
+            return Plan(
+                [slots if cap == length else min(slots, cap) for slots, cap in zip(self.plan, caps, strict=True)]
+            )
         return self.layer_policy.allocate(importance, budget_slots, caps, self.policy.floor)
 
-    def _compact(self, prefilled: list[PrefilledLayer], lengths: Tensor, plan: list[int]) -> KVCache:
+    def _compact(
+        self, prefilled: list[PrefilledLayer], lengths: Tensor, plan: list[int], policies: list[TokenPolicy]
+    ) -> KVCache:
         k = prefilled[0].k
         cache = KVCache(plan, k.shape[0], k.shape[1], k.shape[3], k.dtype, k.device, self.policy.scored)
-        for index, layer in enumerate(prefilled):
-            cache.fill(index, layer.k, layer.v, layer.scores, self.policy.select(lengths, plan[index], layer.scores))
+        for index, (layer, policy) in enumerate(zip(prefilled, policies, strict=True)):
+            cache.fill(index, layer.k, layer.v, layer.scores, policy.select(lengths, plan[index], layer.scores))
         return cache
 
 
 class _Decoder:
     """A batch in its decode phase. `step` reads and writes buffers that keep shape and address, with no host sync."""
 
-    def __init__(self, engine: Engine, cache: KVCache, rotary: Tensor, sampler: Sampler, tokens: Tensor, seen: Tensor):
-        self.model, self.policy = engine.model, engine.policy
+    def __init__(
+        self,
+        engine: Engine,
+        cache: KVCache,
+        rotary: list[Tensor],
+        policies: list[TokenPolicy],
+        sampler: Sampler,
+        tokens: Tensor,
+        seen: Tensor,
+    ):
+        self.model = engine.model
         self.decode_block, self.decode_logits = engine.decode_block, engine.decode_logits
-        self.cache, self.rotary, self.sampler = cache, rotary, sampler
+        self.cache, self.rotary, self.policies, self.sampler = cache, rotary, policies, sampler
         self.tokens, self.seen = tokens, seen  # [B]: the last token of each row, and how many came before it
 
     def step(self) -> None:
@@ -297,9 +318,10 @@ class _Decoder:
 
     def logits(self) -> Tensor:
         """Feed `tokens` and return the logits [B, vocab] of what follows."""
-        x = self.model.embed(self.tokens[:, None])
-        for block, layer in zip(self.model.layers, self.cache.layers, strict=True):
-            x = self.decode_block(block, x, self.rotary, layer, self.seen, self.policy)
+        x = self.model.embedded(self.tokens[:, None], self.seen[:, None])
+        layers = zip(self.model.layers, self.rotary, self.cache.layers, self.policies, strict=True)
+        for block, frequencies, layer, policy in layers:
+            x = self.decode_block(block, x, frequencies, layer, self.seen, policy)
         self.seen += 1
         return self.decode_logits(self.model, x[:, 0])
 

@@ -67,33 +67,46 @@ class KVCache:
     def fill(self, index: int, k: Tensor, v: Tensor, scores: Tensor | None, positions: Tensor) -> None:
         """Copy the chosen prompt tokens into layer `index`.
 
-        k, v [B, K, S, D] and scores [B, K, S]: the prompt's. positions [B, 1 or K, n]: the prompt position that goes
-        into each of the first n slots.
+        k, v [B, K, S, D] and scores [B, K, S], if the policy has any: the prompt's. positions [B, 1 or K, n]: the
+        prompt position that goes into each of the first n slots.
         """
         layer, n = self.layers[index], positions.shape[2]
         positions = positions.expand(k.shape[0], k.shape[1], n)
         gather = positions[..., None].expand(-1, -1, -1, k.shape[3])
         layer.k[:, :, :n] = k.gather(2, gather)
         layer.v[:, :, :n] = v.gather(2, gather)
-        if layer.score is not None:
+        if scores is not None:
             layer.score[:, :, :n] = scores.gather(2, positions)
             layer.position[:, :, :n] = positions
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, leading_keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    leading_keys: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Attention of one token per row over its slots.
 
     q [B, H, 1, D]; k, v [B, K, N, D]; valid [B]: how many leading slots count (more than N means all).
     leading_keys [B, K, s, D] replace the first s keys. Returns out [B, H, D] and probs [B, K, G, N]; softmax in fp32.
     """
-    q = q.unflatten(1, (k.shape[1], -1)).squeeze(3) * q.shape[-1] ** -0.5
+    q = q.unflatten(1, (k.shape[1], -1)).squeeze(3) * scale
     scores = _dot(q, k)
     if leading_keys is not None:
         scores = torch.cat((_dot(q, leading_keys), scores[..., leading_keys.shape[2] :]), dim=-1)
+    scores = softcapped(scores.to(torch.promote_types(q.dtype, torch.float32)), softcap)
     empty = torch.arange(k.shape[2], device=q.device) >= valid[:, None]
-    scores = scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(empty[:, None, None], float("-inf"))
-    probs = scores.softmax(-1)
+    probs = scores.masked_fill(empty[:, None, None], float("-inf")).softmax(-1)
     return (probs.to(v.dtype) @ v).flatten(1, 2), probs
+
+
+def softcapped(x: Tensor, cap: float | None) -> Tensor:
+    """x held softly within [-cap, cap]; None: as it is."""
+    return x if cap is None else cap * torch.tanh(x / cap)
 
 
 def _dot(q: Tensor, k: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The transformer: one file for every family, steered by `ModelConfig` fields that come from config.json.
+"""The transformer: one file for every family, steered by the fields of `ModelConfig` (config.py).
 
 Shapes, here and in kvcache.py, engine.py and policies/tokens:
 
@@ -10,136 +10,16 @@ Shapes, here and in kvcache.py, engine.py and policies/tokens:
 layer's slots. The cache is an argument, never a member.
 """
 
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvcache import LayerCache, attend
+from config import ACTIVATIONS, ModelConfig
+from kvcache import LayerCache, attend, softcapped
 
-# What the families differ in where config.json is silent. A family is listed here or it is not supported.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": dict(),
-    "mistral": dict(num_key_value_heads=8, sliding_window=4096),
-    "qwen2": dict(qkv_bias=True),
-    "qwen3": dict(head_dim=128, qk_norm=True),
-}
-ACTIVATIONS = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Everything that changes what the model computes. Lengths in tokens, sizes in elements."""
-
-    model_type: str
-    vocab_size: int
-    dim: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    ffn_dim: int
-    max_positions: int
-    norm_eps: float = 1e-6
-    activation: str = "silu"
-    tie_embeddings: bool = False
-    qkv_bias: bool = False
-    output_bias: bool = False
-    ffn_bias: bool = False
-    qk_norm: bool = False
-    sliding_window: int | None = None
-    rope: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
-    dtype: torch.dtype = torch.float32
-
-    @classmethod
-    def from_hf(cls, raw: dict[str, Any]) -> "ModelConfig":
-        """Read a Hugging Face config.json (`raw`). ValueError names what is unsupported, missing or senseless."""
-        model_type = raw.get("model_type")
-        if model_type not in FAMILIES:
-            raise ValueError(f"model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
-        if raw.get("quantization_config"):
-            method = raw["quantization_config"].get("quant_method", "unknown")
-            raise ValueError(f"quantized checkpoints ({method}) are not supported; use the unquantized weights")
-        conf = {**FAMILIES[model_type], **{k: v for k, v in raw.items() if v is not None or k == "sliding_window"}}
-        needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        for name in needed + tuple(k for k in ("num_key_value_heads", "head_dim") if k in conf):
-            if not isinstance(conf.get(name), int) or conf[name] < 1:
-                raise ValueError(f"config.json: {name} must be a positive integer, not {conf.get(name)!r}")
-        dim, heads = conf["hidden_size"], conf["num_attention_heads"]
-        kv_heads = conf.get("num_key_value_heads", heads)
-        if heads % kv_heads:
-            raise ValueError(f"config.json: {heads} attention heads do not divide by {kv_heads} key-value heads")
-        if "head_dim" not in conf and dim % heads:
-            raise ValueError(f"config.json: hidden_size {dim} does not divide by {heads} attention heads")
-        if (activation := conf.get("hidden_act", "silu")) not in ACTIVATIONS:
-            raise ValueError(f"activation {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
-        return cls(
-            model_type=model_type,
-            vocab_size=conf["vocab_size"],
-            dim=dim,
-            n_layers=conf["num_hidden_layers"],
-            n_heads=heads,
-            n_kv_heads=kv_heads,
-            head_dim=conf.get("head_dim", dim // heads),
-            ffn_dim=conf["intermediate_size"],
-            max_positions=conf.get("max_position_embeddings", 2048),
-            norm_eps=conf.get("rms_norm_eps", 1e-6),
-            activation=activation,
-            tie_embeddings=conf.get("tie_word_embeddings", False),
-            qkv_bias=conf.get("qkv_bias", conf.get("attention_bias", False)),
-            output_bias=conf.get("attention_bias", False) and model_type != "qwen2",
-            ffn_bias=conf.get("mlp_bias", False) and model_type == "llama",
-            qk_norm=conf.get("qk_norm", False),
-            sliding_window=_sliding_window(conf),
-            rope=_rope(conf),
-            dtype=_dtype(conf),
-        )
-
-
-def _sliding_window(conf: dict[str, Any]) -> int | None:
-    """The window if any layer has one. Qwen's is off unless `use_sliding_window`, then from `max_window_layers` on."""
-    if conf["model_type"] == "llama":
-        return None
-    if conf["model_type"] == "mistral":
-        return conf["sliding_window"]
-    kinds = conf.get("layer_types")
-    if kinds is None:
-        kinds = ["sliding_attention"] * max(0, conf["num_hidden_layers"] - conf.get("max_window_layers", 28))
-    windowed = conf.get("use_sliding_window", False) and "sliding_attention" in kinds
-    return conf.get("sliding_window", 4096) if windowed else None
-
-
-def _rope(conf: dict[str, Any]) -> dict[str, Any]:
-    """Rotary parameters in one form, from `rope_parameters` or from the older `rope_theta` + `rope_scaling`."""
-    rope = {"rope_theta": conf.get("rope_theta", 10000.0), **(conf.get("rope_scaling") or {})}
-    rope |= conf.get("rope_parameters") or {}
-    rope["rope_type"] = kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ROPE_TYPES:
-        raise ValueError(f"rope type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    if (partial := rope.get("partial_rotary_factor", conf.get("partial_rotary_factor", 1.0))) != 1.0:
-        raise ValueError(f"partial_rotary_factor {partial} is not supported for {conf['model_type']}; only 1.0 is")
-    wanted = {"linear": ["factor"], "dynamic": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}
-    for name in wanted.get(kind, []):
-        if not isinstance(rope.get(name), (int, float)) or rope[name] <= 0:
-            raise ValueError(f"config.json: rope type {kind!r} needs a positive {name}, not {rope.get(name)!r}")
-    return rope
-
-
-def _dtype(conf: dict[str, Any]) -> torch.dtype:
-    name = str(conf.get("dtype", conf.get("torch_dtype", "float32"))).removeprefix("torch.")
-    if name not in ("float16", "bfloat16", "float32", "float64"):
-        raise ValueError(f"config.json: dtype {name!r} is not supported; use float16, bfloat16, float32 or float64")
-    return getattr(torch, name)
+PROMPT_CHUNK = 512  # prompt queries whose attention rows exist at the same time, where they have to
 
 
 class PrefilledLayer(NamedTuple):
@@ -158,66 +38,102 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        if config.position_offset is not None:
+            self.positions = nn.Embedding(config.max_positions + config.position_offset, config.dim)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = make_norm(config)
         if not config.tie_embeddings:
             self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
 
+    def embedded(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """ids [B, T] at positions [B or 1, T] -> x [B, T, C]."""
+        x = self.embed(ids)
+        if self.config.embed_scale is not None:  # rounded to the model's dtype, as in the original
+            x = x * torch.full((), self.config.embed_scale, dtype=x.dtype, device=x.device)
+        if self.config.position_offset is not None:  # a finished row of a batch runs on: any position does
+            x = x + self.positions(positions.clamp(max=self.config.max_positions - 1) + self.config.position_offset)
+        return x
+
     def logits(self, x: Tensor) -> Tensor:
         """x [..., C] -> logits [..., vocab]."""
-        return linear(self.norm(x), self.embed.weight if self.config.tie_embeddings else self.head.weight)
+        logits = linear(self.norm(x), self.embed.weight if self.config.tie_embeddings else self.head.weight)
+        return softcapped(logits, self.config.logit_softcap)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [B, S] -> logits [B, S, vocab], without a cache."""
-        x, rotary = self.embed(ids), self.rotary(ids.shape[1])
-        angles = rotary_angles(torch.arange(ids.shape[1], device=ids.device), rotary)
-        for block in self.layers:
-            x, _ = block.prefill(x, angles)
+        x = self.embedded(ids, torch.arange(ids.shape[1], device=ids.device)[None])
+        for block, rotary in zip(self.layers, self.rotary(ids.shape[1]), strict=True):
+            x, _ = block.prefill(x, rotary)
         return self.logits(x)
 
-    def rotary(self, length: int) -> Tensor:
-        """Inverse frequencies [D / 2] for a request of `length` tokens in all (only dynamic NTK depends on it).
+    def rotary(self, length: int) -> list[Tensor]:
+        """Inverse frequencies [R / 2] of each layer for a request of `length` tokens in all; R is what is turned."""
+        c = self.config
+        everywhere = self._frequencies(c.rope, length)
+        local = self._frequencies(c.local_rope, length) if c.local_rope else everywhere
+        return [local if layer in c.windowed else everywhere for layer in range(c.n_layers)]
 
-        fp32, fp64 in an fp64 model. linear: arXiv 2306.15595; dynamic NTK and llama3 as published with the models.
+    def _frequencies(self, rope: dict[str, Any], length: int) -> Tensor:
+        """fp32, fp64 in an fp64 model. linear: arXiv 2306.15595; longrope: arXiv 2402.13753; dynamic NTK and llama3 as
+        published with the models. Only dynamic NTK and longrope depend on the length.
         """
-        c, rope, weight = self.config, self.config.rope, self.embed.weight
+        c, weight = self.config, self.embed.weight
+        dim = 0 if c.position_offset is not None else c.rotary_dim or c.head_dim
         wide = torch.promote_types(weight.dtype, torch.float32)
         base, kind, factor = rope["rope_theta"], rope["rope_type"], rope.get("factor", 1.0)
         if kind == "dynamic":
             stretch = factor * max(length, c.max_positions) / c.max_positions - (factor - 1)
-            base *= stretch ** (c.head_dim / (c.head_dim - 2))
-        exponents = torch.arange(0, c.head_dim, 2, device=weight.device, dtype=wide) / c.head_dim
+            base *= stretch ** (dim / (dim - 2))
+        exponents = torch.arange(0, dim, 2, device=weight.device, dtype=wide) / max(dim, 1)
         frequencies = 1.0 / base**exponents
         if kind == "linear":
             return frequencies / factor
         if kind == "llama3":  # long wavelengths are stretched by `factor`, short ones kept, those between blended
             low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-            trained = rope.get("original_max_position_embeddings", c.max_positions)
-            turns = trained * frequencies / (2 * torch.pi)
+            turns = rope["original_max_position_embeddings"] * frequencies / (2 * torch.pi)
             keep = ((turns - low) / (high - low)).clamp(0, 1)
             return frequencies * (keep + (1 - keep) / factor)
+        if kind == "longrope":
+            factors = rope["long_factor" if length > rope["original_max_position_embeddings"] else "short_factor"]
+            return frequencies / torch.tensor(factors, device=weight.device, dtype=wide)
         return frequencies
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.feed_forward = FeedForward(config)
+    """Attention and feed-forward on the residual stream. A norm that a family does not have is an identity."""
 
-    def prefill(self, x: Tensor, angles: tuple[Tensor, Tensor], lengths: Tensor | None = None, policy: Any = None):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.parallel, self.shared_norm = config.parallel, config.shared_norm
+        pre, post = config.pre_norms, config.post_norms
+        self.attention_norm = make_norm(config) if pre else nn.Identity()
+        self.attention = Attention(config, config.window(layer))
+        self.post_attention_norm = make_norm(config) if post else nn.Identity()
+        self.ffn_norm = make_norm(config) if pre and not config.shared_norm else nn.Identity()
+        self.feed_forward = Experts(config) if config.experts else FeedForward(config)
+        self.post_ffn_norm = make_norm(config) if post else nn.Identity()
+
+    def prefill(self, x: Tensor, rotary: Tensor, lengths: Tensor | None = None, policy: Any = None):
         """x [B, S, C] -> (x, PrefilledLayer). Rows are padded on the right; `lengths` [B] says how much is real."""
-        added, k, v, scores = self.attention.prefill(self.attention_norm(x), angles, lengths, policy)
-        after = x + added
-        signal = importance(x, after, lengths)
-        return after + self.feed_forward(self.ffn_norm(after)), PrefilledLayer(k, v, signal, scores)
+        normed = self.attention_norm(x)
+        out, k, v, scores = self.attention.prefill(normed, rotary, lengths, policy)
+        added = self.post_attention_norm(out)
+        signal = importance(x, x + added, lengths)
+        return self.feed(x, normed, added), PrefilledLayer(k, v, signal, scores)
 
     def decode(self, x: Tensor, rotary: Tensor, layer: LayerCache, seen: Tensor, policy: Any) -> Tensor:
         """x [B, 1, C], the token at position `seen` [B] -> x. Writes the layer's cache in place."""
-        x = x + self.attention.decode(self.attention_norm(x), rotary, layer, seen, policy)
-        return x + self.feed_forward(self.ffn_norm(x))
+        normed = self.attention_norm(x)
+        return self.feed(
+            x, normed, self.post_attention_norm(self.attention.decode(normed, rotary, layer, seen, policy))
+        )
+
+    def feed(self, x: Tensor, normed: Tensor, added: Tensor) -> Tensor:
+        """What follows attention, which read `normed` and adds `added` to x, all [B, T, C]."""
+        after = x + added
+        if not self.shared_norm:
+            normed = self.ffn_norm(x if self.parallel else after)
+        return after + self.post_ffn_norm(self.feed_forward(normed))
 
 
 def importance(before: Tensor, after: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -235,36 +151,85 @@ def importance(before: Tensor, after: Tensor, lengths: Tensor | None = None) -> 
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, window: int | None):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
-        q_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        self.wqkv = Linear(config.dim, q_size + 2 * kv_size, bias=config.qkv_bias)
-        self.wo = Linear(q_size, config.dim, bias=config.output_bias)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.window, self.softcap = window, config.attention_softcap
+        self.scale = config.attention_scale or config.head_dim**-0.5
+        self.rope_scale = config.rope.get("attention_factor", 1.0) if config.rope["rope_type"] == "longrope" else 1.0
+        self.q_size, self.kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.wqkv = Linear(config.dim, self.q_size + 2 * self.kv_size, bias=config.qkv_bias)
+        self.wo = Linear(self.q_size, config.dim, bias=config.output_bias)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            self.q_norm = make_norm(config, self.head_dim if self.qk_norm == "head" else self.q_size)
+            self.k_norm = make_norm(config, self.head_dim if self.qk_norm == "head" else self.kv_size)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, C] -> q [B, H, T, D], k, v [B, K, T, D], not rotated yet."""
-        heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        return (self.q_norm(q), self.k_norm(k), v) if self.q_norm else (q, k, v)
+        q, k, v = self.wqkv(x).split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        if self.qk_norm == "projection":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (q, k, v))
+        return (self.q_norm(q), self.k_norm(k), v) if self.qk_norm == "head" else (q, k, v)
 
-    def prefill(self, x: Tensor, angles: tuple[Tensor, Tensor], lengths: Tensor | None, policy: Any):
+    def turn(self, x: Tensor, positions: Tensor, rotary: Tensor) -> Tensor:
+        """x [B, heads, T, D], rotated to positions that broadcast to [B, heads, T]."""
+        return rotate(x, *rotary_angles(positions, rotary, self.rope_scale))
+
+    def prefill(self, x: Tensor, rotary: Tensor, lengths: Tensor | None, policy: Any):
         q, k_raw, v = self.project(x)
-        q, k = rotate(q, *angles), rotate(k_raw, *angles)
-        # Right padding needs no mask: a real token never looks ahead.
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        positions = torch.arange(x.shape[1], device=x.device)
+        q, k = self.turn(q, positions, rotary), self.turn(k_raw, positions, rotary)
+        out = self.over_prompt(q, k, v)
         scores = None
         if policy is not None:
-            scores = policy.score_prompt(q, k, lengths)
+            scores = policy.score_prompt(q, k, lengths, self.prompt_probs)
             k[:, :, : policy.sinks] = k_raw[:, :, : policy.sinks]
         return self.wo(out.transpose(1, 2).flatten(2)), k, v, scores
 
+    def over_prompt(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention of a whole prompt [B, H, S, D]. Right padding needs no mask: a token never looks ahead.
+
+        Without window and soft cap it is one fused call with no mask; else the queries come in chunks, each with the
+        keys that it can see.
+        """
+        length = q.shape[2]
+        if self.softcap is None and (self.window is None or length <= self.window):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
+        chunks = []
+        for start in range(0, length, PROMPT_CHUNK):
+            end = min(start + PROMPT_CHUNK, length)
+            if self.softcap is None:
+                keys, mask = self.visible(start, end, q.device)
+                part = (q[:, :, start:end], k[:, :, keys], v[:, :, keys])
+                chunk = F.scaled_dot_product_attention(*part, mask, scale=self.scale, enable_gqa=True)
+            else:
+                keys, probs = self.prompt_probs(q, k, start, end)
+                chunk = (probs.to(v.dtype) @ v[:, :, None, keys]).flatten(1, 2)
+            chunks.append(chunk)
+        return torch.cat(chunks, dim=2)
+
+    def prompt_probs(self, q: Tensor, k: Tensor, start: int, end: int) -> tuple[slice, Tensor]:
+        """What the queries start..end of a prompt attend to: the keys they can see at all, and the share of each.
+
+        q [B, H, S, D], k [B, K, S, D]; shares [B, K, G, end - start, keys] in fp32.
+        """
+        keys, mask = self.visible(start, end, q.device)
+        logits = q.unflatten(1, (self.kv_heads, -1))[:, :, :, start:end] * self.scale @ k[:, :, None, keys].mT
+        logits = softcapped(logits.to(torch.promote_types(q.dtype, torch.float32)), self.softcap)
+        return keys, logits.masked_fill(~mask, float("-inf")).softmax(-1)
+
+    def visible(self, start: int, end: int, device: torch.device) -> tuple[slice, Tensor]:
+        """The keys that any of the queries start..end can see, and which of them each one can: [queries, keys]."""
+        first = 0 if self.window is None else max(0, start - self.window + 1)
+        distance = torch.arange(start, end, device=device)[:, None] - torch.arange(first, end, device=device)
+        return slice(first, end), (distance >= 0) & (distance < (self.window or end))
+
     def decode(self, x: Tensor, rotary: Tensor, layer: LayerCache, seen: Tensor, policy: Any) -> Tensor:
+        """The cache holds nothing that has left the window: the token policy sees to that (`within_window`)."""
         q, k_raw, v = self.project(x)
-        here = rotary_angles(seen[:, None, None], rotary)
-        q, k = rotate(q, *here), rotate(k_raw, *here)
+        q, k = self.turn(q, seen[:, None, None], rotary), self.turn(k_raw, seen[:, None, None], rotary)
         sink_keys = None
         if policy.sinks:  # the first tokens are kept unrotated and turned to their position inside the cache
             k = torch.where((seen < policy.sinks)[:, None, None, None], k_raw, k)
@@ -274,8 +239,8 @@ class Attention(nn.Module):
             slots = layer.k.shape[2]
             sinks = torch.arange(min(policy.sinks, slots), device=x.device)
             turned = sinks + (seen + 1 - slots).clamp(min=0)[:, None, None]
-            sink_keys = rotate(layer.k[:, :, : policy.sinks], *rotary_angles(turned, rotary))
-        out, probs = attend(q, layer.k, layer.v, valid=seen + 1, leading_keys=sink_keys)
+            sink_keys = self.turn(layer.k[:, :, : policy.sinks], turned, rotary)
+        out, probs = attend(q, layer.k, layer.v, seen + 1, self.scale, self.softcap, sink_keys)
         policy.observe(layer, slot, seen, probs)
         return self.wo(out.flatten(1)[:, None])
 
@@ -283,13 +248,67 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
-        self.w13 = Linear(config.dim, 2 * config.ffn_dim, bias=config.ffn_bias)  # gate and up, fused
+        self.activation, self.gate = ACTIVATIONS[config.activation], config.ffn_gate
+        width = (2 if self.gate else 1) * config.ffn_dim  # gate and up, fused; without a gate only up
+        self.w13 = Linear(config.dim, width, bias=config.ffn_bias)
         self.w2 = Linear(config.ffn_dim, config.dim, bias=config.ffn_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(self.activation(gate) * up)
+        return self.w2(gated(self.w13(x), self.activation) if self.gate else self.activation(self.w13(x)))
+
+
+class Experts(nn.Module):
+    """Each token goes through the `top` of E gated feed-forward networks that a router likes best (arXiv 2401.04088).
+
+    The experts' matrices are stacked by rows: w13 [E * 2F, C], w2 [E * C, F].
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.experts, self.top = config.experts, config.experts_per_token
+        self.activation = ACTIVATIONS[config.activation]
+        self.router = Linear(config.dim, self.experts, bias=False)
+        self.w13 = Linear(config.dim, self.experts * 2 * config.ffn_dim, bias=False)
+        self.w2 = Linear(config.ffn_dim, self.experts * config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, C]. A decode step has static shapes and never waits for the device; a prompt does so once."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weights, chosen = self.router(x).to(wide).softmax(-1).flatten(0, 1).topk(self.top)  # [B * T, top]
+        weights = weights / weights.sum(-1, keepdim=True)
+        w13, w2 = (w.weight.unflatten(0, (self.experts, -1)) for w in (self.w13, self.w2))
+        rows = x.flatten(0, 1)
+        if x.shape[1] > 1:
+            out = self._grouped(rows, weights, chosen, w13, w2)
+        elif chosen.numel() <= self.experts:  # few rows read only what they chose
+            hidden = gated(_matvec(w13[chosen], rows[:, None]), self.activation)
+            out = (_matvec(w2[chosen], hidden) * weights[..., None]).sum(1)
+        else:  # many rows need most experts anyway: all of them, those not chosen with weight 0
+            hidden = gated((rows @ self.w13.weight.T).unflatten(1, (self.experts, -1)), self.activation)
+            shares = torch.zeros_like(weights[:, :1]).expand(-1, self.experts).scatter(1, chosen, weights)
+            out = (torch.einsum("ref,ecf->rec", hidden, w2) * shares[..., None]).sum(1)
+        return out.to(x.dtype).view_as(x)
+
+    def _grouped(self, rows: Tensor, weights: Tensor, chosen: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+        """Sorts the rows by expert, so that each expert runs once over what is its own."""
+        order = chosen.flatten().argsort()
+        own = order // self.top
+        counts = chosen.flatten().bincount(minlength=self.experts).tolist()
+        hidden = [gated(part @ w.T, self.activation) for part, w in zip(rows[own].split(counts), w13, strict=True)]
+        out = torch.cat([part @ w.T for part, w in zip(hidden, w2, strict=True)])
+        return torch.zeros_like(rows, dtype=weights.dtype).index_add_(0, own, out * weights.flatten()[order, None])
+
+
+def gated(x: Tensor, activation: Any) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return activation(gate) * up
+
+
+def _matvec(weight: Tensor, x: Tensor) -> Tensor:
+    """weight [..., out, in] times x [..., in]. Compiled, chosen experts are read in place instead of copied first."""
+    if torch.compiler.is_compiling():
+        return (weight * x[..., None, :]).sum(-1)
+    return (weight @ x[..., None]).squeeze(-1)
 
 
 class Linear(nn.Linear):
@@ -309,25 +328,38 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return (out if bias is None else out + bias).view(*x.shape[:-1], -1)
 
 
+def make_norm(config: ModelConfig, size: int | None = None) -> nn.Module:
+    size = size or config.dim
+    if config.norm == "layer":
+        return nn.LayerNorm(size, config.norm_eps)
+    return RMSNorm(size, config.norm_eps, config.norm_shift)
+
+
 class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, dim: int, eps: float, shift: float = 0.0):
         super().__init__()
-        self.eps = eps
+        self.eps, self.shift = eps, shift
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * self.weight).to(x.dtype)
+        return (wide * (self.weight.to(wide.dtype) + self.shift)).to(x.dtype)
 
 
-def rotary_angles(positions: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
-    """cos, sin [..., D / 2] of positions [...]. Computed, not read from a table that ends."""
+def rotary_angles(positions: Tensor, rotary: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """cos, sin [..., R / 2] of positions [...], times `scale`. Computed, not read from a table that ends."""
     turns = positions[..., None].to(rotary.dtype) * rotary
-    return turns.cos(), turns.sin()
+    return turns.cos() * scale, turns.sin() * scale
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864) of x [B, heads, T, D] in the halves layout; cos, sin broadcast over heads."""
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    """Rotary embedding (arXiv 2104.09864) of the first R elements of x [B, heads, T, D] in the halves layout.
+
+    cos, sin broadcast to [B, heads, T, R / 2]; with R = 0 (learned positions) nothing turns.
+    """
+    half = cos.shape[-1]
+    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    first, second = first.to(cos.dtype), second.to(cos.dtype)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return turned if not rest.shape[-1] else torch.cat((turned, rest), dim=-1)

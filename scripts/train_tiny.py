@@ -144,7 +144,7 @@ def induction_circuit(model: Transformer, gain: float = 3.0) -> None:
     """
     c = model.config
     size, groups = c.head_dim, c.n_heads // c.n_kv_heads
-    theta = model.rotary(1)
+    theta = model.rotary(1)[0]
     fast = torch.where(torch.arange(size // 2) < 6, 2.0, 0.0)
     slow = (theta < 2e-3).repeat(2)[:, None]
     dims = torch.eye(c.dim)

@@ -27,12 +27,16 @@ class Case:
     name: str
     config: dict[str, Any]
     older: bool = False  # config.json in the form of transformers 4
+    branch: str = "self_attn"  # what in a layer gives that which attention adds to the residual stream
 
     def __str__(self) -> str:
         return self.name
 
 
-def case(name: str, older: bool = False, rope: dict[str, Any] | None = None, **changes) -> Case:
+def case(
+    name: str, older: bool = False, rope: dict[str, Any] | None = None, branch: str = "self_attn", **changes
+) -> Case:
+    """Changes of None leave the setting out."""
     config: dict[str, Any] = dict(
         model_type=name.split("-")[0],
         vocab_size=101,
@@ -47,9 +51,18 @@ def case(name: str, older: bool = False, rope: dict[str, Any] | None = None, **c
         eos_token_id=None,
         rope_parameters={"rope_type": "default", "rope_theta": 700.0, **(rope or {})},
     )
-    return Case(name, config | changes, older)
+    config = {name: value for name, value in (config | changes).items() if value is not None or name in NULLS}
+    return Case(name, config, older, branch)
 
 
+NULLS = (
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "sliding_window",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 LINEAR = {"rope_type": "linear", "factor": 2.5}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 LLAMA3 = {  # theta and original length so that of 4 frequencies some are kept, blended and stretched
@@ -60,6 +73,21 @@ LLAMA3 = {  # theta and original length so that of 4 frequencies some are kept, 
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LONGROPE = {  # Phi-4-mini's form: with partial rotary, of a head of 8 (or 16) 6 (or 12) elements turn
+    "rope_type": "longrope",
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [1.2, 2.5, 6.0],
+}
+GEMMA = dict(branch="post_attention_layernorm", num_hidden_layers=3, head_dim=10, tie_word_embeddings=True)
+GEMMA |= dict(query_pre_attn_scalar=7, sliding_window=20, pad_token_id=None)
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 2000.0, "factor": 1.5},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+}
+NEOX = dict(branch="attention", num_key_value_heads=None)
+FALCON = dict(branch="self_attention", num_key_value_heads=None, intermediate_size=None, tie_word_embeddings=True)
+OPT = dict(num_key_value_heads=None, intermediate_size=None, rope_parameters=None, ffn_dim=88, tie_word_embeddings=True)
 CASES = [
     case("llama-gqa"),
     case("llama-mha", num_key_value_heads=6),
@@ -73,16 +101,24 @@ CASES = [
     case("llama-older", older=True, num_key_value_heads=6),
     case("llama-older-linear", older=True, rope=LINEAR, tie_word_embeddings=True),
     case("llama-older-llama3", older=True, rope=LLAMA3),
-    case("mistral", sliding_window=LENGTH),
+    case("mistral", sliding_window=20),
     case("mistral-no-window", sliding_window=None, head_dim=10, num_key_value_heads=3),
     case("mistral-older", older=True, sliding_window=4096),
-    case("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=2),
+    case("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=1),
     case("qwen2-older", older=True, tie_word_embeddings=True, use_sliding_window=False, sliding_window=16),
     case("qwen3", head_dim=10, num_key_value_heads=3),
     case("qwen3-biases", head_dim=16, attention_bias=True),
+    case(
+        "qwen3-layer-types",
+        head_dim=10,
+        use_sliding_window=True,
+        sliding_window=9,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
 ]
 BY_NAME = {case.name: case for case in CASES}
-FAMILIES = [case for case in CASES if case.name in ("llama-gqa", "mistral", "qwen2", "qwen3")]
+# One of each family.
+FAMILIES = list({case.config["model_type"]: case for case in reversed(CASES)}.values())[::-1]
 
 
 def make_checkpoint(case: Case, folder: Path, shards: int = 1, seed: int = 0) -> Path:
@@ -102,9 +138,11 @@ def random_model(case: Case, seed: int = 0) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if "embed" in name:
-            drawn = 0.5 * noise
-        elif parameter.ndim == 2:
-            drawn = 1.5 * noise * parameter.shape[1] ** -0.5
+            drawn = (
+                0.1 if case.config["tie_word_embeddings"] else 0.5
+            ) * noise  # tied and wide: a token follows itself
+        elif parameter.ndim > 1:
+            drawn = 1.5 * noise * parameter.shape[-1] ** -0.5
         else:
             drawn = 0.3 * noise + (0 if name.endswith("bias") else 1)
         parameter.data.copy_(drawn)
@@ -114,11 +152,15 @@ def random_model(case: Case, seed: int = 0) -> PreTrainedModel:
 def tensor_names(case: Case) -> list[str]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**case.config))
-    return [name for name, _ in model.named_parameters()]
+    # Without rotary a key's bias adds the same to all scores of a query: it has no effect.
+    useless = "k_proj.bias" if case.config["model_type"] == "opt" else "-"
+    return [name for name, _ in model.named_parameters() if not name.endswith(useless)]
 
 
 def load_reference(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
 
 
 def token_ids(rows: int, length: int, vocab_size: int = 101, seed: int = 1) -> torch.Tensor:
@@ -134,29 +176,43 @@ def change_config(folder: Path, change) -> None:
 def older_form(raw: dict[str, Any]) -> dict[str, Any]:
     """config.json as transformers 4 wrote it, without what it left to be derived."""
     rope = raw.pop("rope_parameters")
+    if "full_attention" in rope:  # gemma3
+        raw["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+        raw.pop("layer_types")
+        raw["sliding_window_pattern"] = raw.pop("_sliding_window_pattern", 2)
     kind = rope.pop("rope_type")
     raw |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": raw.pop("dtype"), "rope_scaling": None}
     if kind != "default":
-        raw["rope_scaling"] = {"rope_type" if kind == "llama3" else "type": kind, **rope}
+        raw["rope_scaling"] = {
+            "type" if raw["model_type"] == "llama" and kind == "linear" else "rope_type": kind,
+            **rope,
+        }
     derived = {"num_key_value_heads": raw["num_attention_heads"]}
     derived["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
     return {name: value for name, value in raw.items() if derived.get(name) != value}
 
 
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+
+
 class ResidualStream:
     """The input of every layer and what its attention adds, recorded on transformers' own model by hooks.
 
-    `attention` is the name of the attention module in a layer.
+    `branch` is the name of the module in a layer that gives what is added.
     """
 
-    def __init__(self, layers: nn.ModuleList, attention: str = "self_attn"):
+    def __init__(self, model: PreTrainedModel, branch: str):
         self.inputs: list[torch.Tensor] = []
         self.added: list[torch.Tensor] = []
         self._hooks = []
-        for layer in layers:
+        for layer in layers_of(model):
             self._hooks.append(layer.register_forward_pre_hook(lambda _, args: self.inputs.append(args[0])))
-            hook = getattr(layer, attention).register_forward_hook
-            self._hooks.append(hook(lambda _, args, output: self.added.append(output[0])))
+            self._hooks.append(getattr(layer, branch).register_forward_hook(self._record))
+
+    def _record(self, _, args, output) -> None:
+        self.added.append(output[0] if isinstance(output, tuple) else output)
 
     def __enter__(self) -> "ResidualStream":
         return self

@@ -31,66 +31,73 @@ def victim(entries: list[Entry], policy: str, slots: int, newest: int, sinks: in
     return min(old, key=lambda entry: (entry.score, entry.position))
 
 
-def rotate(x: Tensor, position: int, frequencies: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
+def rotate(x: Tensor, position: int, frequencies: Tensor, scale: float = 1.0) -> Tensor:
+    half = len(frequencies)
     angle = position * frequencies
-    first, second = x[:half], x[half:]
-    return torch.cat((first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()))
-
-
-def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x / (x.square().mean() + eps).sqrt() * weight
+    first, second, rest = x[:half], x[half : 2 * half], x[2 * half :]
+    turned = torch.cat((first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()))
+    return torch.cat((scale * turned, rest))
 
 
 class NaiveCache:
-    """Feeds one token at a time through `model`; `prompt` attends to everything and evicts only at its end."""
+    """Feeds one token at a time through `model`; `prompt` attends to everything and evicts only at its end.
 
-    def __init__(self, model: Transformer, policy: str, plan: list[int], sinks: int = 4):
-        self.model, self.policy, self.plan, self.sinks = model, policy, plan, sinks
+    A layer's window goes before the policy: what has left it is dropped first. Norms, projections and feed-forward are
+    the model's own.
+    """
+
+    def __init__(self, model: Transformer, policy: str, plan: list[int], sinks: int = 4, length: int = 10**9):
+        self.model, self.sinks = model, sinks
         c = model.config
-        self.frequencies = c.rope["rope_theta"] ** -(torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
+        self.windows = [c.window(layer) or length for layer in range(c.n_layers)]
+        windowed = [window < length for window in self.windows]
+        # Sinks leave a window, so that streaming is the plain window there.
+        self.policies = ["window" if policy == "streaming" and short else policy for short in windowed]
+        self.plan = [min(slots, window) for slots, window in zip(plan, self.windows, strict=True)]
+        self.rotary = model.rotary(1)
         self.lists = [[[] for _ in range(c.n_kv_heads)] for _ in range(c.n_layers)]
         self.seen = 0
 
     def prompt(self, ids: list[int]) -> Tensor:
         for token in ids:
             logits = self._feed(token, evicting=False)
-        for layer, slots in enumerate(self.plan):
-            for entries in self.lists[layer]:
-                while len(entries) > slots and self.policy != "full":
-                    entries.remove(victim(entries, self.policy, slots, self.seen - 1, self.sinks))
+        for policy, slots, lists in zip(self.policies, self.plan, self.lists, strict=True):
+            for entries in lists:
+                while len(entries) > slots and policy != "full":
+                    entries.remove(victim(entries, policy, slots, self.seen - 1, self.sinks))
         return logits
 
     def feed(self, token: int) -> Tensor:
         """The logits [vocab] after one more token."""
-        return self._feed(token, evicting=self.policy != "full")
+        return self._feed(token, evicting=True)
 
     def _feed(self, token: int, evicting: bool) -> Tensor:
-        model, c, t = self.model, self.model.config, self.seen
-        x = model.embed.weight[token]
-        for block, lists, slots in zip(model.layers, self.lists, self.plan, strict=True):
-            attention = block.attention
-            heads = (attention.wqkv.weight @ norm(x, block.attention_norm.weight, c.norm_eps)).view(-1, c.head_dim)
-            q, k, v = heads.split([c.n_heads, c.n_kv_heads, c.n_kv_heads])
+        model, t = self.model, self.seen
+        x = model.embedded(torch.tensor([[token]]), torch.tensor([[t]]))
+        for layer, block in enumerate(model.layers):
+            policy, slots, frequencies = self.policies[layer], self.plan[layer], self.rotary[layer]
+            attention, normed = block.attention, block.attention_norm(x)
+            scale = attention.rope_scale
+            q, k, v = (part[0, :, 0] for part in attention.project(normed))
             out = []
-            for kv_head, entries in enumerate(lists):
-                if evicting and len(entries) == slots:
-                    entries.remove(victim(entries, self.policy, slots, t, self.sinks))
+            for kv_head, entries in enumerate(self.lists[layer]):
+                entries[:] = [entry for entry in entries if t - entry.position < self.windows[layer]]
+                if evicting and len(entries) == slots and policy != "full":
+                    entries.remove(victim(entries, policy, slots, t, self.sinks))
                 entries.append(Entry(t, k[kv_head], v[kv_head]))
-                inside = self.policy == "streaming" and evicting
+                inside = policy == "streaming" and evicting
                 places = range(len(entries)) if inside else [entry.position for entry in entries]
-                keys = torch.stack(
-                    [rotate(e.k, place, self.frequencies) for e, place in zip(entries, places, strict=True)]
-                )
-                values = torch.stack([e.v for e in entries])
-                for query in q.view(c.n_kv_heads, -1, c.head_dim)[kv_head]:
-                    turned = rotate(query, places[-1], self.frequencies)
-                    probs = (keys @ turned / c.head_dim**0.5).softmax(0)
+                turned = [rotate(e.k, place, frequencies, scale) for e, place in zip(entries, places, strict=True)]
+                keys, values = torch.stack(turned), torch.stack([entry.v for entry in entries])
+                for query in q.view(len(k), -1, q.shape[-1])[kv_head]:
+                    scores = keys @ rotate(query, places[-1], frequencies, scale) * attention.scale
+                    if attention.softcap:
+                        scores = attention.softcap * (scores / attention.softcap).tanh()
+                    probs = scores.softmax(0)
                     out.append(probs @ values)
                     for entry, prob in zip(entries, probs.tolist(), strict=True):
                         entry.score += prob
-            x = x + attention.wo.weight @ torch.cat(out)
-            gate, up = (block.feed_forward.w13.weight @ norm(x, block.ffn_norm.weight, c.norm_eps)).chunk(2)
-            x = x + block.feed_forward.w2.weight @ (torch.nn.functional.silu(gate) * up)
+            added = attention.wo(torch.cat(out)[None, None])
+            x = block.feed(x, normed, block.post_attention_norm(added))
         self.seen += 1
-        return model.head.weight @ norm(x, model.norm.weight, c.norm_eps)
+        return model.logits(x[0, 0])

@@ -25,7 +25,8 @@ def teacher_forced(engine: Engine, ids: list[int], following: list[int]) -> torc
     """Logits [1 + len(following), vocab] after the prompt and after each following token, through the real cache."""
     with torch.inference_mode():
         decoder, _ = engine._start([Request(ids, max_new_tokens=len(following) + 1)])
-        rows = [engine._prefill(torch.tensor([ids], device=engine.device), decoder.seen, decoder.rotary)[0]]
+        prompt = torch.tensor([ids], device=engine.device)
+        rows = [engine._prefill(prompt, decoder.seen, decoder.rotary, decoder.policies)[0]]
         for token in following:
             decoder.tokens.fill_(token)
             rows.append(decoder.logits())

@@ -11,6 +11,7 @@ FLOORS = {
     "engine": 3,
     "checkpoint": 2,
     "model": 1,
+    "config": 0,
     "kvcache": 0,
     "policies": 0,
     "sampling": 0,

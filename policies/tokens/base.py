@@ -1,5 +1,6 @@
 """What a token policy answers. The defaults are a ring over all slots with nothing to remember."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -18,8 +19,26 @@ class TokenPolicy:
     sinks: int = 0  # leading slots that hold the first tokens for good, with keys turned to in-cache positions
     floor: int = 1  # fewest slots the policy can work in, the new token's included
 
-    def score_prompt(self, q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor | None:
-        """Scores [B, K, S] of the prompt's tokens from q [B, H, S, D] and k [B, K, S, D], if the policy wants any."""
+    def within_window(self, window: int) -> "TokenPolicy":
+        """The policy for a layer that has a sliding window shorter than the request, and no more slots than that.
+
+        What has left the window is never attended to: a token at position p has left when `seen - p >= window`. Here:
+        a ring over all slots, which only ever holds the latest tokens. There are no sinks: they leave the window too.
+        """
+        return TokenPolicy()
+
+    def score_prompt(
+        self,
+        q: Tensor,
+        k: Tensor,
+        lengths: Tensor | None,
+        probs: Callable[[Tensor, Tensor, int, int], tuple[slice, Tensor]],
+    ) -> Tensor | None:
+        """Scores [B, K, S] of the prompt's tokens from q [B, H, S, D] and k [B, K, S, D], if the policy wants any.
+
+        probs(q, k, start, end) says which keys the queries start..end can see, and how much each query attends to each
+        of them [B, K, G, end - start, keys], under the layer's own scale, soft cap and window.
+        """
         return None
 
     def place(self, position: Tensor, slots: int) -> Tensor:

@@ -5,6 +5,7 @@ step evicts the lowest score outside of the last `slots // 2` positions (the new
 previous step, ties to the lowest position. Positions are absolute.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,28 +22,30 @@ class H2O(TokenPolicy):
     name: ClassVar[str] = "h2o"
     scored: ClassVar[bool] = True
     floor: ClassVar[int] = 2
+    window: ClassVar[int | None] = None
 
-    def score_prompt(self, q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor:
-        batch, _, length, head_dim = q.shape
-        q = q.unflatten(1, (k.shape[1], -1)) * head_dim**-0.5
-        wide = torch.promote_types(q.dtype, torch.float32)
-        scores = torch.zeros(k.shape[:3], dtype=wide, device=k.device)
+    def within_window(self, window: int) -> "H2O":
+        return WindowedH2O(window)
+
+    def score_prompt(self, q: Tensor, k: Tensor, lengths: Tensor | None, probs: Callable) -> Tensor:
+        length = q.shape[2]
+        scores = torch.zeros(k.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=k.device)
         position = torch.arange(length, device=k.device)
         for start in range(0, length, QUERY_CHUNK):
             end = min(start + QUERY_CHUNK, length)
-            ahead = position[:end] > position[start:end, None]
-            rows = (q[:, :, :, start:end] @ k[:, :, None, :end].mT).to(wide).masked_fill(ahead, float("-inf"))
-            probs = rows.softmax(-1)
+            keys, rows = probs(q, k, start, end)
             if lengths is not None:  # padding asks no questions
-                probs = probs.masked_fill((position[start:end] >= lengths[:, None])[:, None, None, :, None], 0)
-            scores[:, :, :end] += probs.sum((2, 3))
+                rows = rows.masked_fill((position[start:end] >= lengths[:, None])[:, None, None, :, None], 0)
+            scores[:, :, keys] += rows.sum((2, 3))
         return scores
 
     def select(self, lengths: Tensor, slots: int, scores: Tensor) -> Tensor:
         length = scores.shape[2]
         position = torch.arange(length, device=scores.device)
         end = lengths[:, None, None]
-        rank = scores.masked_fill(position >= end - slots // 2, float("inf")).masked_fill(position >= end, -1)
+        rank = scores.masked_fill(position >= end - slots // 2, float("inf")).masked_fill(position >= end, -2)
+        if self.window is not None:
+            rank = rank.masked_fill(position < end - self.window, -1)
         # Latest first, then a stable sort: of equal scores the lowest position goes first.
         best = length - 1 - rank.flip(2).sort(dim=2, descending=True, stable=True).indices[:, :, :slots]
         padding = best >= end
@@ -52,6 +55,8 @@ class H2O(TokenPolicy):
         slots = layer.k.shape[2]
         old = layer.position <= (seen - slots // 2)[:, None, None]
         score = layer.score.masked_fill(~old, float("inf"))
+        if self.window is not None:
+            score = score.masked_fill(layer.position <= (seen - self.window)[:, None, None], -1)
         lowest = score == score.amin(2, keepdim=True)
         victim = layer.position.masked_fill(~lowest, torch.iinfo(torch.int64).max).argmin(2)
         return torch.where((seen < slots)[:, None], seen[:, None], victim)
@@ -62,3 +67,14 @@ class H2O(TokenPolicy):
         layer.score.index_put_((row, head, slot), layer.score.new_zeros(()))
         layer.position.index_put_((row, head, slot), seen[:, None])
         layer.score.add_(probs.sum(2))
+
+
+@dataclass(frozen=True)
+class WindowedH2O(H2O):
+    """In a layer with a sliding window the token that has left it is the victim, whatever its score.
+
+    The prompt's selection prefers tokens inside the window, then one leaves with each step: none is ever seen from
+    outside, and no mask is needed.
+    """
+
+    window: int
