@@ -45,11 +45,23 @@ LLAMA = {
     "norm": ["model.norm"],
     "head": ["lm_head"],
 }
+NEOX = {
+    "embed": ["gpt_neox.embed_in"],
+    "layers.{l}.attention_norm": ["gpt_neox.layers.{l}.input_layernorm"],
+    "layers.{l}.attention.wqkv": ["gpt_neox.layers.{l}.attention.query_key_value"],
+    "layers.{l}.attention.wo": ["gpt_neox.layers.{l}.attention.dense"],
+    "layers.{l}.ffn_norm": ["gpt_neox.layers.{l}.post_attention_layernorm"],
+    "layers.{l}.feed_forward.w13": ["gpt_neox.layers.{l}.mlp.dense_h_to_4h"],
+    "layers.{l}.feed_forward.w2": ["gpt_neox.layers.{l}.mlp.dense_4h_to_h"],
+    "norm": ["gpt_neox.final_layer_norm"],
+    "head": ["embed_out"],
+}
 WEIGHTS: dict[str, Callable[[ModelConfig], dict[str, list[str]]]] = {
     "llama": lambda config: LLAMA,
     "mistral": lambda config: LLAMA,
     "qwen2": lambda config: LLAMA,
     "qwen3": lambda config: LLAMA,
+    "gpt_neox": lambda config: NEOX,
 }
 # Ends of tensors that hold, for each key-value head in turn, its query heads, its key and its value. Ours hold all
 # query heads, then all keys, then all values.

@@ -115,6 +115,9 @@ CASES = [
         sliding_window=9,
         layer_types=["sliding_attention", "full_attention"],
     ),
+    case("gpt_neox", **NEOX, rope={"partial_rotary_factor": 0.25}),
+    case("gpt_neox-sequential", **NEOX, use_parallel_residual=False, rope={"partial_rotary_factor": 0.5}),
+    case("gpt_neox-no-bias", **NEOX, attention_bias=False, hidden_act="gelu_fast", tie_word_embeddings=True),
 ]
 BY_NAME = {case.name: case for case in CASES}
 # One of each family.
