@@ -56,12 +56,28 @@ NEOX = {
     "norm": ["gpt_neox.final_layer_norm"],
     "head": ["embed_out"],
 }
+FALCON = {
+    "embed": ["transformer.word_embeddings"],
+    "layers.{l}.attention_norm": ["transformer.h.{l}.input_layernorm"],
+    "layers.{l}.attention.wqkv": ["transformer.h.{l}.self_attention.query_key_value"],
+    "layers.{l}.attention.wo": ["transformer.h.{l}.self_attention.dense"],
+    "layers.{l}.ffn_norm": ["transformer.h.{l}.post_attention_layernorm"],
+    "layers.{l}.feed_forward.w13": ["transformer.h.{l}.mlp.dense_h_to_4h"],
+    "layers.{l}.feed_forward.w2": ["transformer.h.{l}.mlp.dense_4h_to_h"],
+    "norm": ["transformer.ln_f"],
+    "head": ["lm_head"],
+}
+FALCON_TWO_NORMS = FALCON | {
+    "layers.{l}.attention_norm": ["transformer.h.{l}.ln_attn"],
+    "layers.{l}.ffn_norm": ["transformer.h.{l}.ln_mlp"],
+}
 WEIGHTS: dict[str, Callable[[ModelConfig], dict[str, list[str]]]] = {
     "llama": lambda config: LLAMA,
     "mistral": lambda config: LLAMA,
     "qwen2": lambda config: LLAMA,
     "qwen3": lambda config: LLAMA,
     "gpt_neox": lambda config: NEOX,
+    "falcon": lambda config: FALCON_TWO_NORMS if config.parallel and not config.shared_norm else FALCON,
 }
 # Ends of tensors that hold, for each key-value head in turn, its query heads, its key and its value. Ours hold all
 # query heads, then all keys, then all values.

@@ -39,6 +39,11 @@ FAMILIES: dict[str, Family] = {
         dict(attention_bias=True, hidden_act="gelu", mlp_bias=True, partial_rotary_factor=0.25, rms_norm_eps=1e-5),
         lambda conf: dict(norm="layer", ffn_gate=False, parallel=conf.get("use_parallel_residual", True)),
     ),
+    "falcon": Family(
+        dict(hidden_act="gelu", rms_norm_eps=1e-5, tie_word_embeddings=True),
+        lambda conf: _falcon(conf),
+        ffn_times=4,
+    ),
 }
 
 
@@ -186,6 +191,18 @@ class ModelConfig:
             dtype=_dtype(conf),
         )
         return cls(**(fields | family.fields(conf)))
+
+
+def _falcon(conf: dict[str, Any]) -> dict[str, Any]:
+    """Two generations: the newer one (40B) has groups of query heads, and mostly a second norm in front of the
+    feed-forward part. Of the older one most have a single key-value head.
+    """
+    newer = conf.get("new_decoder_architecture", False)
+    parallel = newer or conf.get("parallel_attn", True)
+    shared = parallel and conf.get("num_ln_in_parallel_attn", 2 if newer else 1) == 1
+    one_head = conf.get("multi_query", True) and not newer
+    heads = {"n_kv_heads": 1} if one_head else {}
+    return dict(norm="layer", ffn_gate=False, parallel=parallel, shared_norm=shared) | heads
 
 
 def _windowed(conf: dict[str, Any], which: str | None) -> tuple[int, ...]:

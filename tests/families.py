@@ -118,6 +118,10 @@ CASES = [
     case("gpt_neox", **NEOX, rope={"partial_rotary_factor": 0.25}),
     case("gpt_neox-sequential", **NEOX, use_parallel_residual=False, rope={"partial_rotary_factor": 0.5}),
     case("gpt_neox-no-bias", **NEOX, attention_bias=False, hidden_act="gelu_fast", tie_word_embeddings=True),
+    case("falcon", **FALCON, multi_query=True),
+    case("falcon-grouped", **FALCON, new_decoder_architecture=True, num_kv_heads=2, ffn_hidden_size=88),
+    case("falcon-one-norm", **FALCON, new_decoder_architecture=True, num_kv_heads=3, num_ln_in_parallel_attn=1),
+    case("falcon-sequential", **FALCON, multi_query=False, parallel_attn=False, bias=True),
 ]
 BY_NAME = {case.name: case for case in CASES}
 # One of each family.
