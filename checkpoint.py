@@ -45,6 +45,10 @@ LLAMA = {
     "norm": ["model.norm"],
     "head": ["lm_head"],
 }
+PHI3 = LLAMA | {
+    "layers.{l}.attention.wqkv": ["model.layers.{l}.self_attn.qkv_proj"],
+    "layers.{l}.feed_forward.w13": ["model.layers.{l}.mlp.gate_up_proj"],
+}
 NEOX = {
     "embed": ["gpt_neox.embed_in"],
     "layers.{l}.attention_norm": ["gpt_neox.layers.{l}.input_layernorm"],
@@ -76,6 +80,7 @@ WEIGHTS: dict[str, Callable[[ModelConfig], dict[str, list[str]]]] = {
     "mistral": lambda config: LLAMA,
     "qwen2": lambda config: LLAMA,
     "qwen3": lambda config: LLAMA,
+    "phi3": lambda config: PHI3,
     "gpt_neox": lambda config: NEOX,
     "falcon": lambda config: FALCON_TWO_NORMS if config.parallel and not config.shared_norm else FALCON,
 }

@@ -122,6 +122,9 @@ CASES = [
     case("falcon-grouped", **FALCON, new_decoder_architecture=True, num_kv_heads=2, ffn_hidden_size=88),
     case("falcon-one-norm", **FALCON, new_decoder_architecture=True, num_kv_heads=3, num_ln_in_parallel_attn=1),
     case("falcon-sequential", **FALCON, multi_query=False, parallel_attn=False, bias=True),
+    case("phi3", sliding_window=20, max_position_embeddings=4096, pad_token_id=None),
+    case("phi3-short", rope=LONGROPE, original_max_position_embeddings=100, pad_token_id=None),
+    case("phi3-long", rope=LONGROPE, original_max_position_embeddings=23, pad_token_id=None),
 ]
 BY_NAME = {case.name: case for case in CASES}
 # One of each family.
