@@ -49,6 +49,14 @@ PHI3 = LLAMA | {
     "layers.{l}.attention.wqkv": ["model.layers.{l}.self_attn.qkv_proj"],
     "layers.{l}.feed_forward.w13": ["model.layers.{l}.mlp.gate_up_proj"],
 }
+MIXTRAL = LLAMA | {
+    "layers.{l}.feed_forward.router": ["model.layers.{l}.block_sparse_moe.gate"],
+    "layers.{l}.feed_forward.w13": [
+        "model.layers.{l}.block_sparse_moe.experts.{e}.w1",
+        "model.layers.{l}.block_sparse_moe.experts.{e}.w3",
+    ],
+    "layers.{l}.feed_forward.w2": ["model.layers.{l}.block_sparse_moe.experts.{e}.w2"],
+}
 NEOX = {
     "embed": ["gpt_neox.embed_in"],
     "layers.{l}.attention_norm": ["gpt_neox.layers.{l}.input_layernorm"],
@@ -78,6 +86,7 @@ FALCON_TWO_NORMS = FALCON | {
 WEIGHTS: dict[str, Callable[[ModelConfig], dict[str, list[str]]]] = {
     "llama": lambda config: LLAMA,
     "mistral": lambda config: LLAMA,
+    "mixtral": lambda config: MIXTRAL,
     "qwen2": lambda config: LLAMA,
     "qwen3": lambda config: LLAMA,
     "phi3": lambda config: PHI3,

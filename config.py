@@ -25,6 +25,11 @@ class Family(NamedTuple):
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Family(dict(num_key_value_heads=8, sliding_window=4096), windows="all"),
+    "mixtral": Family(
+        dict(num_key_value_heads=8, rope_theta=1e6, rms_norm_eps=1e-5, num_local_experts=8, num_experts_per_tok=2),
+        lambda conf: dict(experts=conf["num_local_experts"], experts_per_token=conf["num_experts_per_tok"]),
+        windows="all",
+    ),
     "qwen2": Family(
         dict(sliding_window=4096, use_sliding_window=False, max_window_layers=28),
         lambda conf: dict(qkv_bias=True, output_bias=False),
