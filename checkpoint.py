@@ -83,6 +83,22 @@ FALCON_TWO_NORMS = FALCON | {
     "layers.{l}.attention_norm": ["transformer.h.{l}.ln_attn"],
     "layers.{l}.ffn_norm": ["transformer.h.{l}.ln_mlp"],
 }
+OPT = {
+    "embed": ["model.decoder.embed_tokens"],
+    "positions": ["model.decoder.embed_positions"],
+    "layers.{l}.attention_norm": ["model.decoder.layers.{l}.self_attn_layer_norm"],
+    "layers.{l}.attention.wqkv": [
+        "model.decoder.layers.{l}.self_attn.q_proj",
+        "model.decoder.layers.{l}.self_attn.k_proj",
+        "model.decoder.layers.{l}.self_attn.v_proj",
+    ],
+    "layers.{l}.attention.wo": ["model.decoder.layers.{l}.self_attn.out_proj"],
+    "layers.{l}.ffn_norm": ["model.decoder.layers.{l}.final_layer_norm"],
+    "layers.{l}.feed_forward.w13": ["model.decoder.layers.{l}.fc1"],
+    "layers.{l}.feed_forward.w2": ["model.decoder.layers.{l}.fc2"],
+    "norm": ["model.decoder.final_layer_norm"],
+    "head": ["lm_head"],
+}
 WEIGHTS: dict[str, Callable[[ModelConfig], dict[str, list[str]]]] = {
     "llama": lambda config: LLAMA,
     "mistral": lambda config: LLAMA,
@@ -92,11 +108,12 @@ WEIGHTS: dict[str, Callable[[ModelConfig], dict[str, list[str]]]] = {
     "phi3": lambda config: PHI3,
     "gpt_neox": lambda config: NEOX,
     "falcon": lambda config: FALCON_TWO_NORMS if config.parallel and not config.shared_norm else FALCON,
+    "opt": lambda config: OPT,
 }
 # Ends of tensors that hold, for each key-value head in turn, its query heads, its key and its value. Ours hold all
 # query heads, then all keys, then all values.
 INTERLEAVED = (".query_key_value.weight", ".query_key_value.bias")
-PREFIXES: dict[str, tuple[str, str]] = {}
+PREFIXES = {"opt": ("decoder.", "model.decoder.")}  # some files were written without the outermost name
 # Ends of tensors that hold nothing config.json does not say.
 IGNORED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 

@@ -52,6 +52,10 @@ FAMILIES: dict[str, Family] = {
         lambda conf: _falcon(conf),
         ffn_times=4,
     ),
+    "opt": Family(
+        dict(hidden_act="relu", enable_bias=True, rms_norm_eps=1e-5, tie_word_embeddings=True),
+        lambda conf: dict(norm="layer", ffn_gate=False, position_offset=2),
+    ),
 }
 
 

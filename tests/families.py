@@ -127,6 +127,8 @@ CASES = [
     case("phi3-long", rope=LONGROPE, original_max_position_embeddings=23, pad_token_id=None),
     case("mixtral", num_local_experts=5, num_experts_per_tok=2),
     case("mixtral-window", num_local_experts=3, num_experts_per_tok=1, sliding_window=20, head_dim=10),
+    case("opt", **OPT, pad_token_id=None),
+    case("opt-no-bias", **OPT, pad_token_id=None, enable_bias=False, activation_function="gelu"),
 ]
 BY_NAME = {case.name: case for case in CASES}
 # One of each family.
