@@ -57,6 +57,11 @@ MIXTRAL = LLAMA | {
     ],
     "layers.{l}.feed_forward.w2": ["model.layers.{l}.block_sparse_moe.experts.{e}.w2"],
 }
+POST_NORMS = LLAMA | {
+    "layers.{l}.post_attention_norm": ["model.layers.{l}.post_attention_layernorm"],
+    "layers.{l}.ffn_norm": ["model.layers.{l}.pre_feedforward_layernorm"],
+    "layers.{l}.post_ffn_norm": ["model.layers.{l}.post_feedforward_layernorm"],
+}
 NEOX = {
     "embed": ["gpt_neox.embed_in"],
     "layers.{l}.attention_norm": ["gpt_neox.layers.{l}.input_layernorm"],
@@ -106,6 +111,7 @@ WEIGHTS: dict[str, Callable[[ModelConfig], dict[str, list[str]]]] = {
     "qwen2": lambda config: LLAMA,
     "qwen3": lambda config: LLAMA,
     "phi3": lambda config: PHI3,
+    "olmo2": lambda config: POST_NORMS,
     "gpt_neox": lambda config: NEOX,
     "falcon": lambda config: FALCON_TWO_NORMS if config.parallel and not config.shared_norm else FALCON,
     "opt": lambda config: OPT,

@@ -43,6 +43,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(
         dict(rms_norm_eps=1e-5, partial_rotary_factor=1.0, original_max_position_embeddings=4096), windows="all"
     ),
+    "olmo2": Family(dict(rms_norm_eps=1e-5), lambda conf: dict(pre_norms=False, post_norms=True, qk_norm="projection")),
     "gpt_neox": Family(
         dict(attention_bias=True, hidden_act="gelu", mlp_bias=True, partial_rotary_factor=0.25, rms_norm_eps=1e-5),
         lambda conf: dict(norm="layer", ffn_gate=False, parallel=conf.get("use_parallel_residual", True)),

@@ -129,6 +129,8 @@ CASES = [
     case("mixtral-window", num_local_experts=3, num_experts_per_tok=1, sliding_window=20, head_dim=10),
     case("opt", **OPT, pad_token_id=None),
     case("opt-no-bias", **OPT, pad_token_id=None, enable_bias=False, activation_function="gelu"),
+    case("olmo2", branch="post_attention_layernorm", pad_token_id=None),
+    case("olmo2-biases", branch="post_attention_layernorm", attention_bias=True, num_key_value_heads=6),
 ]
 BY_NAME = {case.name: case for case in CASES}
 # One of each family.
