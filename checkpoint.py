@@ -111,6 +111,8 @@ WEIGHTS: dict[str, Callable[[ModelConfig], dict[str, list[str]]]] = {
     "qwen2": lambda config: LLAMA,
     "qwen3": lambda config: LLAMA,
     "phi3": lambda config: PHI3,
+    "gemma2": lambda config: POST_NORMS,
+    "gemma3_text": lambda config: POST_NORMS,
     "olmo2": lambda config: POST_NORMS,
     "gpt_neox": lambda config: NEOX,
     "falcon": lambda config: FALCON_TWO_NORMS if config.parallel and not config.shared_norm else FALCON,

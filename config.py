@@ -43,6 +43,36 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(
         dict(rms_norm_eps=1e-5, partial_rotary_factor=1.0, original_max_position_embeddings=4096), windows="all"
     ),
+    "gemma2": Family(
+        dict(
+            attn_logit_softcapping=50.0,
+            final_logit_softcapping=30.0,
+            head_dim=256,
+            hidden_activation="gelu_pytorch_tanh",
+            max_position_embeddings=8192,
+            query_pre_attn_scalar=256,
+            sliding_window=4096,
+            sliding_window_pattern=2,
+            tie_word_embeddings=True,
+        ),
+        lambda conf: _gemma(conf) | dict(attention_softcap=conf["attn_logit_softcapping"]),
+        windows="by layer",
+    ),
+    "gemma3_text": Family(
+        dict(
+            head_dim=256,
+            hidden_activation="gelu_pytorch_tanh",
+            max_position_embeddings=131072,
+            query_pre_attn_scalar=256,
+            rope_theta=1e6,
+            rope_local_base_freq=1e4,
+            sliding_window=4096,
+            sliding_window_pattern=6,
+            tie_word_embeddings=True,
+        ),
+        lambda conf: _gemma(conf) | dict(qk_norm="head"),
+        windows="by layer",
+    ),
     "olmo2": Family(dict(rms_norm_eps=1e-5), lambda conf: dict(pre_norms=False, post_norms=True, qk_norm="projection")),
     "gpt_neox": Family(
         dict(attention_bias=True, hidden_act="gelu", mlp_bias=True, partial_rotary_factor=0.25, rms_norm_eps=1e-5),
@@ -204,6 +234,16 @@ class ModelConfig:
             dtype=_dtype(conf),
         )
         return cls(**(fields | family.fields(conf)))
+
+
+def _gemma(conf: dict[str, Any]) -> dict[str, Any]:
+    return dict(
+        norm_shift=1.0,
+        post_norms=True,
+        attention_scale=conf["query_pre_attn_scalar"] ** -0.5,
+        embed_scale=conf["hidden_size"] ** 0.5,
+        logit_softcap=conf.get("final_logit_softcapping"),
+    )
 
 
 def _falcon(conf: dict[str, Any]) -> dict[str, Any]:

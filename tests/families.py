@@ -131,6 +131,10 @@ CASES = [
     case("opt-no-bias", **OPT, pad_token_id=None, enable_bias=False, activation_function="gelu"),
     case("olmo2", branch="post_attention_layernorm", pad_token_id=None),
     case("olmo2-biases", branch="post_attention_layernorm", attention_bias=True, num_key_value_heads=6),
+    case("gemma2", **GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    case("gemma2-no-caps", **GEMMA, attn_logit_softcapping=None, final_logit_softcapping=None, attention_bias=True),
+    case("gemma3_text", **GEMMA, sliding_window_pattern=2, rope_parameters=GEMMA3_ROPE),
+    case("gemma3_text-older", older=True, **GEMMA, sliding_window_pattern=2, rope_parameters=GEMMA3_ROPE),
 ]
 BY_NAME = {case.name: case for case in CASES}
 # One of each family.
