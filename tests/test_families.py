@@ -1,16 +1,18 @@
 """Every family and form against transformers: logits, greedy tokens, importance. See families.py for the cases."""
 
 import functools
+import re
 
 import families
 import pytest
 import torch
-from families import CASES, FAMILIES, LENGTH, NEW, PROMPT, Case
+from families import BY_NAME, CASES, FAMILIES, LENGTH, LONGROPE, NEW, PROMPT, Case
 from naive import NaiveCache
 from test_engine import teacher_forced
 from torch import Tensor
 
 import checkpoint
+from config import ModelConfig
 from engine import Engine, Request
 from policies.tokens import TOKEN_POLICIES
 
@@ -173,7 +175,7 @@ def test_bf16_error(case: Case, folder, theirs):
     assert 0 < error <= 1.5 * accepted
 
 
-@each_family
+@pytest.mark.parametrize("case", [*FAMILIES, BY_NAME["phi3-short"], BY_NAME["falcon-grouped"]], ids=str)
 @pytest.mark.parametrize("policy", BOUNDED)
 def test_few_slots_equal_naive_eviction(case: Case, policy: str, folder):
     """Under the family's own windows, scales and positions; prompt and cache longer than some windows."""
@@ -197,9 +199,109 @@ def test_enough_slots_equal_full(case: Case, policy: str, ours):
 
 def test_two_engines(ours):
     """Two models in one process, decoding by turns, do not disturb each other."""
-    engines = [Engine(ours(families.BY_NAME[name])) for name in ("llama-llama3", "qwen3")]
+    engines = [Engine(ours(BY_NAME[name])) for name in ("llama-llama3", "qwen3")]
     prompt = IDS[0, :PROMPT].tolist()
     alone = [list(engine.stream(prompt, max_new_tokens=20)) for engine in engines]
     together = zip(*(engine.stream(prompt, max_new_tokens=20) for engine in engines), strict=True)
     assert [list(tokens) for tokens in zip(*together, strict=True)] == alone
     assert alone[0] != alone[1]
+
+
+@each_family
+def test_batch_equals_single(case: Case, folder):
+    """Four rows under one plan: with experts, as many that each step runs all of them instead of the chosen ones."""
+    model = checkpoint.load(folder(case), dtype="float64")[0]
+    engine = Engine(model, "h2o", plan=[12] * model.config.n_layers)
+    requests = [Request(families.token_ids(1, n, seed=n)[0].tolist(), 12) for n in (3, 30, 11, 21)]
+    singles = [list(engine.stream(request.ids, max_new_tokens=12)) for request in requests]
+    together = {id(completion.request): completion.tokens for completion in engine.generate(requests)}
+    assert [together[id(request)] for request in requests] == singles
+
+
+def test_windows_cap_plans_and_figures(ours):
+    """Slots, and the bytes of the full cache for comparison, are those of the window; a short request has none."""
+    model = ours(BY_NAME["qwen3-layer-types"])  # windows of 9 and none
+    ids = IDS[0, :PROMPT].tolist()
+    token_bytes = 2 * 2 * 10 * 4  # K and V, heads, head_dim, float32
+    for policy, settings, new, plan, full in [
+        ("full", {}, 6, [9, 30], 39),
+        ("window", {"budget": 12}, 6, [9, 15], 39),
+        ("h2o", {"plan": [40, 20]}, 6, [9, 20], 39),
+        ("streaming", {"layers": "squeeze", "budget": 6}, 6, None, 39),
+    ]:
+        stream = Engine(model, policy, **settings).stream(ids, max_new_tokens=new)
+        list(stream)
+        figures = stream.completion.figures
+        assert figures.kv_bytes_full == full * token_bytes
+        assert plan is None or figures.plan == plan
+        assert figures.plan[0] <= 9 and figures.kv_bytes == sum(figures.plan) * token_bytes
+    short = Engine(model)
+    assert short._policies(9) == [short.policy] * 2 and short._policies(10)[0] != short.policy
+
+
+@pytest.mark.parametrize("policy", TOKEN_POLICIES)
+def test_learned_positions_are_a_limit(policy: str, ours):
+    model = ours(BY_NAME["opt"])
+    engine = Engine(model, policy)
+    with pytest.raises(ValueError, match=r"^100 prompt \+ 29 new tokens exceed the model's 128 learned positions"):
+        engine.stream([1] * 100, max_new_tokens=29)
+    # A row that has ended runs on beside the other, past the last position.
+    requests = [Request([1] * 126, 2), Request([1] * 5, 123)]
+    assert [len(completion.tokens) for completion in engine.generate(requests)] == [2, 123]
+
+
+def test_long_prompts_go_in_chunks(ours, theirs, monkeypatch):
+    """Windows and soft caps, with chunks of queries shorter and longer than the window."""
+    for chunk in (7, 33):
+        monkeypatch.setattr("model.PROMPT_CHUNK", chunk)
+        for name in ("mistral", "gemma2"):
+            case = BY_NAME[name]
+            assert difference(ours(case)(IDS), theirs(case)(IDS).logits) < TOLERANCE
+
+
+REFUSED = [
+    ("falcon", {"alibi": True}, "alibi True is not supported for falcon; only False is"),
+    ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before False is not supported for opt; only True is"),
+    ("opt", {"word_embed_proj_dim": 32}, "word_embed_proj_dim 32 is not supported for opt; only 48 is"),
+    ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine False"),
+    ("olmo2", {"clip_qkv": 8.0}, "clip_qkv 8.0 is not supported"),
+    ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+    ("gemma3_text", {"sliding_window": None}, "gemma3_text without a sliding_window"),
+    ("mistral", {"sliding_window": 0}, "sliding_window must be a positive integer, not 0"),
+    ("qwen3-layer-types", {"layer_types": ["full_attention"]}, "layer_types must be 2 of"),
+    ("qwen3-layer-types", {"layer_types": ["full_attention", "chunked"]}, "layer_types must be 2 of"),
+    ("phi3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not supported"),
+    ("phi3-long", {"rope_parameters": LONGROPE | {"long_factor": [1.0]}}, "needs a list of 3 as long_factor"),
+    ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 0.4}}, "must be even, not 3 of 8"),
+    ("mixtral", {"num_experts_per_tok": 0}, "num_experts_per_tok must be a positive integer, not 0"),
+    ("llama-gqa", {"quantization_config": {"quant_method": "gptq"}}, "quantized checkpoints (gptq)"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"), REFUSED, ids=[f"{name}-{words[:25]}" for name, _, words in REFUSED]
+)
+def test_unsupported_values(name: str, change: dict, words: str):
+    config = BY_NAME[name].config
+    ModelConfig.from_hf(config)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        ModelConfig.from_hf(config | change)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["full", "streaming", "h2o"])
+@pytest.mark.parametrize("case", FAMILIES, ids=str)
+def test_compiled_decoding(case: Case, policy: str, folder):
+    """Equals eager, in one graph (fullgraph), and another plan compiles nothing."""
+    torch._dynamo.reset()
+    model = checkpoint.load(folder(case), dtype="float64")[0]
+    ids = IDS[0].tolist()
+    layers = range(model.config.n_layers)
+    for plan in ([30 + layer for layer in layers], [14 + 2 * layer for layer in layers]):
+        settings = {} if policy == "full" else {"plan": plan}
+        with torch._dynamo.config.patch(error_on_recompile=plan[0] < 30):
+            want = teacher_forced(Engine(model, policy, **settings), ids[:PROMPT], ids[PROMPT : PROMPT + 10])
+            got = teacher_forced(
+                Engine(model, policy, compile=True, **settings), ids[:PROMPT], ids[PROMPT : PROMPT + 10]
+            )
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
