@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests")]
 
 
 def result(name: str) -> dict:
@@ -56,7 +57,19 @@ def first() -> str:
     )
 
 
-SECTIONS = {"first": first, "decode": decode, "recall": recall}
+def families() -> str:
+    """Every family, and the forms of it in which the tests compare it with transformers."""
+    from families import CASES, MODELS
+
+    lines = ["| models | model_type | compared with transformers as |", "|---|---|---|"]
+    for model_type, models in MODELS.items():
+        forms = [case.name.removeprefix(model_type).lstrip("-") or "plain" for case in CASES]
+        own = [form for form, case in zip(forms, CASES, strict=True) if case.config["model_type"] == model_type]
+        lines.append(f"| {models} | `{model_type}` | {', '.join(own)} |")
+    return "\n".join(lines)
+
+
+SECTIONS = {"first": first, "decode": decode, "recall": recall, "families": families}
 
 
 def main() -> int:

@@ -141,6 +141,23 @@ BY_NAME = {case.name: case for case in CASES}
 FAMILIES = list({case.config["model_type"]: case for case in reversed(CASES)}.values())[::-1]
 
 
+# What the checkpoints of a model_type are called.
+MODELS = {
+    "llama": "Llama 2, 3, 3.1, 3.2",
+    "mistral": "Mistral",
+    "mixtral": "Mixtral",
+    "qwen2": "Qwen2, Qwen2.5",
+    "qwen3": "Qwen3 (dense)",
+    "gpt_neox": "GPT-NeoX, Pythia",
+    "falcon": "Falcon 7B, 40B, 180B",
+    "phi3": "Phi-3, Phi-3.5-mini, Phi-4, Phi-4-mini",
+    "opt": "OPT (without 350m)",
+    "olmo2": "OLMo 2",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3 (270m, 1B)",
+}
+
+
 def make_checkpoint(case: Case, folder: Path, shards: int = 1, seed: int = 0) -> Path:
     """Write `case` as a Hugging Face folder, in one file or about `shards` of them."""
     model = random_model(case, seed)

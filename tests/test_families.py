@@ -289,19 +289,16 @@ def test_unsupported_values(name: str, change: dict, words: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["full", "streaming", "h2o"])
-@pytest.mark.parametrize("case", FAMILIES, ids=str)
-def test_compiled_decoding(case: Case, policy: str, folder):
-    """Equals eager, in one graph (fullgraph), and another plan compiles nothing."""
+@pytest.mark.parametrize("policy", ["streaming", "h2o"])
+@pytest.mark.parametrize("name", ["falcon", "mixtral", "opt", "gemma3_text"])
+def test_compiled_decoding(name: str, policy: str, folder):
+    """Equals eager, without a graph break (fullgraph); once layers at all kinds of places have been seen nothing
+    compiles any more, whatever the plan."""
     torch._dynamo.reset()
-    model = checkpoint.load(folder(case), dtype="float64")[0]
-    ids = IDS[0].tolist()
-    layers = range(model.config.n_layers)
-    for plan in ([30 + layer for layer in layers], [14 + 2 * layer for layer in layers]):
-        settings = {} if policy == "full" else {"plan": plan}
-        with torch._dynamo.config.patch(error_on_recompile=plan[0] < 30):
-            want = teacher_forced(Engine(model, policy, **settings), ids[:PROMPT], ids[PROMPT : PROMPT + 10])
-            got = teacher_forced(
-                Engine(model, policy, compile=True, **settings), ids[:PROMPT], ids[PROMPT : PROMPT + 10]
-            )
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
+    model = checkpoint.load(folder(BY_NAME[name]), dtype="float64")[0]
+    prompt, following = IDS[0, :PROMPT].tolist(), IDS[0, PROMPT : PROMPT + 10].tolist()
+    for first in (30, 19, 9, 14):
+        plan = [first + 3 * layer for layer in range(model.config.n_layers)]
+        with torch._dynamo.config.patch(error_on_recompile=first == 14):
+            got = teacher_forced(Engine(model, policy, plan=plan, compile=True), prompt, following)
+        torch.testing.assert_close(got, teacher_forced(Engine(model, policy, plan=plan), prompt, following))
