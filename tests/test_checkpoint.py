@@ -135,6 +135,18 @@ def test_harmless_tensors_are_ignored(folder):
     load(folder)
 
 
+def test_files_of_older_writers(written, tmp_path):
+    """Without the outermost name (OPT), and with masks that were once stored (GPT-NeoX)."""
+    for name, change in {
+        "opt": lambda tensors: {key.removeprefix("model."): tensor for key, tensor in tensors.items()},
+        "gpt_neox": lambda tensors: tensors | {"gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9)},
+    }.items():
+        older = shutil.copytree(written(name), tmp_path / name)
+        save_file(change(weights(older)), older / "model.safetensors")
+        expected, loaded = (load(path)[0].state_dict() for path in (written(name), older))
+        assert all(loaded[key].equal(expected[key]) for key in expected)
+
+
 def test_one_tensor_at_a_time(written, monkeypatch):
     """What has been read from the files is let go before the next tensor is read."""
     alive, most, read = weakref.WeakSet(), [], Stored.read

@@ -288,6 +288,60 @@ def test_unsupported_values(name: str, change: dict, words: str):
         ModelConfig.from_hf(config | change)
 
 
+PUBLISHED = {  # what the hub's config.json files say, less what has no meaning here -> some of what it must become
+    "tiiuae/falcon-7b": (
+        dict(model_type="falcon", alibi=False, bias=False, hidden_size=4544, layer_norm_epsilon=1e-5, multi_query=True)
+        | dict(new_decoder_architecture=False, num_attention_heads=71, num_hidden_layers=32, parallel_attn=True)
+        | dict(apply_residual_connection_post_layernorm=False, vocab_size=65024, torch_dtype="bfloat16"),
+        dict(n_kv_heads=1, head_dim=64, ffn_dim=18176, parallel=True, shared_norm=True, tie_embeddings=True),
+    ),
+    "EleutherAI/pythia-70m": (
+        dict(model_type="gpt_neox", hidden_act="gelu", hidden_size=512, intermediate_size=2048, layer_norm_eps=1e-5)
+        | dict(max_position_embeddings=2048, num_attention_heads=8, num_hidden_layers=6, rotary_emb_base=500)
+        | dict(rotary_pct=0.5, use_parallel_residual=True, vocab_size=50304, tie_word_embeddings=False),
+        dict(rotary_dim=32, parallel=True, qkv_bias=True, ffn_bias=True, norm_eps=1e-5, rope_theta=500),
+    ),
+    "microsoft/Phi-3-mini-128k-instruct": (
+        dict(model_type="phi3", hidden_size=3072, intermediate_size=8192, max_position_embeddings=131072)
+        | dict(num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=32, sliding_window=262144)
+        | dict(original_max_position_embeddings=4096, rms_norm_eps=1e-5, rope_theta=10000.0, vocab_size=32064)
+        | dict(rope_scaling={"type": "su", "short_factor": [1.1] * 48, "long_factor": [2.0] * 48}),
+        dict(
+            rope_type="longrope",
+            attention_factor=pytest.approx((1 + 5 / 12) ** 0.5),
+            sliding_window=262144,
+            rotary_dim=96,
+        ),
+    ),
+    "facebook/opt-125m": (
+        dict(model_type="opt", _remove_final_layer_norm=False, activation_function="relu", do_layer_norm_before=True)
+        | dict(ffn_dim=3072, hidden_size=768, max_position_embeddings=2048, num_attention_heads=12)
+        | dict(num_hidden_layers=12, vocab_size=50272, word_embed_proj_dim=768),
+        dict(position_offset=2, qkv_bias=True, output_bias=True, ffn_dim=3072, activation="relu", tie_embeddings=True),
+    ),
+    "google/gemma-2-2b": (
+        dict(model_type="gemma2", hidden_act="gelu", hidden_activation="gelu_pytorch_tanh", hidden_size=2304)
+        | dict(head_dim=256, intermediate_size=9216, num_attention_heads=8, num_hidden_layers=4, sliding_window=4096)
+        | dict(num_key_value_heads=4, query_pre_attn_scalar=256, vocab_size=256000, final_logit_softcapping=30.0),
+        dict(windowed=(0, 2), attention_softcap=50.0, activation="gelu_pytorch_tanh", attention_scale=1 / 16),
+    ),
+    "google/gemma-3-1b-it": (
+        dict(model_type="gemma3_text", attn_logit_softcapping=None, hidden_size=1152, head_dim=256, sliding_window=512)
+        | dict(hidden_activation="gelu_pytorch_tanh", intermediate_size=6912, num_attention_heads=4, vocab_size=262144)
+        | dict(num_hidden_layers=8, num_key_value_heads=1, rope_local_base_freq=10000, rope_theta=1000000)
+        | dict(sliding_window_pattern=6, query_pre_attn_scalar=256, rope_scaling=None),
+        dict(windowed=(0, 1, 2, 3, 4, 6, 7), rope_theta=1000000, logit_softcap=None, tie_embeddings=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs(name: str):
+    raw, wanted = PUBLISHED[name]
+    config = ModelConfig.from_hf(raw)
+    assert {key: vars(config).get(key, config.rope.get(key)) for key in wanted} == wanted
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["streaming", "h2o"])
 @pytest.mark.parametrize("name", ["falcon", "mixtral", "opt", "gemma3_text"])
