@@ -2,11 +2,16 @@
 
     model, config = load("Qwen/Qwen3-0.6B", device="cuda", dtype="bf16")
 
+As a command it says what is in there, whether everything matches and what fits into memory, and loads no weights:
+
+    python checkpoint.py Qwen/Qwen3-0.6B --tokens 8192 --memory 24 --budget 0.2
+
 Which tensors of the files make up which of our parameters is said by one table per family (`WEIGHTS`). Files are
 memory-mapped and read tensor by tensor into the parameter each belongs to, so that besides the model there is never
 more than one tensor in memory. Nothing is guessed: every tensor is used, ignored by name, or an error.
 """
 
+import argparse
 import json
 import os
 import re
@@ -155,17 +160,12 @@ def load(
 
     ValueError, in one line that names the culprit, for whatever is missing, broken, unsupported or does not fit.
     """
-    device, dtype = _device(device), _dtype(dtype)
+    device = _device(device)
     folder = resolve(path)
-    config = _config(folder)
-    config = replace(config, dtype=dtype or config.dtype)
-    with torch.device("meta"):
-        model = Transformer(config)
-    files = _weight_files(folder)
-    short, whole = PREFIXES.get(config.model_type, ("", ""))
-    found = {re.sub(f"^{short}", whole, tensor.name): tensor for file in files for tensor in _stored(file)}
-    _check(folder, model, found)
-    slow = sum(file.stat().st_size for file in files) >= SLOW_BYTES and sys.stderr.isatty()
+    model, found = _matched(folder, dtype)
+    config = model.config
+    size = sum(file.stat().st_size for file in {tensor.file for tensor in found.values()})
+    slow = size >= SLOW_BYTES and sys.stderr.isatty()
     for name, empty in tqdm(list(model.named_parameters()), f"loading {folder.name}", leave=False, disable=not slow):
         parameter = torch.empty(empty.shape, dtype=config.dtype, device=device)
         parts = _parts(name, len(parameter), config)
@@ -174,6 +174,32 @@ def load(
         module, _, kind = name.rpartition(".")
         setattr(model.get_submodule(module), kind, nn.Parameter(parameter, requires_grad=False))
     return model.eval(), config
+
+
+def report(path: str | Path, dtype: str = "auto", tokens: int = 4096, memory: float = 24, budget: float = 0.2) -> str:
+    """What is in a checkpoint, and how many sequences of `tokens` tokens fit into `memory` GiB beside its weights:
+    with the full cache, and squeezed to the share `budget` of it. ValueError if something does not match.
+    """
+    model, found = _matched(resolve(path), dtype)
+    config = model.config
+    count = sum(parameter.numel() for parameter in model.parameters())
+    weights = count * config.dtype.itemsize
+    token = 2 * config.n_kv_heads * config.head_dim * config.dtype.itemsize  # K and V in one layer
+    caps = [min(tokens, config.window(layer) or tokens) for layer in range(config.n_layers)]
+    full, squeezed = sum(caps) * token, min(sum(caps), int(budget * tokens) * config.n_layers) * token
+    left = max(0, int(memory * 2**30) - weights)
+    windows = f", {len(config.windowed)} of them with a window of {config.sliding_window}" if config.windowed else ""
+    kind = str(config.dtype).removeprefix("torch.")
+    lines = {
+        "family": f"{config.model_type}, {config.n_layers} layers{windows}",
+        "tensors": f"{len(found)} in {len({tensor.file for tensor in found.values()})} file(s), all match",
+        "weights": f"{count:,} parameters, {weights / 2**30:.2f} GiB in {kind}",
+        "cache": f"{token * config.n_layers:,} bytes per token; {tokens} tokens {full / 2**30:.3f} GiB full, "
+        f"{squeezed / 2**30:.3f} GiB squeezed to {budget:.0%}",
+        "fits": f"in {memory:g} GiB: {left // full:,} sequences of {tokens} tokens full, "
+        f"{left // max(squeezed, 1):,} squeezed (activations not counted)",
+    }
+    return "\n".join(f"{name:8} {text}" for name, text in lines.items())
 
 
 def to_hf(state_dict: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -219,6 +245,20 @@ def _download(repo: str) -> Path:
         return folder
     except Exception as error:  # the client's own, its http library's, the operating system's
         raise ValueError(f"{repo} is no folder here, and the hub did not give it: {_line(error)}") from error
+
+
+def _matched(folder: Path, dtype: str | torch.dtype) -> tuple[Transformer, dict[str, Stored]]:
+    """The model without its weights, and the tensors found for it: ValueError unless they are what it consists of."""
+    dtype = _dtype(dtype)
+    config = _config(folder)
+    config = replace(config, dtype=dtype or config.dtype)
+    with torch.device("meta"):
+        model = Transformer(config)
+    short, whole = PREFIXES.get(config.model_type, ("", ""))
+    stored = [tensor for file in _weight_files(folder) for tensor in _stored(file)]
+    found = {re.sub(f"^{short}", whole, tensor.name): tensor for tensor in stored}
+    _check(folder, model, found)
+    return model, found
 
 
 def _config(folder: Path) -> ModelConfig:
@@ -360,3 +400,25 @@ def _some(names: list[str], most: int = 3) -> str:
 def _line(error: Exception) -> str:
     """The first line of what an error says, or its kind if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="What is in a checkpoint, and what fits into memory with it.")
+    parser.add_argument("path", help="a Hugging Face folder or hub id")
+    parser.add_argument("--dtype", default="auto", help="of weights and cache (default: the config's)")
+    parser.add_argument("--tokens", type=int, default=4096, help="length of a sequence (default 4096)")
+    parser.add_argument("--memory", type=float, default=24, help="in GiB (default 24)")
+    parser.add_argument("--budget", type=float, default=0.2, help="share that a squeezed cache keeps (default 0.2)")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.tokens < 1 or not 0 < arguments.budget <= 1 or not 0 < arguments.memory < float("inf"):
+            raise ValueError("tokens must be at least 1, memory positive, and budget in (0, 1]")
+        print(report(**vars(arguments)))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -163,6 +163,25 @@ def test_one_tensor_at_a_time(written, monkeypatch):
     assert max(most) <= 2  # the last one until the next takes its name
 
 
+def test_report(written, folder, capsys, monkeypatch):
+    """What is in there and what fits, without a weight being read; what does not match is one line and code 2."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Stored, "read", pytest.fail)
+        assert checkpoint.main([str(written("gemma2")), "--tokens", "50", "--memory", "0.001", "--budget", "0.1"]) == 0
+    out = capsys.readouterr().out
+    # 3 layers, windows of 20 in two of them; a token of a layer is 2 * 2 * 10 * 4 bytes.
+    parameters = sum(tensor.numel() for tensor in weights(written("gemma2")).values())
+    left = int(0.001 * 2**30) - 4 * parameters
+    assert "gemma2, 3 layers, 2 of them with a window of 20" in out
+    assert f"{parameters:,} parameters" in out and "480 bytes per token" in out
+    assert f"{left // (90 * 160):,} sequences of 50 tokens full, {left // (15 * 160):,} squeezed" in out
+    tensors_with(lambda tensors: tensors.pop(UP))(folder)
+    assert checkpoint.main([str(folder)]) == 2
+    assert checkpoint.main([str(written("gemma2")), "--budget", "1.5"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.splitlines()[0].endswith(f"1 missing: {UP}") and len(err.splitlines()) == 2
+
+
 # What is wrong, how to bring it about, and what the one line must name.
 
 

@@ -180,7 +180,7 @@ def test_bf16_error(case: Case, folder, theirs):
 def test_few_slots_equal_naive_eviction(case: Case, policy: str, folder):
     """Under the family's own windows, scales and positions; prompt and cache longer than some windows."""
     model = checkpoint.load(folder(case), dtype="float64")[0]
-    ids = IDS[0, : PROMPT + 20].tolist()
+    ids = IDS[0, : PROMPT + 12].tolist()
     plan = [8, 13, 9, 30][: model.config.n_layers]
     got = teacher_forced(Engine(model, policy, plan=plan), ids[:PROMPT], ids[PROMPT:])
     naive = NaiveCache(model, policy, plan, length=len(ids) + 1)
@@ -191,7 +191,7 @@ def test_few_slots_equal_naive_eviction(case: Case, policy: str, folder):
 @each_family
 @pytest.mark.parametrize("policy", BOUNDED)
 def test_enough_slots_equal_full(case: Case, policy: str, ours):
-    ids = IDS[0].tolist()
+    ids = IDS[0, : PROMPT + 16].tolist()
     want = teacher_forced(Engine(ours(case)), ids[:PROMPT], ids[PROMPT:])
     got = teacher_forced(Engine(ours(case), policy, "squeeze", budget=1), ids[:PROMPT], ids[PROMPT:])
     assert difference(got, want) < TOLERANCE
