@@ -40,6 +40,12 @@ FAMILIES: dict[str, Family] = {
         lambda conf: dict(qk_norm="head"),
         windows="by layer",
     ),
+    "smollm3": Family(
+        dict(num_key_value_heads=4, rope_theta=2e6, tie_word_embeddings=True, use_sliding_window=False)
+        | dict(max_position_embeddings=32768, no_rope_layer_interval=4),
+        lambda conf: dict(unturned=_unturned(conf)),
+        windows="by layer",
+    ),
     "phi3": Family(
         dict(rms_norm_eps=1e-5, partial_rotary_factor=1.0, original_max_position_embeddings=4096), windows="all"
     ),
@@ -171,6 +177,7 @@ class ModelConfig:
     rotary_dim: int | None = None  # how much of a head is turned; None: all
     rope: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     local_rope: dict[str, Any] | None = None  # another one for the layers with a window
+    unturned: tuple[int, ...] = ()  # the layers without any
     dtype: torch.dtype = torch.float32
 
     def window(self, layer: int) -> int | None:
@@ -246,6 +253,14 @@ def _gemma(conf: dict[str, Any]) -> dict[str, Any]:
     )
 
 
+def _unturned(conf: dict[str, Any]) -> tuple[int, ...]:
+    layers, period = range(conf["num_hidden_layers"]), conf["no_rope_layer_interval"]
+    turned = conf.get("no_rope_layers", [(layer + 1) % period for layer in layers])  # by its name the opposite
+    if len(turned) != len(layers):
+        raise ValueError(f"config.json: no_rope_layers must be {len(layers)} numbers, not {turned}")
+    return tuple(layer for layer in layers if not turned[layer])
+
+
 def _falcon(conf: dict[str, Any]) -> dict[str, Any]:
     """Two generations: the newer one (40B) has groups of query heads, and mostly a second norm in front of the
     feed-forward part. Of the older one most have a single key-value head.
@@ -276,6 +291,8 @@ def _windowed(conf: dict[str, Any], which: str | None) -> tuple[int, ...]:
         return tuple(layer for layer in layers if kinds[layer] == "sliding_attention")
     if (period := conf.get("sliding_window_pattern")) is not None:  # every so manyth layer has none
         return tuple(layer for layer in layers if (layer + 1) % period)
+    if "max_window_layers" not in conf:
+        raise ValueError(f"config.json: {conf['model_type']} with a sliding_window needs layer_types")
     return tuple(layers[conf["max_window_layers"] :])
 
 

@@ -71,7 +71,8 @@ class Transformer(nn.Module):
         c = self.config
         everywhere = self._frequencies(c.rope, length)
         local = self._frequencies(c.local_rope, length) if c.local_rope else everywhere
-        return [local if layer in c.windowed else everywhere for layer in range(c.n_layers)]
+        each = [local if layer in c.windowed else everywhere for layer in range(c.n_layers)]
+        return [frequencies[:0] if layer in c.unturned else frequencies for layer, frequencies in enumerate(each)]
 
     def _frequencies(self, rope: dict[str, Any], length: int) -> Tensor:
         """fp32, fp64 in an fp64 model. linear: arXiv 2306.15595; longrope: arXiv 2402.13753; dynamic NTK and llama3 as
@@ -124,9 +125,8 @@ class Block(nn.Module):
     def decode(self, x: Tensor, rotary: Tensor, layer: LayerCache, seen: Tensor, policy: Any) -> Tensor:
         """x [B, 1, C], the token at position `seen` [B] -> x. Writes the layer's cache in place."""
         normed = self.attention_norm(x)
-        return self.feed(
-            x, normed, self.post_attention_norm(self.attention.decode(normed, rotary, layer, seen, policy))
-        )
+        out = self.attention.decode(normed, rotary, layer, seen, policy)
+        return self.feed(x, normed, self.post_attention_norm(out))
 
     def feed(self, x: Tensor, normed: Tensor, added: Tensor) -> Tensor:
         """What follows attention, which read `normed` and adds `added` to x, all [B, T, C]."""

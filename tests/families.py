@@ -129,6 +129,16 @@ CASES = [
     case("mixtral-window", num_local_experts=3, num_experts_per_tok=1, sliding_window=20, head_dim=10),
     case("opt", **OPT, pad_token_id=None),
     case("opt-no-bias", **OPT, pad_token_id=None, enable_bias=False, activation_function="gelu"),
+    case("smollm3", num_hidden_layers=3, no_rope_layer_interval=2, pad_token_id=None, tie_word_embeddings=True),
+    case(
+        "smollm3-window",
+        pad_token_id=None,
+        no_rope_layers=[0, 1],
+        use_sliding_window=True,
+        sliding_window=20,
+        layer_types=["full_attention", "sliding_attention"],
+        attention_bias=True,
+    ),
     case("olmo2", branch="post_attention_layernorm", pad_token_id=None),
     case("olmo2-biases", branch="post_attention_layernorm", attention_bias=True, num_key_value_heads=6),
     case("gemma2", **GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
@@ -148,6 +158,7 @@ MODELS = {
     "mixtral": "Mixtral",
     "qwen2": "Qwen2, Qwen2.5",
     "qwen3": "Qwen3 (dense)",
+    "smollm3": "SmolLM3",
     "gpt_neox": "GPT-NeoX, Pythia",
     "falcon": "Falcon 7B, 40B, 180B",
     "phi3": "Phi-3, Phi-3.5-mini, Phi-4, Phi-4-mini",
@@ -190,7 +201,7 @@ def tensor_names(case: Case) -> list[str]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**case.config))
     # Without rotary a key's bias adds the same to all scores of a query: it has no effect.
-    useless = "k_proj.bias" if case.config["model_type"] == "opt" else "-"
+    useless = {"opt": "k_proj.bias", "smollm3-window": "layers.0.self_attn.k_proj.bias"}.get(case.name, "-")
     return [name for name, _ in model.named_parameters() if not name.endswith(useless)]
 
 
