@@ -116,6 +116,7 @@ WEIGHTS: dict[str, Callable[[ModelConfig], dict[str, list[str]]]] = {
     "qwen2": lambda config: LLAMA,
     "qwen3": lambda config: LLAMA,
     "smollm3": lambda config: LLAMA,
+    "granite": lambda config: LLAMA,
     "phi3": lambda config: PHI3,
     "gemma2": lambda config: POST_NORMS,
     "gemma3_text": lambda config: POST_NORMS,

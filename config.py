@@ -46,6 +46,15 @@ FAMILIES: dict[str, Family] = {
         lambda conf: dict(unturned=_unturned(conf)),
         windows="by layer",
     ),
+    "granite": Family(
+        dict(embedding_multiplier=1.0, attention_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0),
+        lambda conf: dict(
+            embed_scale=conf["embedding_multiplier"],
+            attention_scale=conf["attention_multiplier"],
+            residual_scale=conf["residual_multiplier"],
+            logit_divisor=conf["logits_scaling"],
+        ),
+    ),
     "phi3": Family(
         dict(rms_norm_eps=1e-5, partial_rotary_factor=1.0, original_max_position_embeddings=4096), windows="all"
     ),
@@ -150,6 +159,8 @@ class ModelConfig:
     activation: str = "silu"
     tie_embeddings: bool = False
     embed_scale: float | None = None  # embeddings are multiplied by it
+    residual_scale: float = 1.0  # what attention and feed-forward add is multiplied by it
+    logit_divisor: float = 1.0
     logit_softcap: float | None = None
     position_offset: int | None = None  # learned positions: position p is row p + offset; None: rotary
     # norms

@@ -57,7 +57,7 @@ class Transformer(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """x [..., C] -> logits [..., vocab]."""
         logits = linear(self.norm(x), self.embed.weight if self.config.tie_embeddings else self.head.weight)
-        return softcapped(logits, self.config.logit_softcap)
+        return softcapped(logits / self.config.logit_divisor, self.config.logit_softcap)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [B, S] -> logits [B, S, vocab], without a cache."""
@@ -106,6 +106,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.parallel, self.shared_norm = config.parallel, config.shared_norm
+        self.residual_scale = config.residual_scale
         pre, post = config.pre_norms, config.post_norms
         self.attention_norm = make_norm(config) if pre else nn.Identity()
         self.attention = Attention(config, config.window(layer))
@@ -118,7 +119,7 @@ class Block(nn.Module):
         """x [B, S, C] -> (x, PrefilledLayer). Rows are padded on the right; `lengths` [B] says how much is real."""
         normed = self.attention_norm(x)
         out, k, v, scores = self.attention.prefill(normed, rotary, lengths, policy)
-        added = self.post_attention_norm(out)
+        added = self.post_attention_norm(out) * self.residual_scale
         signal = importance(x, x + added, lengths)
         return self.feed(x, normed, added), PrefilledLayer(k, v, signal, scores)
 
@@ -126,14 +127,14 @@ class Block(nn.Module):
         """x [B, 1, C], the token at position `seen` [B] -> x. Writes the layer's cache in place."""
         normed = self.attention_norm(x)
         out = self.attention.decode(normed, rotary, layer, seen, policy)
-        return self.feed(x, normed, self.post_attention_norm(out))
+        return self.feed(x, normed, self.post_attention_norm(out) * self.residual_scale)
 
     def feed(self, x: Tensor, normed: Tensor, added: Tensor) -> Tensor:
         """What follows attention, which read `normed` and adds `added` to x, all [B, T, C]."""
         after = x + added
         if not self.shared_norm:
             normed = self.ffn_norm(x if self.parallel else after)
-        return after + self.post_ffn_norm(self.feed_forward(normed))
+        return after + self.post_ffn_norm(self.feed_forward(normed)) * self.residual_scale
 
 
 def importance(before: Tensor, after: Tensor, lengths: Tensor | None = None) -> Tensor:

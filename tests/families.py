@@ -139,6 +139,14 @@ CASES = [
         layer_types=["full_attention", "sliding_attention"],
         attention_bias=True,
     ),
+    case(
+        "granite",
+        pad_token_id=None,
+        embedding_multiplier=1.7,
+        attention_multiplier=0.3,
+        residual_multiplier=0.6,
+        logits_scaling=3.0,
+    ),
     case("olmo2", branch="post_attention_layernorm", pad_token_id=None),
     case("olmo2-biases", branch="post_attention_layernorm", attention_bias=True, num_key_value_heads=6),
     case("gemma2", **GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
@@ -159,6 +167,7 @@ MODELS = {
     "qwen2": "Qwen2, Qwen2.5",
     "qwen3": "Qwen3 (dense)",
     "smollm3": "SmolLM3",
+    "granite": "Granite 3 (dense)",
     "gpt_neox": "GPT-NeoX, Pythia",
     "falcon": "Falcon 7B, 40B, 180B",
     "phi3": "Phi-3, Phi-3.5-mini, Phi-4, Phi-4-mini",
@@ -252,6 +261,7 @@ class ResidualStream:
     """
 
     def __init__(self, model: PreTrainedModel, branch: str):
+        self.scale = getattr(model.config, "residual_multiplier", 1.0)
         self.inputs: list[torch.Tensor] = []
         self.added: list[torch.Tensor] = []
         self._hooks = []
@@ -260,7 +270,7 @@ class ResidualStream:
             self._hooks.append(getattr(layer, branch).register_forward_hook(self._record))
 
     def _record(self, _, args, output) -> None:
-        self.added.append(output[0] if isinstance(output, tuple) else output)
+        self.added.append(self.scale * (output[0] if isinstance(output, tuple) else output))
 
     def __enter__(self) -> "ResidualStream":
         return self

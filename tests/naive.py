@@ -98,6 +98,6 @@ class NaiveCache:
                     for entry, prob in zip(entries, probs.tolist(), strict=True):
                         entry.score += prob
             added = attention.wo(torch.cat(out)[None, None])
-            x = block.feed(x, normed, block.post_attention_norm(added))
+            x = block.feed(x, normed, block.post_attention_norm(added) * block.residual_scale)
         self.seen += 1
         return model.logits(x[0, 0])
