@@ -125,6 +125,7 @@ class Engine:
         if plan is not None and len(plan) != model.config.n_layers:
             raise ValueError(f"the plan has {len(plan)} layers, the model {model.config.n_layers}")
         self.device = model.embed.weight.device
+        self.compiled = compile
         self.decode_block = _compile(Block.decode) if compile else Block.decode
         self.decode_logits = _compile(Transformer.logits) if compile else Transformer.logits
 
@@ -247,6 +248,10 @@ class Engine:
         budget_slots = self._budget_slots(length)
         plan = self._plan(importance, budget_slots, length)
         cache = self._compact(prefilled, lengths, plan.slots, policies)
+        if self.compiled and len(set(plan.slots)) > 1:
+            # One graph for all lengths from the start. Where all are equal a static one is faster.
+            for arena in (arena for layer in cache.layers for arena in layer if arena is not None):
+                torch._dynamo.maybe_mark_dynamic(arena, 2)
 
         sampler = Sampler([request.sampling for request in requests], self.device)
         decoder = _Decoder(self, cache, rotary, policies, sampler, tokens=sampler(logits), seen=lengths.clone())
