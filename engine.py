@@ -15,7 +15,7 @@ cache (compact); then one token a step is computed (decode), overwriting the tok
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import torch
@@ -31,6 +31,7 @@ from sampling import GREEDY, Sampler, Sampling
 
 DEFAULT_BUDGET = 0.3  # of the sequence, for a bounded policy without a budget
 SMALLEST_DEFAULT = 64  # slots: below that there is nothing to gain
+APPEND_CHUNK = 256  # tokens of a later turn that go through the model at once
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,10 @@ class Stream:
         for _ in self._steps:
             yield self.completion.tokens[-1]
 
+    def close(self) -> None:
+        """End it here; what has been made stays in `completion`."""
+        self._steps.close()
+
 
 class Engine:
     """Runs requests on a model under one token policy and one layer policy.
@@ -140,19 +145,26 @@ class Engine:
         """One request's tokens as they are made. ValueError, before anything is allocated, for one that cannot run."""
         completion = Completion(Request(ids, max_new_tokens, sampling, eos_ids, stop))
         self.check(completion.request)
-        return Stream(self._run([completion]), completion)
+        return Stream(self._run([completion], self._start), completion)
+
+    def conversation(self, sampling: Sampling = GREEDY) -> "Conversation":
+        """Turns that go on from each other over one cache. See `Conversation`."""
+        return Conversation(self, sampling)
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
         """Run the requests as one batch with one plan; yields each one's completion when it ends."""
         completions = [Completion(request) for request in requests]
         for request in requests:
             self.check(request)
-        for updated in self._run(completions):
+        for updated in self._run(completions, self._start):
             yield from (completion for completion in updated if completion.finish_reason)
 
-    def check(self, request: Request) -> None:
-        """ValueError, in one line, if the request cannot run."""
-        config, length = self.model.config, len(request.ids) + request.max_new_tokens
+    def check(self, request: Request, seen: int = 0, limit: int | None = None) -> None:
+        """ValueError, in one line, if the request cannot run.
+
+        In a conversation it comes after `seen` tokens, and the cache is made for `limit` tokens.
+        """
+        config, length = self.model.config, seen + len(request.ids) + request.max_new_tokens
         if not len(request.ids):
             raise ValueError("the prompt is empty; give at least one token")
         if request.max_new_tokens < 1:
@@ -163,20 +175,22 @@ class Engine:
         learned = config.position_offset is not None
         if (learned or not self.policy.bounded) and length > config.max_positions:
             raise ValueError(
-                f"{len(request.ids)} prompt + {request.max_new_tokens} new tokens exceed the model's "
+                f"{f'{seen} earlier + ' * bool(seen)}{len(request.ids)} prompt + {request.max_new_tokens} new tokens "
+                f"exceed the model's "
                 f"{config.max_positions} {'learned ' if learned else ''}positions; shorten them"
                 + ("" if learned else " or use a bounded policy such as streaming")
             )
-        self._budget_slots(length)
+        self._budget_slots(limit or length)
 
     def _caps(self, length: int) -> list[int]:
         """The most slots that each layer can use for sequences of `length` tokens: a sliding window is a cap."""
         config = self.model.config
         return [min(length, config.window(layer) or length) for layer in range(config.n_layers)]
 
-    def _policies(self, length: int) -> list[TokenPolicy]:
+    def _policies(self, length: float) -> list[TokenPolicy]:
         """The token policy of each layer; its own form in those whose window is shorter than the sequence."""
-        return [self.policy if cap == length else self.policy.within_window(cap) for cap in self._caps(length)]
+        windows = map(self.model.config.window, range(self.model.config.n_layers))
+        return [self.policy.within_window(w) if w is not None and w < length else self.policy for w in windows]
 
     def _budget_slots(self, length: int) -> int:
         """b, the slots per layer of a uniform plan, for sequences of `length` tokens at most."""
@@ -203,11 +217,13 @@ class Engine:
         return slots
 
     @torch.inference_mode()
-    def _run(self, completions: list[Completion]) -> Iterator[list[Completion]]:
+    def _run(
+        self, completions: list[Completion], start: Callable[[list[Request]], tuple["_Decoder", Figures]]
+    ) -> Iterator[list[Completion]]:
         """Yields after each step the completions that got a token; ends when all have finished."""
         try:
             started = time.perf_counter()
-            decoder, figures = self._start([completion.request for completion in completions])
+            decoder, figures = start([completion.request for completion in completions])
             for completion in completions:
                 completion.figures = figures
             tokens = decoder.tokens.tolist()
@@ -233,15 +249,18 @@ class Engine:
             for completion in completions:
                 completion.finish_reason = completion.finish_reason or "interrupted"
 
-    def _start(self, requests: list[Request]) -> tuple["_Decoder", Figures]:
-        """Prefill, plan and compact a batch; its first tokens are chosen."""
+    def _start(self, requests: list[Request], limit: int | None = None) -> tuple["_Decoder", Figures]:
+        """Prefill, plan and compact a batch; its first tokens are chosen.
+
+        The plan is for the longest of prompt + new tokens, or for `limit` tokens of what goes on without an end.
+        """
         lengths = torch.tensor([len(request.ids) for request in requests], device=self.device)
         longest = max(len(request.ids) for request in requests)
         ids = torch.zeros(len(requests), longest, dtype=torch.int64, device=self.device)
         for row, request in enumerate(requests):
             ids[row, : len(request.ids)] = torch.tensor(request.ids, device=self.device)
-        length = max(len(request.ids) + request.max_new_tokens for request in requests)
-        rotary, policies = self.model.rotary(length), self._policies(length)
+        length = limit or max(len(request.ids) + request.max_new_tokens for request in requests)
+        rotary, policies = self.model.rotary(length), self._policies(math.inf if limit else length)
 
         logits, prefilled = self._prefill(ids, lengths, rotary, policies)
         importance = torch.stack([layer.signal for layer in prefilled]).mean(1).tolist()
@@ -255,8 +274,6 @@ class Engine:
 
         sampler = Sampler([request.sampling for request in requests], self.device)
         decoder = _Decoder(self, cache, rotary, policies, sampler, tokens=sampler(logits), seen=lengths.clone())
-        token_bytes = cache.kv_bytes // sum(plan.slots) // len(requests)  # in one layer
-        full_slots = sum(sum(self._caps(len(request.ids) + request.max_new_tokens)) for request in requests)
         return decoder, Figures(
             plan=plan.slots,
             groups=plan.groups,
@@ -264,9 +281,14 @@ class Engine:
             budget_slots=budget_slots,
             kv_bytes=cache.kv_bytes,
             state_bytes=cache.state_bytes,
-            kv_bytes_full=token_bytes * full_slots,
+            kv_bytes_full=sum(self._full_bytes(len(request.ids) + request.max_new_tokens) for request in requests),
             prefill_tokens=int(lengths.sum()),
         )
+
+    def _full_bytes(self, length: int) -> int:
+        """K and V of a full cache for one sequence of `length` tokens."""
+        c = self.model.config
+        return 2 * c.n_kv_heads * c.head_dim * self.model.embed.weight.element_size() * sum(self._caps(length))
 
     def _prefill(
         self, ids: Tensor, lengths: Tensor, rotary: list[Tensor], policies: list[TokenPolicy]
@@ -284,9 +306,8 @@ class Engine:
     def _plan(self, importance: list[float], budget_slots: int, length: int) -> Plan:
         caps = self._caps(length)
         if self.plan is not None:  # only windows cap it: longer sequences may follow
-            return Plan(
-                [slots if cap == length else min(slots, cap) for slots, cap in zip(self.plan, caps, strict=True)]
-            )
+            windows = map(self.model.config.window, range(len(caps)))
+            return Plan([min(slots, window or slots) for slots, window in zip(self.plan, windows, strict=True)])
         return self.layer_policy.allocate(importance, budget_slots, caps, self.policy.floor)
 
     def _compact(
@@ -323,12 +344,85 @@ class _Decoder:
 
     def logits(self) -> Tensor:
         """Feed `tokens` and return the logits [B, vocab] of what follows."""
-        x = self.model.embedded(self.tokens[:, None], self.seen[:, None])
+        return self.decode_logits(self.model, self._feed(self.tokens[:, None], self.decode_block)[:, 0])
+
+    def append(self, ids: Tensor) -> Tensor:
+        """Feed ids [B, T], which follow what was seen, and return x [B, T, C] after the last block.
+
+        In chunks. For policies that place a token by its position it is the same as T steps; those that score decide at
+        the end of each chunk what goes.
+        """
+        sinks, parts = max(policy.sinks for policy in self.policies), []
+        while ids.shape[1]:
+            alone = int(self.seen.min()) < sinks  # sinks have to be in the cache before a chunk can turn them
+            size = 1 if alone else min(APPEND_CHUNK, ids.shape[1])
+            parts.append(self._feed(ids[:, :size], Block.decode if alone else Block.append))
+            ids = ids[:, size:]
+        return torch.cat(parts, dim=1)
+
+    def _feed(self, ids: Tensor, run: Callable) -> Tensor:
+        """ids [B, T] through all blocks by `run`, which is Block.decode (T = 1) or Block.append."""
+        positions = self.seen[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        x = self.model.embedded(ids, positions)
         layers = zip(self.model.layers, self.rotary, self.cache.layers, self.policies, strict=True)
         for block, frequencies, layer, policy in layers:
-            x = self.decode_block(block, x, frequencies, layer, self.seen, policy)
-        self.seen += 1
-        return self.decode_logits(self.model, x[:, 0])
+            x = run(block, x, frequencies, layer, self.seen, policy)
+        self.seen += ids.shape[1]
+        return x
+
+
+class Conversation:
+    """Turns over one cache, which keeps the plan of the first turn and stays as large, however long it all becomes.
+
+    A fraction as budget is of the model's position limit. An end-of-sequence token that ends an answer is never fed:
+    what the next turn begins with closes it.
+    """
+
+    def __init__(self, engine: Engine, sampling: Sampling):
+        self.engine, self.sampling = engine, sampling
+        self._decoder: _Decoder | None = None
+        self._figures: Figures | None = None
+        self._stream: Stream | None = None
+
+    @property
+    def seen(self) -> int:
+        """How many tokens, of both sides, have gone through the model."""
+        return int(self._decoder.seen) if self._decoder else 0
+
+    def stream(
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int = 128,
+        eos_ids: Collection[int] = (),
+        stop: Callable[[list[int]], bool] | None = None,
+    ) -> Stream:
+        """The answer to one more turn. It ends the turn before. ValueError, with nothing changed, if it cannot run."""
+        unfed: list[int] = []
+        if self._decoder and self._stream.completion.finish_reason != "eos":
+            unfed = self._stream.completion.tokens[-1:]
+        completion = Completion(Request([*unfed, *ids], max_new_tokens, self.sampling, eos_ids, stop))
+        self.engine.check(completion.request, self.seen, self._limit)
+        if self._stream:
+            self._stream.close()
+        start = self._append if self._decoder else self._begin
+        self._stream = Stream(self.engine._run([completion], start), completion)
+        return self._stream
+
+    @property
+    def _limit(self) -> int:
+        return self.engine.model.config.max_positions
+
+    def _begin(self, requests: list[Request]) -> tuple[_Decoder, Figures]:
+        self._decoder, self._figures = self.engine._start(requests, self._limit)
+        return self._decoder, self._figures
+
+    def _append(self, requests: list[Request]) -> tuple[_Decoder, Figures]:
+        decoder, [request] = self._decoder, requests
+        length = self.seen + len(request.ids) + request.max_new_tokens
+        x = decoder.append(torch.tensor([request.ids], device=self.engine.device))
+        decoder.tokens.copy_(decoder.sampler(self.engine.model.logits(x[:, -1])))
+        of_turn = {"prefill_tokens": len(request.ids), "kv_bytes_full": self.engine._full_bytes(length)}
+        return decoder, replace(self._figures, **of_turn, prefill_s=0.0, compile_s=0.0, decode_s=0.0, decode_tokens=0)
 
 
 def check_budget(budget: float) -> None:

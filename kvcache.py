@@ -27,6 +27,12 @@ class LayerCache(NamedTuple):
         self.k.index_put_((row, head, slot), k[:, :, 0])
         self.v.index_put_((row, head, slot), v[:, :, 0])
 
+    def replace(self, source: Tensor, k: Tensor, v: Tensor) -> None:
+        """Fill slot n with item source[..., n] of the slots followed by k, v [B, K, T, D]; source [B, 1 or K, N]."""
+        source = source[..., None].expand_as(self.k)
+        self.k.copy_(torch.cat((self.k, k), dim=2).gather(2, source))
+        self.v.copy_(torch.cat((self.v, v), dim=2).gather(2, source))
+
 
 class KVCache:
     """Arenas [B, K, sum(plan), D] for K and V, and [B, K, sum(plan)] for a policy's scores and positions."""

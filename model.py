@@ -129,6 +129,12 @@ class Block(nn.Module):
         out = self.attention.decode(normed, rotary, layer, seen, policy)
         return self.feed(x, normed, self.post_attention_norm(out) * self.residual_scale)
 
+    def append(self, x: Tensor, rotary: Tensor, layer: LayerCache, seen: Tensor, policy: Any) -> Tensor:
+        """x [B, T, C], the tokens from position `seen` [B] on -> x. As `decode`, for several tokens at once."""
+        normed = self.attention_norm(x)
+        out = self.attention.append(normed, rotary, layer, seen, policy)
+        return self.feed(x, normed, self.post_attention_norm(out) * self.residual_scale)
+
     def feed(self, x: Tensor, normed: Tensor, added: Tensor) -> Tensor:
         """What follows attention, which read `normed` and adds `added` to x, all [B, T, C]."""
         after = x + added
@@ -244,6 +250,27 @@ class Attention(nn.Module):
         out, probs = attend(q, layer.k, layer.v, seen + 1, self.scale, self.softcap, sink_keys)
         policy.observe(layer, slot, seen, probs)
         return self.wo(out.flatten(1)[:, None])
+
+    def append(self, x: Tensor, rotary: Tensor, layer: LayerCache, seen: Tensor, policy: Any) -> Tensor:
+        """Tokens that go behind a cache. They see its slots and each other as the policy says. Sinks are in it."""
+        q, k, v = self.project(x)
+        positions = (seen[:, None] + torch.arange(x.shape[1], device=x.device))[:, None]
+        q, k = self.turn(q, positions, rotary), self.turn(k, positions, rotary)
+        keys, values = torch.cat((layer.k, k), dim=2), torch.cat((layer.v, v), dim=2)
+        q = q.unflatten(1, (self.kv_heads, -1)) * self.scale
+        logits = q @ keys[:, :, None].mT
+        if policy.sinks:  # at another position inside the cache for each of the tokens
+            sinks = torch.arange(policy.sinks, device=x.device)
+            turned = sinks + (positions + 1 - layer.k.shape[2]).clamp(min=0)[..., None]
+            sink_keys = layer.k[:, :, None, : policy.sinks].expand(-1, -1, x.shape[1], -1, -1)
+            sink_keys = self.turn(sink_keys, turned, rotary)  # [B, K, T, sinks, D]
+            logits[..., : policy.sinks] = (q[..., None, :] @ sink_keys[:, :, None].mT).squeeze(-2)
+        logits = softcapped(logits.to(torch.promote_types(q.dtype, torch.float32)), self.softcap)
+        visible = policy.visible(seen, x.shape[1], layer)[:, :, None]
+        probs = logits.masked_fill(~visible, float("-inf")).softmax(-1)
+        layer.replace(policy.absorb(layer, seen, probs), k, v)
+        out = (probs.to(v.dtype) @ values[:, :, None]).flatten(1, 2)
+        return self.wo(out.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):

@@ -47,7 +47,7 @@ class NaiveCache:
     """
 
     def __init__(self, model: Transformer, policy: str, plan: list[int], sinks: int = 4, length: int = 10**9):
-        self.model, self.sinks = model, sinks
+        self.model, self.sinks, self.scored = model, sinks, policy == "h2o"
         c = model.config
         self.windows = [c.window(layer) or length for layer in range(c.n_layers)]
         windowed = [window < length for window in self.windows]
@@ -61,11 +61,22 @@ class NaiveCache:
     def prompt(self, ids: list[int]) -> Tensor:
         for token in ids:
             logits = self._feed(token, evicting=False)
+        self._shrink()
+        return logits
+
+    def append(self, ids: list[int], chunk: int) -> Tensor:
+        """A later turn: policies that score evict at the end of each chunk, the others with each token."""
+        for start in range(0, len(ids), chunk):
+            for token in ids[start : start + chunk]:
+                logits = self._feed(token, evicting=not self.scored)
+            self._shrink()
+        return logits
+
+    def _shrink(self) -> None:
         for policy, slots, lists in zip(self.policies, self.plan, self.lists, strict=True):
             for entries in lists:
                 while len(entries) > slots and policy != "full":
                     entries.remove(victim(entries, policy, slots, self.seen - 1, self.sinks))
-        return logits
 
     def feed(self, token: int) -> Tensor:
         """The logits [vocab] after one more token."""

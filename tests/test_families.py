@@ -84,6 +84,16 @@ def test_decode_logits(case: Case, theirs, ours):
 
 
 @each_case
+def test_logits_of_a_later_turn(case: Case, theirs, ours):
+    """Several tokens at once behind a right-padded batch."""
+    expected = theirs(case)(IDS).logits
+    decoder, _ = full_engine(ours(case))._start([Request(IDS[row, :n].tolist(), NEW) for row, n in enumerate(LENGTHS)])
+    here = torch.stack([torch.arange(n, n + NEW - 1) for n in LENGTHS])
+    logits = ours(case).logits(decoder.append(IDS.gather(1, here)))
+    assert difference(logits, expected.gather(1, here[..., None].expand_as(logits))) < TOLERANCE
+
+
+@each_case
 def test_greedy_tokens(case: Case, folder):
     """In fp64, where no two logits are nearly the same."""
     reference = families.load_reference(folder(case), torch.float64)

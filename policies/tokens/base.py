@@ -10,7 +10,9 @@ from torch import Tensor
 class TokenPolicy:
     """Shapes: B rows, K key-value heads, S prompt tokens, N slots of a layer. `seen` [B] counts tokens before this one.
 
-    The new token's slot counts among the N. The filled slots are always the first min(seen, N).
+    The new token's slot counts among the N. The filled slots are always the first min(seen, N). The prompt goes through
+    `score_prompt` and `select`; a token of a decode step through `slot` and `observe`; a later turn of a conversation,
+    several tokens at once, through `visible` and `absorb`.
     """
 
     name: ClassVar[str]
@@ -65,6 +67,33 @@ class TokenPolicy:
         position = position.masked_fill(position >= lengths[:, None], 0)
         latest = position.new_zeros(len(lengths), slots).scatter_reduce_(1, place, position, "amax")
         return latest[:, None, : position.shape[1]]
+
+    def visible(self, seen: Tensor, count: int, layer) -> Tensor:
+        """What each of the `count` tokens that follow may attend to: bool [B, 1 or K, count, N + count].
+
+        Among the layer's N slots and then these tokens themselves. Here: what each would find if they came one by one,
+        every one overwriting what is in its place.
+        """
+        slots, index = layer.k.shape[2], torch.arange(count, device=seen.device)
+        place = self.place(seen[:, None] + index, slots)
+        # Until when a slot keeps what is in it now: the first newcomer that takes it. So too for the newcomers.
+        taken = place.new_full((len(seen), slots), count).scatter_reduce_(1, place, index.expand_as(place), "amin")
+        taken = taken.masked_fill(torch.arange(slots, device=seen.device) >= seen[:, None], 0)
+        later = (place[:, :, None] == place[:, None]) & (index > index[:, None])
+        retaken = torch.where(later, index, count).amin(2)
+        query = index[:, None]
+        return torch.cat((query < taken[:, None], (query >= index) & (query < retaken[:, None])), dim=2)[:, None]
+
+    def absorb(self, layer, seen: Tensor, probs: Tensor) -> Tensor:
+        """Which of the layer's N slots and of the tokens that follow them is in each slot afterwards: [B, 1 or K, N].
+
+        probs [B, K, G, count, N + count]: what those tokens attended to. Here: the last one in each place.
+        """
+        slots, count = layer.k.shape[2], probs.shape[3]
+        index = torch.arange(count, device=seen.device)
+        place = self.place(seen[:, None] + index, slots)
+        source = torch.arange(slots, device=seen.device).repeat(len(seen), 1)
+        return source.scatter_reduce_(1, place, (slots + index).expand_as(place), "amax")[:, None]
 
     def observe(self, layer, slot: Tensor, seen: Tensor, probs: Tensor) -> None:
         """Told after each step what the token in `slot` attended to: probs [B, K, G, N]."""

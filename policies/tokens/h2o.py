@@ -2,7 +2,8 @@
 
 A token's score is the attention it received, summed over queries and over the query heads of its key-value head. Each
 step evicts the lowest score outside of the last `slots // 2` positions (the new one included), by the scores after the
-previous step, ties to the lowest position. Positions are absolute.
+previous step, ties to the lowest position. Positions are absolute. A later turn of a conversation comes in chunks: its
+tokens see all that is there, and what is too much goes at the end of each chunk.
 """
 
 from collections.abc import Callable
@@ -41,15 +42,23 @@ class H2O(TokenPolicy):
 
     def select(self, lengths: Tensor, slots: int, scores: Tensor) -> Tensor:
         length = scores.shape[2]
-        position = torch.arange(length, device=scores.device)
+        position = torch.arange(length, device=scores.device).expand_as(scores)
         end = lengths[:, None, None]
-        rank = scores.masked_fill(position >= end - slots // 2, float("inf")).masked_fill(position >= end, -2)
+        best = self._best(scores, position, position >= end, end, slots)
+        return best.masked_fill(best >= end, length).sort(dim=2).values.clamp(max=length - 1)
+
+    def _best(self, score: Tensor, position: Tensor, empty: Tensor, end: Tensor, slots: int) -> Tensor:
+        """Which of the tokens at `position` [B, K, M] stay when `end` [B, 1, 1] have been seen: indices [B, K, slots].
+
+        Those that are `empty` come last.
+        """
+        rank = score.masked_fill(position >= end - slots // 2, float("inf"))
         if self.window is not None:
             rank = rank.masked_fill(position < end - self.window, -1)
+        rank = rank.masked_fill(empty, -2)
         # Latest first, then a stable sort: of equal scores the lowest position goes first.
-        best = length - 1 - rank.flip(2).sort(dim=2, descending=True, stable=True).indices[:, :, :slots]
-        padding = best >= end
-        return best.masked_fill(padding, length).sort(dim=2).values.clamp(max=length - 1)
+        latest = position.argsort(dim=2, descending=True)
+        return latest.gather(2, rank.gather(2, latest).sort(dim=2, descending=True, stable=True).indices[:, :, :slots])
 
     def slot(self, seen: Tensor, layer) -> Tensor:
         slots = layer.k.shape[2]
@@ -67,6 +76,30 @@ class H2O(TokenPolicy):
         layer.score.index_put_((row, head, slot), layer.score.new_zeros(()))
         layer.position.index_put_((row, head, slot), seen[:, None])
         layer.score.add_(probs.sum(2))
+
+    def visible(self, seen: Tensor, count: int, layer) -> Tensor:
+        """Everything there is, and each other: eviction waits until all `count` tokens are in."""
+        index = torch.arange(count, device=seen.device)
+        query = index[:, None]
+        slots = torch.arange(layer.k.shape[2], device=seen.device)
+        old = (slots < seen[:, None])[:, None, None].expand(*layer.k.shape[:2], count, -1)
+        new = (index <= query).expand(*layer.k.shape[:2], -1, -1)
+        if self.window is not None:
+            old = old & (layer.position[:, :, None] > seen[:, None, None, None] + query - self.window)
+            new = new & (index > query - self.window)
+        return torch.cat((old, new), dim=3)
+
+    def absorb(self, layer, seen: Tensor, probs: Tensor) -> Tensor:
+        count, slots = probs.shape[3], layer.k.shape[2]
+        new = (seen[:, None] + torch.arange(count, device=seen.device))[:, None].expand(-1, layer.k.shape[1], -1)
+        position = torch.cat((layer.position, new), dim=2)
+        score = torch.cat((layer.score, layer.score.new_zeros(new.shape)), dim=2) + probs.sum((2, 3))
+        free = torch.arange(slots + count, device=seen.device)
+        empty = (free >= seen[:, None, None]) & (free < slots)
+        source = self._best(score, position, empty, (seen + count)[:, None, None], slots)
+        layer.score.copy_(score.gather(2, source))
+        layer.position.copy_(position.gather(2, source))
+        return source
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,158 @@
+"""Later turns on a compressed cache: against the naive cache, single steps, and recomputing; what stays constant."""
+
+import pytest
+import torch
+from conftest import random_ids, random_model
+from naive import NaiveCache
+
+import engine as engine_module
+from engine import Engine, Request
+from policies.tokens import TOKEN_POLICIES, make
+from sampling import Sampling
+
+BOUNDED = [name for name, policy in TOKEN_POLICIES.items() if policy.bounded]
+UNSCORED = [name for name in BOUNDED if not make(name).scored]
+PLAN = [7, 12, 30, 9]
+TURNS = [random_ids(count, seed=count) for count in (1, 17, 34, 3, 26)]
+SHAPES = {
+    "plain": {},
+    "window": {"sliding_window": 16, "windowed": (0, 2)},
+    "partial rotary, soft caps": {"rotary_dim": 6, "attention_softcap": 3.0},
+}
+
+
+def say(conversation, ids: list[int], new: int = 6, **options) -> list[int]:
+    return list(conversation.stream(ids, max_new_tokens=new, **options))
+
+
+@pytest.mark.parametrize(("shape", "chunk"), [("plain", 1), ("plain", 64), *((shape, 5) for shape in SHAPES)])
+@pytest.mark.parametrize("policy", BOUNDED)
+def test_turns_equal_the_naive_cache(policy, chunk, shape, monkeypatch):
+    """Chunks shorter and longer than layers and windows; a first turn of one token, so that sinks come in late."""
+    monkeypatch.setattr(engine_module, "APPEND_CHUNK", chunk)
+    model = random_model(**SHAPES[shape])
+    decoder, _ = Engine(model, policy, plan=PLAN)._start([Request(TURNS[0], 1)], limit=4096)
+    naive = NaiveCache(model, policy, decoder.cache.plan)
+    naive.prompt(TURNS[0])
+    with torch.inference_mode():
+        for turn in TURNS[1:4]:
+            got = model.logits(decoder.append(torch.tensor([turn]))[:, -1])[0]
+            torch.testing.assert_close(got, naive.append(turn, chunk), rtol=0, atol=1e-10)
+            for token in random_ids(4, seed=5):
+                decoder.tokens.fill_(token)
+                torch.testing.assert_close(decoder.logits()[0], naive.feed(token), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("policy", UNSCORED)
+def test_chunks_equal_single_steps(model, policy):
+    with torch.inference_mode():
+        chunks, steps = (Engine(model, policy, plan=PLAN)._start([Request(TURNS[1], 1)])[0] for _ in range(2))
+        x = chunks.append(torch.tensor([TURNS[2]]))
+        for place, token in enumerate(TURNS[2]):
+            steps.tokens.fill_(token)
+            torch.testing.assert_close(model.logits(x[:, place]), steps.logits())
+        for one, other in zip(chunks.cache.layers, steps.cache.layers, strict=True):
+            torch.testing.assert_close(one.k, other.k)
+            torch.testing.assert_close(one.v, other.v)
+
+
+@pytest.mark.parametrize("policy", TOKEN_POLICIES)
+def test_rows_of_different_lengths(model, policy):
+    """A chunk on top of a ragged batch gives each row what it gets alone."""
+    plan = [200] * 4 if policy == "full" else PLAN
+    starts, more = [TURNS[1], TURNS[2]], torch.tensor([TURNS[4], TURNS[4][::-1]])
+    with torch.inference_mode():
+        decoder, _ = Engine(model, policy, plan=plan)._start([Request(ids, 60) for ids in starts])
+        both = decoder.append(more)
+        for row, ids in enumerate(starts):
+            alone, _ = Engine(model, policy, plan=plan)._start([Request(ids, 60)])
+            torch.testing.assert_close(alone.append(more[row : row + 1])[0], both[row])
+
+
+def test_full_equals_recomputing(model):
+    conversation = Engine(model).conversation()
+    history = []
+    for turn in TURNS:
+        history += turn
+        for token in say(conversation, turn):
+            assert token == model(torch.tensor([history]))[0, -1].argmax()
+            history.append(token)
+    assert conversation.seen == len(history) - 1
+
+
+def test_an_end_of_sequence_is_not_fed(model):
+    history = TURNS[1] + (answer := say(Engine(model).conversation(), TURNS[1], 3))
+    for eos, fed in (({answer[-1]}, history[:-1]), ((), history)):
+        conversation = Engine(model).conversation()
+        assert say(conversation, TURNS[1], 3, eos_ids=eos) == answer
+        [token] = say(conversation, TURNS[2], 1)
+        assert token == model(torch.tensor([fed + TURNS[2]]))[0, -1].argmax()
+        assert conversation.seen == len(fed) + len(TURNS[2])
+
+
+def test_a_turn_may_be_cut_short(model):
+    """Whoever stops reading an answer has what was made so far; the next turn goes on from there."""
+    conversation = Engine(model).conversation()
+    stream = conversation.stream(TURNS[1], max_new_tokens=50)
+    steps = iter(stream)
+    made = [next(steps) for _ in range(3)]
+    [token] = say(conversation, TURNS[2], 1)
+    assert stream.completion.finish_reason == "interrupted" and stream.completion.tokens == made
+    assert token == model(torch.tensor([TURNS[1] + made + TURNS[2]]))[0, -1].argmax()
+
+
+@pytest.mark.parametrize("policy", BOUNDED)
+def test_memory_and_plan_stay(model, policy):
+    conversation = Engine(model, policy, "squeeze", budget=24).conversation()
+    sizes, addresses, full = set(), set(), []
+    for number in range(12):
+        stream = conversation.stream(random_ids(30, seed=number), max_new_tokens=8)
+        list(stream)
+        figures = stream.completion.figures
+        sizes.add((figures.kv_bytes, figures.state_bytes, tuple(figures.plan), tuple(figures.importance)))
+        addresses.add(conversation._decoder.cache.k.data_ptr())
+        full.append(figures.kv_bytes_full)
+    assert len(sizes) == len(addresses) == 1
+    assert full == sorted(set(full)) and full[-1] > figures.kv_bytes
+
+
+def test_a_fraction_is_of_the_position_limit(model):
+    stream = Engine(model, "window", budget=0.25).conversation().stream(TURNS[0], max_new_tokens=1)
+    list(stream)
+    assert stream.completion.figures.budget_slots == 1024 and stream.completion.figures.plan == [1024] * 4
+
+
+def test_sampling_goes_on_from_turn_to_turn(model):
+    def talk(seed: int) -> list[int]:
+        conversation = Engine(model, "window", budget=16).conversation(Sampling(temperature=1.0, seed=seed))
+        return [token for turn in TURNS[1:3] for token in say(conversation, turn)]
+
+    assert talk(1) == talk(1) != talk(2)
+
+
+def test_beyond_the_position_limit():
+    """A bounded policy goes on; the full cache says in one line that it cannot, and what it has stays usable."""
+    model = random_model(max_positions=64)
+    bounded = Engine(model, "streaming", budget=0.5).conversation()
+    for turn in TURNS:
+        say(bounded, turn, 20)
+    assert bounded.seen > 2 * 64
+    full = Engine(model).conversation()
+    say(full, TURNS[1], 20)
+    with pytest.raises(ValueError, match=r"^36 earlier \+ 35 prompt \+ 6 new tokens exceed the model's 64 positions"):
+        full.stream(TURNS[2], max_new_tokens=6)
+    assert len(say(full, TURNS[3], 6)) == 6
+
+
+def test_compiled_turns():
+    """A chunk between compiled steps compiles nothing anew."""
+    torch._dynamo.reset()
+    model = random_model()
+    answers = []
+    for compiled in (True, False):
+        conversation = Engine(model, "streaming", plan=PLAN, compile=compiled).conversation()
+        first = say(conversation, TURNS[2])
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        answers.append([first, *(say(conversation, turn) for turn in TURNS[3:])])
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert answers[0] == answers[1]
