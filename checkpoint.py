@@ -240,7 +240,7 @@ def _download(repo: str) -> Path:
         return Path(snapshot_download(repo, allow_patterns=list(names), ignore_patterns=["*/*"]))
 
     try:
-        folder = fetch("*.json", "tokenizer.model", "merges.txt", "model.safetensors")
+        folder = fetch("*.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "model.safetensors")
         if not (folder / "model.safetensors").exists():
             indexes = [index for name in SINGLE if (index := folder / f"{name}.index.json").exists()]
             fetch(*(_listed(indexes[0]) if indexes else ["pytorch_model.bin"]))

@@ -50,6 +50,7 @@ class Tokenizer:
     drops_space: bool  # decoding removes the space that encoding puts before the first word (sentencepiece)
     prefix: tuple[int, ...]  # the tokenizer's own special tokens, such as BOS
     suffix: tuple[int, ...]
+    special_names: tuple[str, ...]  # what `parse_special` decides on
 
     def encode(self, text: str, special: bool = True, parse_special: bool = False) -> list[int]:
         """Ids of `text`, between the tokenizer's own special tokens (BOS, ...) if `special`.
@@ -116,7 +117,7 @@ class TextStream:
 
 def load(folder: Path) -> Tokenizer | None:
     """The tokenizer in `folder`, or None if there is none; ValueError if a file of it is broken."""
-    settings = _settings(folder)
+    settings = read_settings(folder)
     if (folder / "tokenizer.json").exists():
         return _load_json(folder / "tokenizer.json", settings)
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
@@ -134,7 +135,7 @@ def load(folder: Path) -> Tokenizer | None:
 def eos_ids(folder: Path) -> frozenset[int]:
     """All end-of-sequence ids: those of generation_config.json if it names any, else those of config.json."""
     for name in ("generation_config.json", "config.json"):
-        value = _read_json(folder / name).get("eos_token_id")
+        value = read_json(folder / name).get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if any(type(i) is not int for i in ids):
             raise ValueError(f"{folder / name}: eos_token_id must be an integer or a list of integers, not {value!r}")
@@ -149,7 +150,7 @@ def _load_json(path: Path, settings: dict[str, Any]) -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
-        raise _broken(path, error) from None
+        raise broken(path, error) from None
     backend.no_truncation()  # a file may carry the settings of a training run
     backend.no_padding()
     return _wrap(backend, path, settings)
@@ -158,7 +159,7 @@ def _load_json(path: Path, settings: dict[str, Any]) -> Tokenizer:
 def _load_vocab_merges(folder: Path, settings: dict[str, Any]) -> Tokenizer:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    vocab, path = _read_json(folder / "vocab.json"), folder / "merges.txt"
+    vocab, path = read_json(folder / "vocab.json"), folder / "merges.txt"
     if any(type(i) is not int for i in vocab.values()):
         raise ValueError(f"{folder / 'vocab.json'}: the ids must be integers")
     try:
@@ -168,7 +169,7 @@ def _load_vocab_merges(folder: Path, settings: dict[str, Any]) -> Tokenizer:
             raise ValueError(f"a merge must be two tokens, not {bad[0]}")
         backend = Tokenizer(models.BPE(vocab, merges))
     except Exception as error:  # the library raises nothing narrower
-        raise _broken(path, error) from None
+        raise broken(path, error) from None
     qwen = str(settings.get("tokenizer_class")).startswith("Qwen2")  # Qwen 3 too
     letters = pre_tokenizers.ByteLevel(bool(settings.get("add_prefix_space")), use_regex=not qwen)
     if qwen:
@@ -214,7 +215,8 @@ def _wrap(backend: Any, path: Path, settings: dict[str, Any]) -> Tokenizer:
     end = start + sample.special_tokens_mask.count(0)
     prefix, suffix = _ends(path, settings, backend.token_to_id, (sample.ids[:start], sample.ids[end:]))
     vocab_size = max(backend.get_vocab().values(), default=-1) + 1
-    return Tokenizer(split, token_bytes, vocab_size, texts[space] == "a b", prefix, suffix)
+    special = tuple(token.content for token in added.values() if token.special)
+    return Tokenizer(split, token_bytes, vocab_size, texts[space] == "a b", prefix, suffix, special)
 
 
 def _load_sentencepiece(path: Path, data: bytes, settings: dict[str, Any]) -> Tokenizer:
@@ -251,7 +253,7 @@ def _load_sentencepiece(path: Path, data: bytes, settings: dict[str, Any]) -> To
     defaults = {"add_bos_token": bos is not None, "bos_token": bos, "eos_token": eos}
     prefix, suffix = _ends(path, defaults | settings, parsed.get)
     drops_space = model.encode("a", out_type=str)[0].startswith(_PIECE_SPACE)
-    return Tokenizer(split, token_bytes, max([size - 1, *added]) + 1, drops_space, prefix, suffix)
+    return Tokenizer(split, token_bytes, max([size - 1, *added]) + 1, drops_space, prefix, suffix, tuple(parsed))
 
 
 def _load_tiktoken(path: Path, data: bytes, settings: dict[str, Any]) -> Tokenizer:
@@ -276,6 +278,7 @@ def _load_tiktoken(path: Path, data: bytes, settings: dict[str, Any]) -> Tokeniz
         coder.n_vocab,
         False,
         *_ends(path, defaults | settings, special.get),
+        tuple(special),
     )
 
 
@@ -299,9 +302,15 @@ def _ends(path: Path, settings: dict[str, Any], id_of: Callable[[str], int | Non
     return ends
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def special_tokens(folder: Path) -> dict[str, str]:
+    """Text of each token that the settings give a part, such as {"bos_token": "<s>"}."""
+    tokens = {key: _name(value) for key, value in read_settings(folder).items() if key.endswith("_token")}
+    return {key: name for key, name in tokens.items() if name is not None}
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json over special_tokens_map.json, without the nulls."""
-    files = [_read_json(folder / name) for name in ("special_tokens_map.json", "tokenizer_config.json")]
+    files = [read_json(folder / name) for name in ("special_tokens_map.json", "tokenizer_config.json")]
     return {key: value for settings in files for key, value in settings.items() if value is not None}
 
 
@@ -313,7 +322,7 @@ def _name(token: Any) -> str | None:
 
 def _added_tokens(folder: Path, settings: dict[str, Any], vocab: dict[str, int]) -> dict[int, tuple[str, bool]]:
     """Text of each added token and whether it is special, by id: the listed ones and the special ones in `vocab`."""
-    listed = _read_json(folder / "added_tokens.json")
+    listed = read_json(folder / "added_tokens.json")
     try:
         named = {_name(value) for key, value in settings.items() if key.endswith("_token")}
         named |= set(map(_name, settings.get("additional_special_tokens", ())))
@@ -326,16 +335,17 @@ def _added_tokens(folder: Path, settings: dict[str, Any], vocab: dict[str, int])
         raise ValueError(f"{folder}: malformed added tokens ({error!r})") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty if there is no such file."""
     try:
         value = json.loads(path.read_bytes()) if path.exists() else {}
     except ValueError as error:
-        raise _broken(path, error) from None
+        raise broken(path, error) from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: a JSON object expected, not {type(value).__name__}")
     return value
 
 
-def _broken(path: Path, error: Exception) -> ValueError:
+def broken(path: Path, error: Exception) -> ValueError:
+    """The error that says in one line what is wrong with a file."""
     return ValueError(f"{path}: {' '.join(str(error).split()) or type(error).__name__}")

@@ -342,7 +342,8 @@ def test_existing_folder_goes_before_the_hub(written, tmp_path, monkeypatch):
     assert resolve("org/name") == Path("org/name")
 
 
-SMALL = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "README.md"]
+SMALL = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "merges.txt"]
+SMALL += ["chat_template.jinja", "README.md"]
 OTHERS = ["original/params.json", "onnx/model.safetensors", "consolidated.safetensors", "pytorch_model.bin", "x.gguf"]
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
