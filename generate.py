@@ -4,24 +4,30 @@
     python generate.py --checkpoint meta-llama/Llama-3.2-1B --prompt "Once upon a time" --squeeze --compile
     python generate.py --policy h2o --layers squeeze --p 0.4 --budget 0.2 --prompt-file long.txt
     python generate.py --policy streaming --budget 256 --sinks 4 --json --prompt - < long.txt
+    python generate.py --checkpoint Qwen/Qwen3-0.6B --interactive --squeeze --budget 1024
 
 Two choices make a cache: --policy says which tokens a layer keeps in its slots (full, window, streaming, h2o), and
 --layers how many slots each layer gets (uniform, squeeze, pyramid). --squeeze is --layers squeeze with a policy and a
 budget that suit it. The text streams to standard output, then a short report; --json prints one object instead.
+--chat wraps the prompt in the checkpoint's own template; --interactive reads a turn a line and goes on over one cache.
 """
 
 import argparse
 import json
 import os
+import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
+import chat
 import checkpoint
 import tokenizer as tokenizers
-from engine import Completion, Engine, Figures, Stream, check_budget
+from engine import Completion, Conversation, Engine, Figures, Stream, check_budget
 from policies import layers as layer_policies
 from policies import tokens as token_policies
 from sampling import Sampling
@@ -30,22 +36,27 @@ HERE = Path(__file__).resolve().parent
 EMBEDDED = HERE / "checkpoints" / "tiny"
 DEMO_PROMPT = EMBEDDED / "demo_prompt.txt"
 SQUEEZE_POLICY = "streaming"  # what a bare --squeeze runs inside each layer
+ERRORS = (ValueError, OSError, torch.OutOfMemoryError)  # what a user can put right
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        run(parse(argv))
+        code = run(parse(argv))
         sys.stdout.flush()
-        return 0
+        return code
     except BrokenPipeError:  # the reader has gone; nothing more to say, also not at shutdown
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"generate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except ERRORS as error:
+        complain(error)
         return 2
     except KeyboardInterrupt:
         print("generate.py: interrupted before the first token", file=sys.stderr)
         return 130
+
+
+def complain(error: Exception) -> None:
+    print(f"generate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,6 +71,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--prompt", metavar="TEXT|-", help="the prompt; - reads standard input")
     add("--prompt-file", metavar="F", help="a UTF-8 file with the prompt")
     add("--prompt-ids", metavar="1,2,3", help="token ids, taken as they are")
+    add(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="use the checkpoint's chat template (--interactive: if any)",
+    )
+    add("--system", metavar="TEXT", help="the system message of a chat")
+    add("--interactive", action="store_true", help="go on, a turn a line, over one cache that keeps its size")
     add("--max-new-tokens", type=int, default=128, metavar="N")
     add("--policy", help=f"tokens a layer keeps: {', '.join(token_policies.TOKEN_POLICIES)} (default: full)")
     add("--layers", help=f"slots per layer: {', '.join(layer_policies.LAYER_POLICIES)} (default: uniform)")
@@ -82,7 +100,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     # Whatever can be wrong without the weights is found before they are loaded.
     policy, layers = choose_policies(args)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
@@ -93,22 +111,33 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--save-plan {args.save_plan}: that folder does not exist; make it first")
     folder = checkpoint.resolve(args.checkpoint)
     tokenizer = tokenizers.load(folder)
-    ids = prompt_ids(args, tokenizer)
+    turns = Turns(tokenizer, chosen_template(args, folder, tokenizer), args.system)
+    if args.prompt_ids is not None:
+        ids = parse_ids(args.prompt_ids)
+    elif not args.interactive:
+        ids = turns.ids(prompt_text(args))
     text = TextSoFar(tokenizer, args.stop)
 
     model, _ = checkpoint.load(folder, args.device, args.dtype)
     compiled = args.compile if args.compile is not None else model.embed.weight.device.type == "cuda"
     engine = Engine(model, policy, layers, args.budget, plan, compiled)
     eos_ids = frozenset() if args.ignore_eos else tokenizers.eos_ids(folder)
+    if args.interactive:
+        return interact(args, engine.conversation(sampling), turns, eos_ids)
     stream = engine.stream(ids, sampling, args.max_new_tokens, eos_ids, text.push)
     completion = follow(stream, text, echo=not args.json)
-    if args.save_plan is not None:
-        saved = {"plan": completion.figures.plan, "policy": policy.name, "layers": layers.name}
-        Path(args.save_plan).write_text(json.dumps(saved) + "\n")
+    save_plan(args, engine, completion.figures)
     if args.json:
         print(json.dumps(report_json(args, engine, completion, text.text)))
     else:
         print(report(engine, completion))
+    return 0
+
+
+def save_plan(args: argparse.Namespace, engine: Engine, figures: Figures) -> None:
+    if args.save_plan is not None:
+        saved = {"plan": figures.plan, "policy": engine.policy.name, "layers": engine.layer_policy.name}
+        Path(args.save_plan).write_text(json.dumps(saved) + "\n")
 
 
 def choose_policies(args: argparse.Namespace) -> tuple[token_policies.TokenPolicy, layer_policies.LayerPolicy]:
@@ -140,17 +169,59 @@ def read_plan(path: Path) -> list[int]:
     return plan
 
 
-def prompt_ids(args: argparse.Namespace, tokenizer: tokenizers.Tokenizer | None) -> list[int]:
+def chosen_template(
+    args: argparse.Namespace, folder: Path, tokenizer: tokenizers.Tokenizer | None
+) -> chat.ChatTemplate | None:
+    """The chat template if the arguments want it. ValueError if they do not fit together, or to the checkpoint."""
     sources = [f"--{s}" for s in ("prompt", "prompt-file", "prompt-ids") if vars(args)[s.replace("-", "_")] is not None]
     if len(sources) > 1:
         raise ValueError(f"give one of {' and '.join(sources)}, not both")
-    if args.prompt_ids is not None:
-        try:
-            return [int(part) for part in args.prompt_ids.split(",") if part.strip()]
-        except ValueError:
-            raise ValueError(f"--prompt-ids must be integers with commas between, not {args.prompt_ids!r}") from None
-    if tokenizer is None:
+    if args.prompt_ids is not None and (args.chat or args.interactive):
+        raise ValueError(f"--prompt-ids are taken as they are; {'--chat' if args.chat else '--interactive'} needs text")
+    if args.interactive and args.json:
+        raise ValueError("--interactive prints text as it comes; it has no --json")
+    if args.interactive and args.prompt == "-":
+        raise ValueError("--interactive reads its turns from standard input; the first one can be a --prompt-file")
+    if tokenizer is None and args.prompt_ids is None:
         raise ValueError(f"{args.checkpoint} has no tokenizer; give the prompt as --prompt-ids")
+    template = chat.load(folder, tokenizer) if args.chat or args.interactive and args.chat is None else None
+    if args.chat and template is None:
+        raise ValueError(f"{args.checkpoint} has no chat template; without --chat the prompt is continued as it stands")
+    if args.system is not None and template is None:
+        raise ValueError("--system is a part of a chat; give --chat and a checkpoint that has a chat template")
+    return template
+
+
+class Turns:
+    """A conversation so far, and the ids of its next turn: through the chat template, or as it stands."""
+
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer | None, template: chat.ChatTemplate | None, system: str | None = None
+    ):
+        self.tokenizer, self.template = tokenizer, template
+        self.messages = [] if system is None else [{"role": "system", "content": system}]
+        self.begun = False
+
+    def ids(self, text: str) -> list[int]:
+        """What the user says next. Nothing is kept of it before `add`."""
+        if self.template is None:
+            return self.tokenizer.encode("\n" + text, special=False) if self.begun else self.tokenizer.encode(text)
+        messages = [*self.messages, {"role": "user", "content": text}]
+        return self.template.next_turn(messages) if self.begun else self.template.prompt(messages)
+
+    def add(self, text: str, answer: str) -> None:
+        self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        self.begun = True
+
+
+def parse_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"--prompt-ids must be integers with commas between, not {text!r}") from None
+
+
+def prompt_text(args: argparse.Namespace) -> str:
     if args.prompt not in (None, "-"):
         text = args.prompt.encode("utf-8", "surrogateescape")
         name = "--prompt"
@@ -165,7 +236,7 @@ def prompt_ids(args: argparse.Namespace, tokenizer: tokenizers.Tokenizer | None)
         raise ValueError(f"{name} is not UTF-8: byte {error.object[error.start]:#04x} at {error.start}") from None
     if not text:
         raise ValueError(f"the prompt is empty ({name}); give some text")
-    return tokenizer.encode(text)
+    return text
 
 
 class TextSoFar:
@@ -186,6 +257,73 @@ class TextSoFar:
         sys.stdout.write(self.text[self.printed :] + "\n" * last)
         sys.stdout.flush()
         self.printed = len(self.text)
+
+
+def interact(args: argparse.Namespace, conversation: Conversation, turns: Turns, eos_ids: frozenset[int]) -> int:
+    """A turn a line until the input ends. Text goes to standard output, and what it cost to standard error."""
+    code = 0
+    for number, said in enumerate(lines(args), 1):
+        try:
+            figures = answer(args, conversation, turns, said, eos_ids)
+        except ERRORS as error:  # the conversation is as it was: another turn may fit
+            complain(error)
+            code = 2
+        else:
+            print(
+                f"[turn {number}: {conversation.seen:,} tokens so far; KV {size(figures.kv_bytes)}, "
+                f"{size(figures.kv_bytes_full)} in full; {figures.decode_tokens_per_s:,.1f} tokens/s]",
+                file=sys.stderr,
+            )
+    return code
+
+
+def answer(
+    args: argparse.Namespace, conversation: Conversation, turns: Turns, said: str, eos_ids: frozenset[int]
+) -> Figures:
+    text = TextSoFar(turns.tokenizer, args.stop)
+    ids = turns.ids(said)
+    with interruptible() as interrupted:
+        stream = conversation.stream(
+            ids, args.max_new_tokens, eos_ids, stop=lambda tokens: text.push(tokens) or interrupted()
+        )
+        completion = follow(stream, text, echo=True)
+    if not turns.begun:
+        save_plan(args, conversation.engine, completion.figures)
+    turns.add(said, text.text)
+    return completion.figures
+
+
+def lines(args: argparse.Namespace) -> Iterator[str]:
+    """What the user says: first what the arguments say, then the lines of standard input; empty ones are skipped."""
+    if args.prompt is not None or args.prompt_file is not None:
+        yield prompt_text(args)
+    typed = sys.stdin.isatty()
+    while True:
+        try:
+            line = input("> " if typed else "")
+        except (EOFError, KeyboardInterrupt):
+            return
+        except UnicodeDecodeError as error:
+            raise ValueError(f"standard input is not UTF-8: byte {error.object[error.start]:#04x}") from None
+        if line:
+            yield line
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Gives a function that tells whether Ctrl-C was pressed: an answer ends between two tokens. Twice ends it all."""
+    pressed = []
+
+    def press(*_) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(True)
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def follow(stream: Stream, text: TextSoFar, echo: bool) -> Completion:

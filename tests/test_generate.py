@@ -1,5 +1,6 @@
 """The command line: its JSON, its report, and one clear line for everything that can be wrong."""
 
+import io
 import json
 import os
 import signal
@@ -140,6 +141,12 @@ def test_equal_seeds_give_equal_text(capsys):
         (["--plan", "nowhere.json"], "nowhere.json"),
         (["--save-plan", "nowhere/plan.json"], "folder does not exist"),
         (["--frobnicate"], "--frobnicate"),
+        (["--chat"], "has no chat template; without --chat the prompt is continued as it stands"),
+        (["--system", "Be brief."], "--system is a part of a chat"),
+        (["--chat", "--prompt-ids", "1,2"], "--chat needs text"),
+        (["--interactive", "--prompt-ids", "1,2"], "--interactive needs text"),
+        (["--interactive", "--json"], "has no --json"),
+        (["--interactive", "--prompt", "-"], "reads its turns from standard input"),
     ],
     ids=" ".join,
 )
@@ -225,3 +232,88 @@ def test_interrupt_before_the_first_token(capsys, monkeypatch):
     monkeypatch.setattr(generate.checkpoint, "load", interrupted)
     assert generate.main(["--prompt", "import os"]) == 130
     assert capsys.readouterr() == ("", "generate.py: interrupted before the first token\n")
+
+
+def linked(tmp_path: Path, template: str | None = None) -> Path:
+    """The embedded checkpoint, with a chat template."""
+    for file in generate.EMBEDDED.iterdir():
+        os.symlink(file, tmp_path / file.name)
+    if template is not None:
+        (tmp_path / "chat_template.jinja").write_text(template)
+    return tmp_path
+
+
+TEMPLATE = """{% for message in messages %}{% if message.role == "system" and "never" in message.content %}
+{{ raise_exception("no such system message") }}{% endif %}# {{ message.role }}: {{ message.content }}
+{% endfor %}# assistant: """
+
+
+def converse(capsys, monkeypatch, said: str, *args) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+    code = generate.main(["--interactive", "--max-new-tokens", "12", "--ignore-eos", *map(str, args)])
+    return code, *capsys.readouterr()
+
+
+def test_chat(capsys, tmp_path):
+    folder = linked(tmp_path, TEMPLATE)
+    args = ("--checkpoint", folder, "--max-new-tokens", 8)
+    chat = run_json(capsys, *args, "--chat", "--system", "Be brief.", "--prompt", "import os")
+    plain = run_json(capsys, *args, "--prompt", "# system: Be brief.\n# user: import os\n# assistant: ")
+    assert chat["tokens"] == plain["tokens"] and chat["prompt_tokens"] == plain["prompt_tokens"]
+    refusal = refused(capsys, *args, "--chat", "--system", "never", "--prompt", "import os")
+    assert "the chat template refuses these messages: no such system message" in refusal
+
+
+def test_a_broken_chat_template(capsys, tmp_path):
+    folder = linked(tmp_path, "{% for message in messages %}")
+    assert "chat_template.jinja: line 1 of the chat template" in refused(capsys, "--checkpoint", folder, "--chat")
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_interactive(capsys, tmp_path, monkeypatch, template):
+    """The answers of the engine's own conversation; memory stays; every turn reports."""
+    folder = linked(tmp_path, template)
+    said = ["import os", "def main():", "class Stream:"]
+    budget = ("--policy", "streaming", "--layers", "squeeze", "--budget", 48)
+    given = "\n\n".join(said) + "\n"
+    code, out, err = converse(capsys, monkeypatch, given, "--checkpoint", folder, *budget)
+    assert code == 0
+    assert len(reports := err.splitlines()) == 3 and len({line.split("; ")[1].split(",")[0] for line in reports}) == 1
+    assert [f"[turn {n}: " in line and "tokens/s]" in line for n, line in enumerate(reports, 1)] == [True] * 3
+
+    model, _ = generate.checkpoint.load(folder)
+    tokenizer = generate.tokenizers.load(folder)
+    turns = generate.Turns(tokenizer, template and generate.chat.load(folder, tokenizer))
+    conversation = generate.Engine(model, "streaming", "squeeze", 48).conversation()
+    expected = ""
+    for text in said:
+        answer = tokenizer.decode(list(conversation.stream(turns.ids(text), max_new_tokens=12)))
+        turns.add(text, answer)
+        expected += answer + "\n"
+    assert out == expected
+
+    # The first turn may come from a file.
+    (tmp_path / "first.txt").write_text(said[0])
+    rest = "\n".join(said[1:])
+    args = ("--prompt-file", tmp_path / "first.txt", "--checkpoint", folder, *budget)
+    assert converse(capsys, monkeypatch, rest, *args)[1] == expected
+
+
+def test_a_turn_that_does_not_fit(capsys, monkeypatch):
+    """One line for it; the others are answered as if it had not been said, and the exit code tells."""
+    long = "import os " * 2000
+    code, out, err = converse(capsys, monkeypatch, f"import os\n{long}\ndef main():\n")
+    assert code == 2 and err.count("\n") == 3 and "exceed the model's 2048 positions" in err
+    assert (0, out) == converse(capsys, monkeypatch, "import os\ndef main():\n")[:2]
+
+
+def test_interrupting_an_answer_keeps_the_conversation():
+    args = ["--interactive", "--policy", "streaming", "--budget", "64", "--ignore-eos", "--max-new-tokens", "1000000"]
+    with process(*args, stdin=subprocess.PIPE) as call:
+        for _ in range(2):
+            call.stdin.write("import os\n")
+            call.stdin.flush()
+            call.stdout.read(20)
+            call.send_signal(signal.SIGINT)
+        out, err = call.communicate(timeout=60)
+    assert call.returncode == 0 and err.count("[turn ") == 2, err
