@@ -1,0 +1,126 @@
+"""A conversation much longer than the model's positions: memory, speed and perplexity along the way.
+
+    python scripts/bench_chat.py --out results/chat_cpu.json --plot results/chat.png
+
+Talk: 20,000 tokens with the streaming policy on the embedded checkpoint, in turns of 32 tokens of text and 96 answered
+ones. Read: 20,000 tokens of unseen source, each predicted from a cache of the same slots, through the same code that
+appends a turn (for these policies equal to single decode steps). `full` keeps everything; its position limit is lifted
+for this measurement.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import tiny_data as data  # noqa: E402
+import torch  # noqa: E402
+from record import origin  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
+from torch.nn.functional import cross_entropy  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import checkpoint  # noqa: E402
+from engine import Engine, Request  # noqa: E402
+from generate import EMBEDDED  # noqa: E402
+
+SAID, ANSWERED = 32, 96
+SPAN = 1000  # tokens whose speed or loss makes one figure
+FIRST = 64  # tokens of a text that are the prompt
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=20_000)
+    parser.add_argument("--texts", type=int, default=4, help="how many texts to read")
+    parser.add_argument("--slots", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    model, config = checkpoint.load(EMBEDDED)
+    tokenizer = Tokenizer.from_file(str(EMBEDDED / "tokenizer.json"))
+    text = tokenizer.encode("".join(data.read(file) for file in data.source_files()[1])).ids
+
+    result = {**origin(), "tokens": args.tokens, "slots": args.slots, "trained_positions": config.max_positions}
+    result["talk"] = talk(Engine(model, "streaming", budget=args.slots, compile=True), text, args.tokens)
+    print(json.dumps({name: value for name, value in result["talk"].items() if name != "ms_per_token"}))
+    model.config = dataclasses.replace(config, max_positions=args.tokens + 1)
+    stride = (len(text) - args.tokens) // max(args.texts - 1, 1)
+    result["read"] = {}
+    for policy in ("streaming", "window", "full"):
+        engine = Engine(model, policy, budget=None if policy == "full" else args.slots)
+        losses = [read(engine, text[n * stride :][: args.tokens], f"{policy}, text {n + 1}") for n in range(args.texts)]
+        result["read"][policy] = [round(float(loss), 4) for loss in torch.stack(losses).mean(0)]
+        print(policy, result["read"][policy])
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    if args.plot:
+        draw(result, args.plot)
+
+
+def talk(engine: Engine, text: list[int], tokens: int) -> dict:
+    """Milliseconds of each answered token, and every size that the cache had."""
+    conversation, times, sizes = engine.conversation(), [], set()
+    with tqdm(total=tokens, desc="talk", unit="token") as bar:
+        while conversation.seen < tokens:
+            start = conversation.seen
+            stream = conversation.stream(text[start : start + SAID], max_new_tokens=ANSWERED)
+            list(stream)
+            figures = stream.completion.figures
+            sizes.add(figures.kv_bytes)
+            if figures.decode_tokens:
+                times += [1e3 * figures.decode_s / figures.decode_tokens] * figures.decode_tokens
+            bar.update(conversation.seen - start)
+    first, last = (statistics.mean(part) for part in (times[:SPAN], times[-SPAN:]))
+    spans = [statistics.mean(times[n : n + SPAN]) for n in range(0, len(times), SPAN)]
+    return {
+        "seen": conversation.seen,
+        "answered": len(times),
+        "kv_bytes": sorted(sizes),
+        "kv_bytes_full": figures.kv_bytes_full,
+        "first_ms_per_token": round(first, 4),
+        "last_ms_per_token": round(last, 4),
+        "last_over_first": round(last / first, 3),
+        "ms_per_token": [round(span, 4) for span in spans],
+    }
+
+
+@torch.inference_mode()
+def read(engine: Engine, text: list[int], name: str) -> torch.Tensor:
+    """Mean loss in nats of each SPAN tokens."""
+    model = engine.model
+    decoder, _ = engine._start([Request(text[:FIRST], 1)], limit=len(text))
+    losses = []
+    for start in tqdm(range(FIRST, len(text) - 1, SPAN), name, leave=False):
+        ids = torch.tensor([text[start : start + SPAN + 1]])
+        losses.append(cross_entropy(model.logits(decoder.append(ids[:, :-1]))[0].float(), ids[0, 1:]))
+    return torch.stack(losses)
+
+
+def draw(result: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 3.4))
+    for policy, losses in result["read"].items():
+        axis.plot([FIRST + (n + 0.5) * SPAN for n in range(len(losses))], losses, label=policy, marker=".")
+    axis.axvline(result["trained_positions"], color="gray", linestyle=":")
+    axis.text(result["trained_positions"], axis.get_ylim()[1], " position limit of the model", fontsize=8, va="top")
+    axis.set(xlabel="tokens read", ylabel="loss, nats a token", title=f"unseen text, {result['slots']} slots a layer")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
