@@ -9,6 +9,7 @@ included. `load(folder)` takes the first of these that the folder holds:
 
 What a template sees (variables, filters, tags) and the text it gives are those of transformers' `apply_chat_template`,
 and so are the ids. The one difference is meant: the name of a special token in a message is text, never that token.
+(What the tokenizer's files do not call special, such as "<think>" in Qwen 3, is that token in a message too.)
 """
 
 import json

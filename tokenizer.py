@@ -203,11 +203,13 @@ def _wrap(backend: Any, path: Path, settings: dict[str, Any]) -> Tokenizer:
             return backend.encode(text, add_special_tokens=False).ids
 
     def token_bytes(token: int) -> bytes:
-        if token in added:
-            return b"" if added[token].special else added[token].content.encode()
+        if token in added and added[token].special:
+            return b""
         piece = backend.id_to_token(token) or ""
         if space == _PIECE_SPACE:
-            return _piece_bytes(piece, bytewise)
+            return _piece_bytes(piece, bytewise)  # added tokens too: Gemma has its runs of spaces as such
+        if token in added:
+            return piece.encode()
         return bytes(_BYTE_OF[c] for c in piece) if all(c in _BYTE_OF for c in piece) else piece.encode()
 
     sample = backend.encode("a")  # with what the post-processor puts before and after a text
