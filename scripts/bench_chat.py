@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def talk(engine: Engine, text: list[int], tokens: int) -> dict:
-    """Milliseconds of each answered token, and every size that the cache had."""
+    """Milliseconds an answered token, medians over turns, and every size that the cache had."""
     conversation, times, sizes = engine.conversation(), [], set()
     with tqdm(total=tokens, desc="talk", unit="token") as bar:
         while conversation.seen < tokens:
@@ -78,8 +78,8 @@ def talk(engine: Engine, text: list[int], tokens: int) -> dict:
             if figures.decode_tokens:
                 times += [1e3 * figures.decode_s / figures.decode_tokens] * figures.decode_tokens
             bar.update(conversation.seen - start)
-    first, last = (statistics.mean(part) for part in (times[:SPAN], times[-SPAN:]))
-    spans = [statistics.mean(times[n : n + SPAN]) for n in range(0, len(times), SPAN)]
+    first, last = (statistics.median(part) for part in (times[:SPAN], times[-SPAN:]))
+    spans = [statistics.median(times[n : n + SPAN]) for n in range(0, len(times), SPAN)]
     return {
         "seen": conversation.seen,
         "answered": len(times),

@@ -57,6 +57,24 @@ def first() -> str:
     )
 
 
+def chat() -> str:
+    record = result("chat_cpu.json")
+    talk, read, limit = record["talk"], record["read"], record["trained_positions"]
+    past = limit // 1000 + 1  # the first span that is wholly past the limit
+
+    def mean(policy: str) -> str:
+        return f"{sum(read[policy][past:]) / len(read[policy][past:]):.2f}"
+
+    [kv_bytes] = talk["kv_bytes"]
+    return (
+        f"{talk['seen']:,} tokens with streaming, {record['slots']} slots a layer: KV cache {kv_bytes:,} bytes in all "
+        f"turns (in full {talk['kv_bytes_full']:,}), the last 1,000 answered tokens took {talk['last_over_first']:.2f} "
+        f"times the first 1,000. Unseen text past the model's {limit:,} positions: {mean('streaming')} nats a token "
+        f"with streaming, {mean('window')} with window, {mean('full')} with the full cache, its limit lifted "
+        f"({provenance(record, 'chat_cpu.json')})."
+    )
+
+
 def families() -> str:
     """Every family, and the forms of it in which the tests compare it with transformers."""
     from families import CASES, MODELS
@@ -69,7 +87,7 @@ def families() -> str:
     return "\n".join(lines)
 
 
-SECTIONS = {"first": first, "decode": decode, "recall": recall, "families": families}
+SECTIONS = {"first": first, "decode": decode, "recall": recall, "chat": chat, "families": families}
 
 
 def main() -> int:

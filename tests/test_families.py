@@ -14,6 +14,7 @@ from torch import Tensor
 import checkpoint
 from config import ModelConfig
 from engine import Engine, Request
+from model import Transformer
 from policies.tokens import TOKEN_POLICIES
 
 TOLERANCE = 1e-4  # of the largest logit, in fp32
@@ -344,6 +345,40 @@ PUBLISHED = {  # what the hub's config.json files say, less what has no meaning 
 }
 
 
+LARGE = {  # what no small machine holds: published config.json, parameters, bytes of K and V a token in bf16
+    "meta-llama/Llama-2-70b-hf": (
+        dict(model_type="llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, vocab_size=32000)
+        | dict(num_attention_heads=64, num_key_value_heads=8, rms_norm_eps=1e-5, max_position_embeddings=4096),
+        68_976_648_192,
+        2 * 80 * 8 * 128 * 2,
+    ),
+    "mistralai/Mixtral-8x7B-v0.1": (
+        dict(model_type="mixtral", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, vocab_size=32000)
+        | dict(num_attention_heads=32, num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2)
+        | dict(rope_theta=1e6, sliding_window=None, max_position_embeddings=32768, rms_norm_eps=1e-5),
+        46_702_792_704,
+        2 * 32 * 8 * 128 * 2,
+    ),
+    "EleutherAI/gpt-neox-20b": (
+        dict(model_type="gpt_neox", hidden_act="gelu_fast", hidden_size=6144, intermediate_size=24576)
+        | dict(num_attention_heads=64, num_hidden_layers=44, rotary_pct=0.25, rotary_emb_base=10000, vocab_size=50432)
+        | dict(max_position_embeddings=2048, use_parallel_residual=True, tie_word_embeddings=False),
+        20_554_567_680,
+        2 * 44 * 64 * 96 * 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_shapes(name: str):
+    raw, parameters, bytes_per_token = LARGE[name]
+    config = ModelConfig.from_hf(raw)
+    with torch.device("meta"):
+        model = Transformer(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert 2 * config.n_layers * config.n_kv_heads * config.head_dim * 2 == bytes_per_token
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs(name: str):
     raw, wanted = PUBLISHED[name]
@@ -365,3 +400,18 @@ def test_compiled_decoding(name: str, policy: str, folder):
         with torch._dynamo.config.patch(error_on_recompile=first == 14):
             got = teacher_forced(Engine(model, policy, plan=plan, compile=True), prompt, following)
         torch.testing.assert_close(got, teacher_forced(Engine(model, policy, plan=plan), prompt, following))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["falcon", "falcon-grouped", "mixtral"])
+def test_a_hundred_compiled_steps(name: str, ours):
+    """One graph a block form, no graph break (fullgraph), and nothing compiled once the first steps are done."""
+    torch._dynamo.reset()
+    stream = Engine(ours(BY_NAME[name]), "h2o", plan=[20, 14], compile=True).stream([1, 2, 3], max_new_tokens=103)
+    steps, counters = iter(stream), torch._dynamo.utils.counters
+    tokens = [next(steps) for _ in range(3)]
+    graphs = counters["stats"]["unique_graphs"]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        tokens += list(steps)
+    assert counters["stats"]["unique_graphs"] == graphs > 0 and not counters["graph_break"]
+    assert tokens == list(Engine(ours(BY_NAME[name]), "h2o", plan=[20, 14]).stream([1, 2, 3], max_new_tokens=103))
