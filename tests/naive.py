@@ -4,12 +4,15 @@ Every layer and key-value head keeps a list of entries in order of position. Bef
 one entry is evicted. Streaming turns all keys to their positions inside the list, as the reference implementation does.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from model import Transformer
+
+EVICTING = ("h2o", "h2o-mean", "tova")  # they score all the time
+FROZEN = ("snapkv", "knorm", "keydiff")  # they score the prompt once; then a ring runs over the last slots
 
 
 @dataclass
@@ -17,7 +20,9 @@ class Entry:
     position: int
     k: Tensor  # [D], not rotated
     v: Tensor
-    score: float = 0.0
+    received: list[float] = field(default_factory=list)  # from each query since its own, summed over the group's heads
+    latest: float = 0.0  # from the latest query, summed over all heads of the layer
+    score: float = 0.0  # what a frozen policy gave it at the end of the prompt
 
 
 def victim(entries: list[Entry], policy: str, slots: int, newest: int, sinks: int) -> Entry:
@@ -26,9 +31,25 @@ def victim(entries: list[Entry], policy: str, slots: int, newest: int, sinks: in
         return entries[0]
     if policy == "streaming":
         return entries[sinks]
-    recent = slots // 2
+    score = {
+        "h2o": lambda entry: sum(entry.received),
+        "h2o-mean": lambda entry: sum(entry.received) / len(entry.received),
+        "tova": lambda entry: entry.latest,
+    }[policy]
+    recent = 1 if policy == "tova" else slots // 2
     old = [entry for entry in entries if entry.position <= newest - recent]
-    return min(old, key=lambda entry: (entry.score, entry.position))
+    return min(old, key=lambda entry: (score(entry), entry.position))
+
+
+def scores_of_prompt(entries: list[Entry], policy: str, recent: int, turned: list[Tensor]) -> list[float]:
+    """The scores by which snapkv, knorm and keydiff choose; `turned` are the entries' keys, rotated."""
+    if policy == "knorm":
+        return [-entry.k.norm().float().item() for entry in entries]
+    if policy == "keydiff":
+        mean = sum(key / key.norm() for key in turned) / len(turned)
+        return [-(key @ mean / key.norm() / mean.norm()).item() for key in turned]
+    last = [0.0, 0.0, *(sum(entry.received[-recent:]) for entry in entries), 0.0, 0.0]
+    return [sum(last[i : i + 5]) / 5 for i in range(len(entries))]
 
 
 def rotate(x: Tensor, position: int, frequencies: Tensor, scale: float = 1.0) -> Tensor:
@@ -46,13 +67,22 @@ class NaiveCache:
     the model's own.
     """
 
-    def __init__(self, model: Transformer, policy: str, plan: list[int], sinks: int = 4, length: int = 10**9):
-        self.model, self.sinks, self.scored = model, sinks, policy == "h2o"
+    def __init__(
+        self,
+        model: Transformer,
+        policy: str,
+        plan: list[int],
+        sinks: int = 4,
+        length: int = 10**9,
+        recent: int = 64,
+    ):
+        self.model, self.sinks, self.recent, self.scored = model, sinks, recent, policy in EVICTING
         c = model.config
         self.windows = [c.window(layer) or length for layer in range(c.n_layers)]
         windowed = [window < length for window in self.windows]
-        # Sinks leave a window, so that streaming is the plain window there.
-        self.policies = ["window" if policy == "streaming" and short else policy for short in windowed]
+        # Sinks and frozen tokens leave a window, so that these policies are the plain window there.
+        plain = policy == "streaming" or policy in FROZEN
+        self.policies = ["window" if plain and short else policy for short in windowed]
         self.plan = [min(slots, window) for slots, window in zip(plan, self.windows, strict=True)]
         self.rotary = model.rotary(1)
         self.lists = [[[] for _ in range(c.n_kv_heads)] for _ in range(c.n_layers)]
@@ -61,6 +91,10 @@ class NaiveCache:
     def prompt(self, ids: list[int]) -> Tensor:
         for token in ids:
             logits = self._feed(token, evicting=False)
+        for layer, (policy, lists) in enumerate(zip(self.policies, self.lists, strict=True)):
+            for entries in lists:
+                if policy in FROZEN:
+                    self._freeze(entries, layer)
         self._shrink()
         return logits
 
@@ -78,6 +112,18 @@ class NaiveCache:
                 while len(entries) > slots and policy != "full":
                     entries.remove(victim(entries, policy, slots, self.seen - 1, self.sinks))
 
+    def _freeze(self, entries: list[Entry], layer: int) -> None:
+        """Of all but the last ones, the lowest score goes, until the list fits."""
+        scale = self.model.layers[layer].attention.rope_scale
+        turned = [rotate(entry.k, entry.position, self.rotary[layer], scale) for entry in entries]
+        for entry, score in zip(
+            entries, scores_of_prompt(entries, self.policies[layer], self.recent, turned), strict=True
+        ):
+            entry.score = score
+        ring = min(self.recent, self.plan[layer] // 2)
+        while len(entries) > self.plan[layer]:
+            entries.remove(min(entries[:-ring], key=lambda entry: (entry.score, entry.position)))
+
     def feed(self, token: int) -> Tensor:
         """The logits [vocab] after one more token."""
         return self._feed(token, evicting=True)
@@ -93,13 +139,17 @@ class NaiveCache:
             out = []
             for kv_head, entries in enumerate(self.lists[layer]):
                 entries[:] = [entry for entry in entries if t - entry.position < self.windows[layer]]
-                if evicting and len(entries) == slots and policy != "full":
+                if evicting and len(entries) == slots and policy in FROZEN:
+                    entries.pop(-min(self.recent, slots // 2))  # the oldest of the ring
+                elif evicting and len(entries) == slots and policy != "full":
                     entries.remove(victim(entries, policy, slots, t, self.sinks))
                 entries.append(Entry(t, k[kv_head], v[kv_head]))
                 inside = policy == "streaming" and evicting
                 places = range(len(entries)) if inside else [entry.position for entry in entries]
                 turned = [rotate(e.k, place, frequencies, scale) for e, place in zip(entries, places, strict=True)]
                 keys, values = torch.stack(turned), torch.stack([entry.v for entry in entries])
+                for entry in entries:
+                    entry.received.append(0.0)
                 for query in q.view(len(k), -1, q.shape[-1])[kv_head]:
                     scores = keys @ rotate(query, places[-1], frequencies, scale) * attention.scale
                     if attention.softcap:
@@ -107,7 +157,11 @@ class NaiveCache:
                     probs = scores.softmax(0)
                     out.append(probs @ values)
                     for entry, prob in zip(entries, probs.tolist(), strict=True):
-                        entry.score += prob
+                        entry.received[-1] += prob
+            if policy == "tova":  # every head keeps the same positions
+                for same in zip(*self.lists[layer], strict=True):
+                    for entry in same:
+                        entry.latest = sum(other.received[-1] for other in same)
             added = attention.wo(torch.cat(out)[None, None])
             x = block.feed(x, normed, block.post_attention_norm(added) * block.residual_scale)
         self.seen += 1

@@ -8,11 +8,14 @@ from dataclasses import fields
 
 from policies.tokens.base import TokenPolicy
 from policies.tokens.full import Full
-from policies.tokens.h2o import H2O
+from policies.tokens.h2o import H2O, H2OMean
 from policies.tokens.streaming import Streaming
+from policies.tokens.tova import TOVA
 from policies.tokens.window import Window
 
-TOKEN_POLICIES: dict[str, type[TokenPolicy]] = {policy.name: policy for policy in (Full, Window, Streaming, H2O)}
+TOKEN_POLICIES: dict[str, type[TokenPolicy]] = {
+    policy.name: policy for policy in (Full, Window, Streaming, H2O, H2OMean, TOVA)
+}
 
 
 def make(name: str, **options) -> TokenPolicy:
@@ -26,4 +29,14 @@ def make(name: str, **options) -> TokenPolicy:
     return TOKEN_POLICIES[name](**options)
 
 
-__all__ = ["TOKEN_POLICIES", "Full", "H2O", "Streaming", "TokenPolicy", "Window", "make"]
+__all__ = [
+    "TOKEN_POLICIES",
+    "TOVA",
+    "Full",
+    "H2O",
+    "H2OMean",
+    "Streaming",
+    "TokenPolicy",
+    "Window",
+    "make",
+]
