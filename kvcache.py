@@ -73,15 +73,15 @@ class KVCache:
     def fill(self, index: int, k: Tensor, v: Tensor, scores: Tensor | None, positions: Tensor) -> None:
         """Copy the chosen prompt tokens into layer `index`.
 
-        k, v [B, K, S, D] and scores [B, K, S], if the policy has any: the prompt's. positions [B, 1 or K, n]: the
-        prompt position that goes into each of the first n slots.
+        k, v [B, K, S, D] and scores [B, K, S], if the policy has any: the prompt's; scores are kept if the cache has
+        room for them. positions [B, 1 or K, n]: the prompt position that goes into each of the first n slots.
         """
         layer, n = self.layers[index], positions.shape[2]
         positions = positions.expand(k.shape[0], k.shape[1], n)
         gather = positions[..., None].expand(-1, -1, -1, k.shape[3])
         layer.k[:, :, :n] = k.gather(2, gather)
         layer.v[:, :, :n] = v.gather(2, gather)
-        if scores is not None:
+        if layer.score is not None:
             layer.score[:, :, :n] = scores.gather(2, positions)
             layer.position[:, :, :n] = positions
 

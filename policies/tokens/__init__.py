@@ -9,12 +9,15 @@ from dataclasses import fields
 from policies.tokens.base import TokenPolicy
 from policies.tokens.full import Full
 from policies.tokens.h2o import H2O, H2OMean
+from policies.tokens.keydiff import KeyDiff
+from policies.tokens.knorm import KNorm
+from policies.tokens.snapkv import SnapKV
 from policies.tokens.streaming import Streaming
 from policies.tokens.tova import TOVA
 from policies.tokens.window import Window
 
 TOKEN_POLICIES: dict[str, type[TokenPolicy]] = {
-    policy.name: policy for policy in (Full, Window, Streaming, H2O, H2OMean, TOVA)
+    policy.name: policy for policy in (Full, Window, Streaming, H2O, H2OMean, TOVA, SnapKV, KNorm, KeyDiff)
 }
 
 
@@ -35,6 +38,9 @@ __all__ = [
     "Full",
     "H2O",
     "H2OMean",
+    "KNorm",
+    "KeyDiff",
+    "SnapKV",
     "Streaming",
     "TokenPolicy",
     "Window",
