@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from policies.layers import LAYER_POLICIES, make
 from policies.layers.base import fit, granule_size
+from policies.layers.mix import Mix
 from policies.layers.pyramid import Pyramid
 from policies.layers.squeeze import Squeeze, three_means
 from policies.layers.uniform import Uniform
 
-POLICIES = [Uniform(), Squeeze(), Squeeze(p=0.05), Squeeze(p=1), Pyramid(), Pyramid(beta=3)]
+POLICIES = [Uniform(), Squeeze(), Squeeze(p=0.05), Squeeze(p=1), Pyramid(), Pyramid(beta=3), Mix(), Mix(0.05, 0.9)]
 quick = settings(deadline=None, derandomize=True, max_examples=80)
 
 
@@ -231,6 +232,34 @@ def test_permuted_layers_permute_the_plan(size, data):
     assert all(abs(own - plan.slots[layer]) <= granule for own, layer in zip(moved.slots, order, strict=True))
 
 
+# --- mix ---
+
+
+def test_mix_by_hand():
+    """Squeeze says 480 and 160 here, uniform 320."""
+    signals = [0.1, 0.9, 0.5, 0.91, 0.11, 0.92, 0.12, 0.93]
+    plan = Mix(p=0.5, share=0.2).allocate(signals, 320, [9999] * 8, 5)
+    assert plan.slots == [352, 288] * 4 and plan.groups == [0, 2, 1, 2, 0, 2, 0, 2]
+    assert Mix(p=0.5, share=0.6).allocate(signals, 320, [9999] * 8, 5).slots == [416, 224] * 4
+
+
+@quick
+@given(st.data(), st.floats(0.05, 1), st.floats(0, 1) | st.sampled_from([0, 1]))
+def test_mix_blends_uniform_and_squeeze(data, p, share):
+    signals = data.draw(signals_of(data.draw(st.integers(3, 12))))
+    budget, caps = 1000, [99999] * len(signals)
+    squeeze, mix = (policy.allocate(signals, budget, caps, 1) for policy in (Squeeze(p), Mix(p, share)))
+    assert mix.groups == squeeze.groups
+    for own, squeezed in zip(mix.slots, squeeze.slots, strict=True):
+        assert abs(own - ((1 - share) * budget + share * squeezed)) < 2 * 16  # a granule each
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan"), True, "0.2"])
+def test_share_outside_its_range(share):
+    with pytest.raises(ValueError, match=r"share must be in \[0, 1\], not "):
+        Mix(share=share)
+
+
 # --- upper bounds ---
 
 
@@ -348,10 +377,10 @@ def test_signals_that_are_not_finite(bad):
 
 
 def test_registry():
-    assert list(LAYER_POLICIES) == ["uniform", "squeeze", "pyramid"]
+    assert list(LAYER_POLICIES) == ["uniform", "squeeze", "mix", "pyramid"]
     assert all(make(name).name == name for name in LAYER_POLICIES)
     assert make("squeeze", p=0.5) == Squeeze(0.5) != make("squeeze")
-    with pytest.raises(ValueError, match="'squeez'; known: uniform, squeeze, pyramid"):
+    with pytest.raises(ValueError, match="'squeez'; known: uniform, squeeze, mix, pyramid"):
         make("squeez")
     with pytest.raises(ValueError, match="'uniform' has no option 'p'; it has: none"):
         make("uniform", p=0.3)

@@ -7,11 +7,12 @@ them true in integers. To add one: a file here with a subclass of `LayerPolicy`,
 from dataclasses import fields
 
 from policies.layers.base import LayerPolicy, Plan
+from policies.layers.mix import Mix
 from policies.layers.pyramid import Pyramid
 from policies.layers.squeeze import Squeeze
 from policies.layers.uniform import Uniform
 
-LAYER_POLICIES: dict[str, type[LayerPolicy]] = {policy.name: policy for policy in (Uniform, Squeeze, Pyramid)}
+LAYER_POLICIES: dict[str, type[LayerPolicy]] = {policy.name: policy for policy in (Uniform, Squeeze, Mix, Pyramid)}
 
 
 def make(name: str, **options) -> LayerPolicy:
@@ -25,4 +26,4 @@ def make(name: str, **options) -> LayerPolicy:
     return LAYER_POLICIES[name](**options)
 
 
-__all__ = ["LAYER_POLICIES", "LayerPolicy", "Plan", "Pyramid", "Squeeze", "Uniform", "make"]
+__all__ = ["LAYER_POLICIES", "LayerPolicy", "Mix", "Plan", "Pyramid", "Squeeze", "Uniform", "make"]
