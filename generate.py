@@ -6,10 +6,11 @@
     python generate.py --policy streaming --budget 256 --sinks 4 --json --prompt - < long.txt
     python generate.py --checkpoint Qwen/Qwen3-0.6B --interactive --squeeze --budget 1024
 
-Two choices make a cache: --policy says which tokens a layer keeps in its slots (full, window, streaming, h2o), and
---layers how many slots each layer gets (uniform, squeeze, pyramid). --squeeze is --layers squeeze with a policy and a
-budget that suit it. The text streams to standard output, then a short report; --json prints one object instead.
---chat wraps the prompt in the checkpoint's own template; --interactive reads a turn a line and goes on over one cache.
+Two choices make a cache: --policy says which tokens a layer keeps in its slots (full, window, streaming, h2o,
+h2o-mean, tova, snapkv, knorm, keydiff), and --layers how many slots each layer gets (uniform, squeeze, mix, pyramid).
+--squeeze is --layers squeeze with a policy and a budget that suit it. The text streams to standard output, then a short
+report; --json prints one object instead. --chat wraps the prompt in the checkpoint's own template; --interactive reads a
+turn a line and goes on over one cache.
 """
 
 import argparse
@@ -83,7 +84,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--layers", help=f"slots per layer: {', '.join(layer_policies.LAYER_POLICIES)} (default: uniform)")
     add("--squeeze", action="store_true", help="--layers squeeze, with good defaults for what is not given")
     add("--budget", type=number, help="slots per layer, or the share of prompt + new tokens in (0, 1]")
-    add("--p", type=float, help="squeeze: share of the budget that unimportant layers keep, in (0, 1]")
+    add("--p", type=float, help="squeeze, mix: share of the budget that unimportant layers keep, in (0, 1]")
     add("--sinks", type=int, help="streaming: how many first tokens stay for good (default: 4)")
     add("--plan", metavar="FILE", help="slots per layer from a file (a JSON list, or what --save-plan or --json wrote)")
     add("--save-plan", metavar="FILE", help="write the plan that was used")
@@ -146,7 +147,7 @@ def choose_policies(args: argparse.Namespace) -> tuple[token_policies.TokenPolic
     if args.squeeze and layers != "squeeze":
         raise ValueError(f"--squeeze means --layers squeeze; give one of it and --layers {layers}")
     if args.squeeze and policy == "full":
-        raise ValueError("--squeeze has nothing to squeeze with --policy full; use window, streaming or h2o")
+        raise ValueError("--squeeze has nothing to squeeze with --policy full; use another, such as streaming")
     options = {name: {} if value is None else {name: value} for name, value in (("p", args.p), ("sinks", args.sinks))}
     return token_policies.make(policy, **options["sinks"]), layer_policies.make(layers, **options["p"])
 

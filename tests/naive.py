@@ -22,7 +22,6 @@ class Entry:
     v: Tensor
     received: list[float] = field(default_factory=list)  # from each query since its own, summed over the group's heads
     latest: float = 0.0  # from the latest query, summed over all heads of the layer
-    score: float = 0.0  # what a frozen policy gave it at the end of the prompt
 
 
 def victim(entries: list[Entry], policy: str, slots: int, newest: int, sinks: int) -> Entry:
@@ -41,23 +40,24 @@ def victim(entries: list[Entry], policy: str, slots: int, newest: int, sinks: in
     return min(old, key=lambda entry: (score(entry), entry.position))
 
 
-def scores_of_prompt(entries: list[Entry], policy: str, recent: int, turned: list[Tensor]) -> list[float]:
-    """The scores by which snapkv, knorm and keydiff choose; `turned` are the entries' keys, rotated."""
+def scores_of_prompt(entries: list[Entry], policy: str, recent: int, keys: Tensor) -> list[float]:
+    """The scores by which snapkv, knorm and keydiff choose; keys [S, D] are rotated."""
     if policy == "knorm":
-        return [-entry.k.norm().float().item() for entry in entries]
+        return [-key.norm().float().item() for key in keys]
     if policy == "keydiff":
-        mean = sum(key / key.norm() for key in turned) / len(turned)
-        return [-(key @ mean / key.norm() / mean.norm()).item() for key in turned]
+        mean = sum(key / key.norm() for key in keys) / len(keys)
+        return [-(key @ mean / key.norm() / mean.norm()).item() for key in keys]
     last = [0.0, 0.0, *(sum(entry.received[-recent:]) for entry in entries), 0.0, 0.0]
     return [sum(last[i : i + 5]) / 5 for i in range(len(entries))]
 
 
-def rotate(x: Tensor, position: int, frequencies: Tensor, scale: float = 1.0) -> Tensor:
+def rotate(x: Tensor, position: Tensor, frequencies: Tensor, scale: float = 1.0) -> Tensor:
+    """x [..., D] at positions [...]"""
     half = len(frequencies)
-    angle = position * frequencies
-    first, second, rest = x[:half], x[half : 2 * half], x[2 * half :]
-    turned = torch.cat((first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()))
-    return torch.cat((scale * turned, rest))
+    angle = position[..., None] * frequencies
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = torch.cat((first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()), -1)
+    return torch.cat((scale * turned, rest), -1)
 
 
 class NaiveCache:
@@ -68,13 +68,7 @@ class NaiveCache:
     """
 
     def __init__(
-        self,
-        model: Transformer,
-        policy: str,
-        plan: list[int],
-        sinks: int = 4,
-        length: int = 10**9,
-        recent: int = 64,
+        self, model: Transformer, policy: str, plan: list[int], sinks: int = 4, length: int = 10**9, recent: int = 64
     ):
         self.model, self.sinks, self.recent, self.scored = model, sinks, recent, policy in EVICTING
         c = model.config
@@ -115,14 +109,12 @@ class NaiveCache:
     def _freeze(self, entries: list[Entry], layer: int) -> None:
         """Of all but the last ones, the lowest score goes, until the list fits."""
         scale = self.model.layers[layer].attention.rope_scale
-        turned = [rotate(entry.k, entry.position, self.rotary[layer], scale) for entry in entries]
-        for entry, score in zip(
-            entries, scores_of_prompt(entries, self.policies[layer], self.recent, turned), strict=True
-        ):
-            entry.score = score
+        positions = torch.tensor([entry.position for entry in entries])
+        keys = rotate(torch.stack([entry.k for entry in entries]), positions, self.rotary[layer], scale)
+        scores = scores_of_prompt(entries, self.policies[layer], self.recent, keys)
         ring = min(self.recent, self.plan[layer] // 2)
         while len(entries) > self.plan[layer]:
-            entries.remove(min(entries[:-ring], key=lambda entry: (entry.score, entry.position)))
+            entries.remove(min(entries[:-ring], key=lambda entry: (scores[entry.position], entry.position)))
 
     def feed(self, token: int) -> Tensor:
         """The logits [vocab] after one more token."""
@@ -145,9 +137,9 @@ class NaiveCache:
                     entries.remove(victim(entries, policy, slots, t, self.sinks))
                 entries.append(Entry(t, k[kv_head], v[kv_head]))
                 inside = policy == "streaming" and evicting
-                places = range(len(entries)) if inside else [entry.position for entry in entries]
-                turned = [rotate(e.k, place, frequencies, scale) for e, place in zip(entries, places, strict=True)]
-                keys, values = torch.stack(turned), torch.stack([entry.v for entry in entries])
+                places = torch.tensor([i if inside else entry.position for i, entry in enumerate(entries)])
+                keys = rotate(torch.stack([entry.k for entry in entries]), places, frequencies, scale)
+                values = torch.stack([entry.v for entry in entries])
                 for entry in entries:
                     entry.received.append(0.0)
                 for query in q.view(len(k), -1, q.shape[-1])[kv_head]:

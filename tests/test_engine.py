@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from conftest import random_ids, random_model
-from naive import NaiveCache
+from naive import FROZEN, NaiveCache
 
 from engine import Engine, Request
 from policies.tokens import TOKEN_POLICIES, make
@@ -70,6 +70,17 @@ def test_streaming_with_other_sinks_equals_naive(model):
     torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("policy", FROZEN)
+def test_frozen_policies_with_a_shorter_ring_equal_naive(model, policy):
+    """Rings of 1, 4, 4 and 3, which go round several times; layers that the prompt fills and one that it does not."""
+    ids, following = random_ids(20), random_ids(NEW, seed=3)
+    plan = [2, 9, 26, 7]
+    got = teacher_forced(Engine(model, make(policy, recent=4), plan=plan), ids, following)
+    naive = NaiveCache(model, policy, plan, recent=4)
+    want = torch.stack([naive.prompt(ids), *(naive.feed(token) for token in following)])
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+
+
 def test_full_equals_recomputing(model):
     ids = random_ids(25)
     assert run(Engine(model), ids) == recomputed(model, ids, NEW)
@@ -113,12 +124,11 @@ def test_ragged_batch_has_the_mean_of_single_signals(model):
     torch.testing.assert_close(torch.tensor(batch), torch.tensor(singles).mean(0))
 
 
-@pytest.mark.parametrize("policy", BOUNDED)
-def test_fewer_slots_keep_a_subset(policy):
+@pytest.mark.parametrize("chosen", [*map(make, BOUNDED), make("snapkv", recent=9)], ids=repr)
+def test_fewer_slots_keep_a_subset(chosen):
     torch.manual_seed(0)
     lengths = torch.tensor([50, 23])
     scores = torch.randint(5, (2, 3, 50)).double()  # many ties
-    chosen = make(policy)
     kept = {n: chosen.select(lengths, n, scores).expand(2, 3, -1) for n in range(chosen.floor, 60)}
     for slots, fewer in kept.items():
         for row, length in enumerate(lengths.tolist()):
@@ -127,6 +137,14 @@ def test_fewer_slots_keep_a_subset(policy):
                 assert len(set(real)) == len(real) == min(slots, length) and max(real) < length
                 if slots + 1 in kept:
                     assert set(real) <= set(kept[slots + 1][row, head, : min(slots + 1, length)].tolist())
+
+
+@pytest.mark.parametrize("policy", BOUNDED)
+def test_only_what_decoding_needs_is_stored(model, policy):
+    stream = Engine(model, policy, plan=PLAN).stream(random_ids(20), max_new_tokens=2)
+    list(stream)
+    per_slot = 8 + 8 if policy in ("h2o", "h2o-mean", "tova") else 0  # a score in float64 and a position, per KV head
+    assert stream.completion.figures.state_bytes == sum(PLAN) * 2 * per_slot
 
 
 def compile_and_compare(policy: str) -> None:
@@ -148,13 +166,13 @@ def test_compiled_equals_eager():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["full", "window", "streaming"])
+@pytest.mark.parametrize("policy", [name for name in TOKEN_POLICIES if name != "h2o"])
 def test_compiled_equals_eager_for_the_others(policy):
     compile_and_compare(policy)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", BOUNDED)
+@pytest.mark.parametrize("policy", [*map(make, BOUNDED), make("snapkv", recent=20)], ids=repr)
 def test_plans_do_not_recompile(model, policy):
     torch._dynamo.reset()
     rng = random.Random(4)

@@ -1,7 +1,8 @@
 """Key norm (arXiv 2406.11430): the prompt's tokens whose keys have the lowest norm stay, per key-value head.
 
-Rotation does not change a norm (longrope multiplies all by one factor). The last tokens stay too (frozen.py), which the
-paper does not ask for: decoding needs them. Positions are absolute.
+Keys are taken as attention uses them; rotation does not change a norm (but longrope's factor does where only a part of
+the key is rotated). The last tokens stay too (frozen.py), which the paper does not ask for: decoding needs them.
+Positions are absolute.
 """
 
 from collections.abc import Callable
