@@ -8,9 +8,9 @@
 
 Two choices make a cache: --policy says which tokens a layer keeps in its slots (full, window, streaming, h2o,
 h2o-mean, tova, snapkv, knorm, keydiff), and --layers how many slots each layer gets (uniform, squeeze, mix, pyramid).
---squeeze is --layers squeeze with a policy and a budget that suit it. The text streams to standard output, then a short
-report; --json prints one object instead. --chat wraps the prompt in the checkpoint's own template; --interactive reads a
-turn a line and goes on over one cache.
+--squeeze is --layers squeeze with a policy and a budget that suit it. The text streams to standard output, then a
+short report; --json prints one object instead. --chat wraps the prompt in the checkpoint's own template; --interactive
+reads a turn a line and goes on over one cache.
 """
 
 import argparse
