@@ -5,7 +5,7 @@
 Talk: 20,000 tokens with the streaming policy on the embedded checkpoint, in turns of 32 tokens of text and 96 answered
 ones. Read: 20,000 tokens of unseen source, each predicted from a cache of the same slots, through the same code that
 appends a turn (for these policies equal to single decode steps). `full` keeps everything; its position limit is lifted
-for this measurement.
+for this measurement. --only does one of the two and keeps the other from --out.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import checkpoint  # noqa: E402
-from engine import Engine, Request  # noqa: E402
+from engine import Conversation, Engine, Request  # noqa: E402
 from generate import EMBEDDED  # noqa: E402
 
 SAID, ANSWERED = 32, 96
@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=4, help="how many texts to read")
     parser.add_argument("--slots", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", choices=("talk", "read"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
@@ -47,17 +48,19 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(EMBEDDED / "tokenizer.json"))
     text = tokenizer.encode("".join(data.read(file) for file in data.source_files()[1])).ids
 
-    result = {**origin(), "tokens": args.tokens, "slots": args.slots, "trained_positions": config.max_positions}
-    result["talk"] = talk(Engine(model, "streaming", budget=args.slots, compile=True), text, args.tokens)
-    print(json.dumps({name: value for name, value in result["talk"].items() if name != "ms_per_token"}))
-    model.config = dataclasses.replace(config, max_positions=args.tokens + 1)
-    stride = (len(text) - args.tokens) // max(args.texts - 1, 1)
-    result["read"] = {}
-    for policy in ("streaming", "window", "full"):
-        engine = Engine(model, policy, budget=None if policy == "full" else args.slots)
-        losses = [read(engine, text[n * stride :][: args.tokens], f"{policy}, text {n + 1}") for n in range(args.texts)]
-        result["read"][policy] = [round(float(loss), 4) for loss in torch.stack(losses).mean(0)]
-        print(policy, result["read"][policy])
+    before = json.loads(args.out.read_text()) if args.only and args.out and args.out.exists() else {}
+    result = {**before, **origin(), "tokens": args.tokens, "slots": args.slots}
+    result["trained_positions"] = config.max_positions
+    if args.only != "read":
+        result["talk"] = talk(Engine(model, "streaming", budget=args.slots, compile=True), text, args.tokens)
+        print(json.dumps({name: value for name, value in result["talk"].items() if name != "ms_per_token"}))
+    if args.only != "talk":
+        model.config = dataclasses.replace(config, max_positions=args.tokens + 1)
+        result["read"] = {}
+        for policy in ("streaming", "window", "full"):
+            engine = Engine(model, policy, budget=None if policy == "full" else args.slots)
+            result["read"][policy] = read(engine, text, args)
+            print(policy, result["read"][policy])
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -66,42 +69,50 @@ def main() -> None:
 
 
 def talk(engine: Engine, text: list[int], tokens: int) -> dict:
-    """Milliseconds an answered token, medians over turns, and every size that the cache had."""
-    conversation, times, sizes = engine.conversation(), [], set()
+    """Milliseconds an answered token, and every size that the cache had.
+
+    For the last SPAN tokens a second conversation begins and takes turns with the first: a drifting machine hits both.
+    """
+    conversation, fresh, times, first, sizes = engine.conversation(), engine.conversation(), [], [], set()
     with tqdm(total=tokens, desc="talk", unit="token") as bar:
         while conversation.seen < tokens:
             start = conversation.seen
-            stream = conversation.stream(text[start : start + SAID], max_new_tokens=ANSWERED)
-            list(stream)
-            figures = stream.completion.figures
-            sizes.add(figures.kv_bytes)
-            if figures.decode_tokens:
-                times += [1e3 * figures.decode_s / figures.decode_tokens] * figures.decode_tokens
+            times.append(turn(conversation, text, sizes))
+            if start >= tokens - SPAN:
+                first.append(turn(fresh, text, sizes))
             bar.update(conversation.seen - start)
-    first, last = (statistics.median(part) for part in (times[:SPAN], times[-SPAN:]))
-    spans = [statistics.median(times[n : n + SPAN]) for n in range(0, len(times), SPAN)]
+    last = statistics.median(times[-len(first) :])
+    turns = SPAN // ANSWERED
     return {
         "seen": conversation.seen,
-        "answered": len(times),
         "kv_bytes": sorted(sizes),
-        "kv_bytes_full": figures.kv_bytes_full,
-        "first_ms_per_token": round(first, 4),
+        "kv_bytes_full": engine._full_bytes(conversation.seen),
+        "first_ms_per_token": round(statistics.median(first), 4),
         "last_ms_per_token": round(last, 4),
-        "last_over_first": round(last / first, 3),
-        "ms_per_token": [round(span, 4) for span in spans],
+        "last_over_first": round(last / statistics.median(first), 3),
+        "ms_per_token": [round(statistics.median(times[n : n + turns]), 4) for n in range(0, len(times), turns)],
     }
 
 
+def turn(conversation: Conversation, text: list[int], sizes: set[int]) -> float:
+    stream = conversation.stream(text[conversation.seen :][:SAID], max_new_tokens=ANSWERED)
+    list(stream)
+    figures = stream.completion.figures
+    sizes.add(figures.kv_bytes)
+    return 1e3 * figures.decode_s / max(figures.decode_tokens, 1)
+
+
 @torch.inference_mode()
-def read(engine: Engine, text: list[int], name: str) -> torch.Tensor:
-    """Mean loss in nats of each SPAN tokens."""
-    model = engine.model
-    decoder, _ = engine._start([Request(text[:FIRST], 1)], limit=len(text))
-    losses = []
-    for start in tqdm(range(FIRST, len(text) - 1, SPAN), name, leave=False):
-        ids = torch.tensor([text[start : start + SPAN + 1]])
-        losses.append(cross_entropy(model.logits(decoder.append(ids[:, :-1]))[0].float(), ids[0, 1:]))
-    return torch.stack(losses)
+def read(engine: Engine, text: list[int], args: argparse.Namespace) -> list[float]:
+    """Mean loss in nats of each SPAN tokens, over all texts."""
+    model, stride, losses = engine.model, (len(text) - args.tokens) // max(args.texts - 1, 1), []
+    for number in range(args.texts):
+        part = text[number * stride :][: args.tokens]
+        decoder, _ = engine._start([Request(part[:FIRST], 1)], limit=args.tokens)
+        for start in tqdm(range(FIRST, args.tokens - 1, SPAN), f"{engine.policy.name}, text {number + 1}", leave=False):
+            ids = torch.tensor([part[start : start + SPAN + 1]])
+            losses.append(cross_entropy(model.logits(decoder.append(ids[:, :-1]))[0].float(), ids[0, 1:]))
+    return [round(float(loss), 4) for loss in torch.stack(losses).view(args.texts, -1).mean(0)]
 
 
 def draw(result: dict, path: Path) -> None:
@@ -112,7 +123,13 @@ def draw(result: dict, path: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(8, 3.4))
     for policy, losses in result["read"].items():
-        axis.plot([FIRST + (n + 0.5) * SPAN for n in range(len(losses))], losses, label=policy, marker=".")
+        axis.plot(
+            [FIRST + (n + 0.5) * SPAN for n in range(len(losses))],
+            losses,
+            label=policy,
+            marker=".",
+            linestyle="--" if policy == "window" else "-",
+        )
     axis.axvline(result["trained_positions"], color="gray", linestyle=":")
     axis.text(result["trained_positions"], axis.get_ylim()[1], " position limit of the model", fontsize=8, va="top")
     axis.set(xlabel="tokens read", ylabel="loss, nats a token", title=f"unseen text, {result['slots']} slots a layer")

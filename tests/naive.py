@@ -112,7 +112,7 @@ class NaiveCache:
         positions = torch.tensor([entry.position for entry in entries])
         keys = rotate(torch.stack([entry.k for entry in entries]), positions, self.rotary[layer], scale)
         scores = scores_of_prompt(entries, self.policies[layer], self.recent, keys)
-        ring = min(self.recent, self.plan[layer] // 2)
+        ring = max(min(self.recent, self.plan[layer] // 2), 1)
         while len(entries) > self.plan[layer]:
             entries.remove(min(entries[:-ring], key=lambda entry: (scores[entry.position], entry.position)))
 

@@ -15,6 +15,7 @@ import checkpoint
 from config import ModelConfig
 from engine import Engine, Request
 from model import Transformer
+from policies.layers import LAYER_POLICIES
 from policies.tokens import TOKEN_POLICIES
 
 TOLERANCE = 1e-4  # of the largest logit, in fp32
@@ -217,8 +218,28 @@ def test_few_slots_equal_naive_eviction(case: Case, policy: str, folder):
 def test_enough_slots_equal_full(case: Case, policy: str, ours):
     ids = IDS[0, : PROMPT + 16].tolist()
     want = teacher_forced(Engine(ours(case)), ids[:PROMPT], ids[PROMPT:])
-    got = teacher_forced(Engine(ours(case), policy, "squeeze", budget=1), ids[:PROMPT], ids[PROMPT:])
-    assert difference(got, want) < TOLERANCE
+    for layers in ("uniform", "squeeze") if policy == "h2o" else ("squeeze",):
+        got = teacher_forced(Engine(ours(case), policy, layers, budget=1), ids[:PROMPT], ids[PROMPT:])
+        assert difference(got, want) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", LAYER_POLICIES)
+@pytest.mark.parametrize("policy", BOUNDED)
+@each_family
+def test_every_pair_of_policies(case: Case, policy: str, layers: str, folder):
+    """With enough slots it equals full, with few the naive cache under the plan that came out."""
+    model = checkpoint.load(folder(case), dtype="float64")[0]
+    ids = IDS[0, : PROMPT + 8].tolist()
+    want = teacher_forced(Engine(model), ids[:PROMPT], ids[PROMPT:])
+    got = teacher_forced(Engine(model, policy, layers, budget=1), ids[:PROMPT], ids[PROMPT:])
+    torch.testing.assert_close(got, want)
+    few = Engine(model, policy, layers, budget=9)
+    stream = few.stream(ids[:PROMPT], max_new_tokens=9)
+    list(stream)
+    naive = NaiveCache(model, policy, stream.completion.figures.plan, length=len(ids) + 1)
+    want = torch.stack([naive.prompt(ids[:PROMPT]), *(naive.feed(token) for token in ids[PROMPT:])])
+    torch.testing.assert_close(teacher_forced(few, ids[:PROMPT], ids[PROMPT:]), want, rtol=0, atol=1e-10)
 
 
 def test_two_engines(ours):
