@@ -14,15 +14,19 @@ cache (compact); then one token a step is computed (decode), overwriting the tok
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from kvcache import KVCache
-from model import Block, PrefilledLayer, Transformer
+from decoder import Code, Decoder, Store, compiled_graphs
+from kvcache import KVCache, Memory, Prompt
+from model import Transformer
 from policies import layers as layer_policies
 from policies import tokens as token_policies
 from policies.layers import LayerPolicy, Plan
@@ -31,7 +35,6 @@ from sampling import GREEDY, Sampler, Sampling
 
 DEFAULT_BUDGET = 0.3  # of the sequence, for a bounded policy without a budget
 SMALLEST_DEFAULT = 64  # slots: below that there is nothing to gain
-APPEND_CHUNK = 256  # tokens of a later turn that go through the model at once
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,16 @@ class Figures:
 
 @dataclass
 class Completion:
-    """Token ids out. `tokens` holds a final end-of-sequence too; finish_reason is eos, stop, length or interrupted."""
+    """Token ids out. `tokens` holds a final end-of-sequence too.
+
+    finish_reason is eos, stop, length or interrupted; or error, for a request that cannot run: `error` says why.
+    """
 
     request: Request
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     figures: Figures | None = None
+    error: str | None = None
 
     def append(self, token: int) -> None:
         self.tokens.append(token)
@@ -130,9 +137,9 @@ class Engine:
         if plan is not None and len(plan) != model.config.n_layers:
             raise ValueError(f"the plan has {len(plan)} layers, the model {model.config.n_layers}")
         self.device = model.embed.weight.device
-        self.compiled = compile
-        self.decode_block = _compile(Block.decode) if compile else Block.decode
-        self.decode_logits = _compile(Transformer.logits) if compile else Transformer.logits
+        self.code, self.store = Code(compile, self.device), Store()
+        # Steps that are started before the tokens of the first of them are looked at, so that the device never waits.
+        self.lag = 2 if self.device.type == "cuda" else 0
 
     def stream(
         self,
@@ -145,18 +152,31 @@ class Engine:
         """One request's tokens as they are made. ValueError, before anything is allocated, for one that cannot run."""
         completion = Completion(Request(ids, max_new_tokens, sampling, eos_ids, stop))
         self.check(completion.request)
-        return Stream(self._run([completion], self._start), completion)
+        return Stream(self._serve(iter([completion]), 1, len(ids) + max_new_tokens, [sampling]), completion)
 
     def conversation(self, sampling: Sampling = GREEDY) -> "Conversation":
         """Turns that go on from each other over one cache. See `Conversation`."""
         return Conversation(self, sampling)
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
-        """Run the requests as one batch with one plan; yields each one's completion when it ends."""
-        completions = [Completion(request) for request in requests]
-        for request in requests:
-            self.check(request)
-        for updated in self._run(completions, self._start):
+    def generate(
+        self, requests: Iterable[Request], batch_size: int | None = None, max_length: int | None = None
+    ) -> Iterator[Completion]:
+        """Run the requests, `batch_size` rows at a time; yields each one's completion when it ends.
+
+        A row that ends takes the next request: shapes, addresses and the plan stay. The plan is made from the first
+        `batch_size` prompts, or given to the engine. max_length, the most tokens of a prompt and its answer, fixes the
+        arena. By default a sequence of requests is one batch, as long as its longest; other iterables, which are read
+        as rows get free, need both. A request that cannot run yields a completion with its `error`.
+        """
+        samplings = None
+        if isinstance(requests, Sequence):
+            samplings = [request.sampling for request in requests]
+            batch_size = batch_size or len(requests)
+            max_length = max_length or max((len(r.ids) + r.max_new_tokens for r in requests), default=1)
+        if batch_size is None or max_length is None:
+            raise ValueError("requests that are not a sequence need a batch_size and a max_length")
+        self._budget_slots(max_length)
+        for updated in self._serve(map(Completion, requests), batch_size, max_length, samplings):
             yield from (completion for completion in updated if completion.finish_reason)
 
     def check(self, request: Request, seen: int = 0, limit: int | None = None) -> None:
@@ -217,158 +237,261 @@ class Engine:
         return slots
 
     @torch.inference_mode()
-    def _run(
-        self, completions: list[Completion], start: Callable[[list[Request]], tuple["_Decoder", Figures]]
+    def _serve(
+        self, queue: Iterator[Completion], batch: int, length: int, samplings: Sequence[Sampling] | None
     ) -> Iterator[list[Completion]]:
         """Yields after each step the completions that got a token; ends when all have finished."""
+        refused: list[Completion] = []
+        queue = self._fitting(queue, length, refused)
+        with ExitStack() as stack:
+            running = list(islice(queue, batch))
+            if running:
+                requests = [completion.request for completion in running]
+                decoder, figures = self._start(requests, length, later=samplings, stack=stack)
+                yield from self._decode(decoder, figures, running, queue, refused, self.lag)
+        if refused:
+            yield refused
+
+    def _fitting(self, queue: Iterator[Completion], length: int, refused: list[Completion]) -> Iterator[Completion]:
+        for completion in queue:
+            request = completion.request
+            try:
+                self.check(request)
+                if len(request.ids) + request.max_new_tokens > length:
+                    raise ValueError(
+                        f"{len(request.ids)} prompt + {request.max_new_tokens} new tokens exceed max-length {length}"
+                    )
+            except ValueError as error:
+                completion.error, completion.finish_reason = str(error), "error"
+                refused.append(completion)
+            else:
+                yield completion
+
+    def _decode(
+        self,
+        decoder: Decoder,
+        figures: Figures,
+        running: list[Completion | None],
+        queue: Iterator[Completion],
+        refused: list[Completion],
+        lag: int,
+    ) -> Iterator[list[Completion]]:
+        """Steps until all that is running, and all in the queue, has finished; their first tokens are chosen."""
+        started = time.perf_counter()
+        waited = [0] * len(running)  # tokens of each row that have been asked for
+        asked: deque[tuple[list[Completion | None], Callable[[], list[int]]]] = deque()
+
+        def ask(rows: Iterable[int]) -> None:
+            owners = [None] * len(running)
+            for row in rows:
+                owners[row], waited[row] = running[row], waited[row] + 1
+            asked.append((owners, decoder.read()))
+
+        def wanting() -> list[int]:
+            owned = [(row, completion) for row, completion in enumerate(running) if completion]
+            return [row for row, completion in owned if waited[row] < completion.request.max_new_tokens]
+
         try:
-            started = time.perf_counter()
-            decoder, figures = start([completion.request for completion in completions])
-            for completion in completions:
+            for completion in running:
                 completion.figures = figures
-            tokens = decoder.tokens.tolist()
-            figures.prefill_s = time.perf_counter() - started
-            running = list(range(len(completions)))
-            while True:
-                for row in running:
-                    completions[row].append(tokens[row])
-                updated, running = running, [row for row in running if not completions[row].finish_reason]
-                yield [completions[row] for row in updated]
-                if not running:
-                    return
-                started, graphs = time.perf_counter(), _compiled_graphs()
-                decoder.step()
-                tokens = decoder.tokens.tolist()
+            ask(range(len(running)))
+            stepped, graphs = False, compiled_graphs()
+            while asked or wanting():
+                if len(asked) <= lag and (rows := wanting()) and not (asked and lag == 0):
+                    decoder.step()
+                    ask(rows)
+                    stepped = True
+                    continue
+                owners, tokens = asked.popleft()
+                updated = []
+                for row, token in enumerate(tokens()):
+                    if (completion := owners[row]) and not completion.finish_reason:
+                        completion.append(token)
+                        updated.append(completion)
+                        if completion.finish_reason:
+                            running[row] = None
                 elapsed = time.perf_counter() - started
-                if _compiled_graphs() != graphs:
+                if not stepped:
+                    figures.prefill_s += elapsed
+                elif compiled_graphs() != graphs:
                     figures.compile_s += elapsed
                 else:
                     figures.decode_s += elapsed
-                    figures.decode_tokens += len(running)
+                    figures.decode_tokens += len(updated)
+                graphs = compiled_graphs()
+                yield [*updated, *refused]
+                refused.clear()
+                started = time.perf_counter()
+                free = [row for row, completion in enumerate(running) if completion is None]
+                if newcomers := list(islice(queue, len(free))):
+                    rows = free[: len(newcomers)]
+                    for row, completion in zip(rows, newcomers, strict=True):
+                        running[row], waited[row], completion.figures = completion, 0, figures
+                    self._refill(decoder, rows, [completion.request for completion in newcomers])
+                    figures.prefill_tokens += sum(len(completion.request.ids) for completion in newcomers)
+                    ask(rows)
+                    figures.prefill_s += time.perf_counter() - started
+                    started = time.perf_counter()
         finally:
-            for completion in completions:
-                completion.finish_reason = completion.finish_reason or "interrupted"
+            for completion in running:
+                if completion:
+                    completion.finish_reason = completion.finish_reason or "interrupted"
 
-    def _start(self, requests: list[Request], limit: int | None = None) -> tuple["_Decoder", Figures]:
+    def _start(
+        self,
+        requests: Sequence[Request],
+        length: int | None = None,
+        endless: bool = False,
+        later: Sequence[Sampling] | None = (),
+        stack: ExitStack | None = None,
+    ) -> tuple[Decoder, Figures]:
         """Prefill, plan and compact a batch; its first tokens are chosen.
 
-        The plan is for the longest of prompt + new tokens, or for `limit` tokens of what goes on without an end.
+        length: the most tokens of any row, by default the longest prompt + new ones; what is `endless` goes on beyond.
+        later: how requests that come later sample, None for any way. stack: until it is closed the decoder is borrowed
+        from the store; without it, it is the caller's own.
         """
-        lengths = torch.tensor([len(request.ids) for request in requests], device=self.device)
-        longest = max(len(request.ids) for request in requests)
-        ids = torch.zeros(len(requests), longest, dtype=torch.int64, device=self.device)
-        for row, request in enumerate(requests):
-            ids[row, : len(request.ids)] = torch.tensor(request.ids, device=self.device)
-        length = limit or max(len(request.ids) + request.max_new_tokens for request in requests)
-        rotary, policies = self.model.rotary(length), self._policies(math.inf if limit else length)
-
-        logits, prefilled = self._prefill(ids, lengths, rotary, policies)
-        importance = torch.stack([layer.signal for layer in prefilled]).mean(1).tolist()
+        started = time.perf_counter()
+        length = length or max(len(request.ids) + request.max_new_tokens for request in requests)
         budget_slots = self._budget_slots(length)
-        plan = self._plan(importance, budget_slots, length)
-        cache = self._compact(prefilled, lengths, plan.slots, policies)
-        if self.compiled and len(set(plan.slots)) > 1:
-            # One graph for all lengths from the start. Where all are equal a static one is faster.
-            for arena in (arena for layer in cache.layers for arena in layer if arena is not None):
-                torch._dynamo.maybe_mark_dynamic(arena, 2)
+        ids, lengths = self._padded(requests)
+        rows, samplings = torch.arange(len(requests), device=self.device), [request.sampling for request in requests]
+        rotary, policies = self.model.rotary(length), self._policies(math.inf if endless else length)
 
-        sampler = Sampler([request.sampling for request in requests], self.device)
-        decoder = _Decoder(self, cache, rotary, policies, sampler, tokens=sampler(logits), seen=lengths.clone())
+        plan = self._plan(None, budget_slots, length)
+        if plan is not None:
+            decoder, made = self._decoder(plan, rotary, policies, samplings, later, stack)
+            logits, importance = self._prefill(ids, lengths, rotary, policies, decoder.keeper(rows, lengths))
+        else:
+            waiting = _Waiting(self, lengths, policies, budget_slots, length)
+            logits, importance = self._prefill(ids, lengths, rotary, policies, waiting.keep)
+            plan = self._plan(importance, budget_slots, length)
+            decoder, made = self._decoder(plan, rotary, policies, samplings, later, stack)
+            keep = decoder.keeper(rows, lengths)
+            while waiting.prompts:
+                keep(len(waiting.prompts) - 1, None, waiting.prompts.pop())
+        decoder.begin(rows, lengths, logits, samplings)
         return decoder, Figures(
             plan=plan.slots,
             groups=plan.groups,
             importance=importance,
             budget_slots=budget_slots,
-            kv_bytes=cache.kv_bytes,
-            state_bytes=cache.state_bytes,
+            kv_bytes=decoder.cache.kv_bytes,
+            state_bytes=decoder.cache.state_bytes,
             kv_bytes_full=sum(self._full_bytes(len(request.ids) + request.max_new_tokens) for request in requests),
             prefill_tokens=int(lengths.sum()),
+            prefill_s=time.perf_counter() - started - decoder.capture_s * made,
+            compile_s=decoder.capture_s * made,
         )
+
+    def _padded(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
+        """The prompts as ids [R, S], padded on the right, and their lengths [R]."""
+        lengths = [len(request.ids) for request in requests]
+        ids = torch.zeros(len(requests), max(lengths), dtype=torch.int64)
+        for row, request in enumerate(requests):
+            ids[row, : lengths[row]] = torch.tensor(request.ids)
+        return ids.to(self.device), torch.tensor(lengths, device=self.device)
+
+    def _prefill(
+        self,
+        ids: Tensor,
+        lengths: Tensor,
+        rotary: Sequence[Tensor],
+        policies: Sequence[TokenPolicy],
+        keep: Callable[[int, Tensor, Prompt], None],
+    ) -> tuple[Tensor, list[float]]:
+        """ids [R, S], right-padded -> logits [R, vocab] after each row's last token, and every layer's importance.
+
+        keep(layer, signal [R], prompt) is called after each layer: what it does not keep is gone before the next one.
+        """
+        x = self.model.embedded(ids, torch.arange(ids.shape[1], device=self.device)[None])
+        ragged = lengths if int(lengths.min()) < ids.shape[1] else None
+        signals = []
+        for layer, (block, frequencies, policy) in enumerate(zip(self.model.layers, rotary, policies, strict=True)):
+            x, signal, prompt = block.prefill(x, frequencies, ragged, policy)
+            signals.append(signal.mean())
+            keep(layer, signal, prompt)
+            del prompt
+        last = x[torch.arange(len(lengths), device=self.device), lengths - 1]
+        return self.model.logits(last), torch.stack(signals).tolist()
+
+    def _plan(self, importance: list[float] | None, budget_slots: int, length: int) -> Plan | None:
+        """Slots per layer; None if the importance is needed for it and not known yet."""
+        caps = self._caps(length)
+        if self.plan is not None:  # only windows cap it: longer sequences may follow
+            windows = map(self.model.config.window, range(len(caps)))
+            return Plan([min(slots, window or slots) for slots, window in zip(self.plan, windows, strict=True)])
+        if importance is None:
+            if self.layer_policy.uses_signals:
+                return None
+            importance = [0.0] * len(caps)
+        return self.layer_policy.allocate(importance, budget_slots, caps, self.policy.floor)
+
+    def _decoder(
+        self,
+        plan: Plan,
+        rotary: list[Tensor],
+        policies: list[TokenPolicy],
+        samplings: Sequence[Sampling],
+        later: Sequence[Sampling] | None,
+        stack: ExitStack | None,
+    ) -> tuple[Decoder, bool]:
+        """A decoder for this, from the store or new, and whether it is new."""
+        c, batch = self.model.config, len(samplings)
+        dtype = self.model.embed.weight.dtype
+        sampler = Sampler(samplings, self.device, later)
+
+        def make(memory: Memory | None = None) -> Decoder:
+            shape = (batch, c.n_kv_heads, c.head_dim, dtype, self.device)
+            cache = KVCache(plan.slots, *shape, self.policy.scored, memory)
+            return Decoder(self.model, self.code, cache, rotary, policies, sampler)
+
+        if stack is None:
+            return make(), True
+        windowed = tuple(policy is not self.policy for policy in policies)
+        key = (tuple(plan.slots), batch, sampler.greedy, sampler.restricted, windowed)
+        size = batch * c.n_kv_heads * c.head_dim * sum(plan.slots)
+        decoder, made = stack.enter_context(self.store.decoder(key, size, make))
+        for frequencies, new in zip(decoder.rotary, rotary, strict=True):
+            frequencies.copy_(new)
+        return decoder, made
+
+    def _refill(self, decoder: Decoder, rows: list[int], requests: Sequence[Request]) -> None:
+        """Put new requests into rows that are free."""
+        ids, lengths = self._padded(requests)
+        at = torch.tensor(rows, device=self.device)
+        logits, _ = self._prefill(ids, lengths, decoder.rotary, decoder.policies, decoder.keeper(at, lengths))
+        decoder.begin(at, lengths, logits, [request.sampling for request in requests])
 
     def _full_bytes(self, length: int) -> int:
         """K and V of a full cache for one sequence of `length` tokens."""
         c = self.model.config
         return 2 * c.n_kv_heads * c.head_dim * self.model.embed.weight.element_size() * sum(self._caps(length))
 
-    def _prefill(
-        self, ids: Tensor, lengths: Tensor, rotary: list[Tensor], policies: list[TokenPolicy]
-    ) -> tuple[Tensor, list[PrefilledLayer]]:
-        """ids [B, S], right-padded to S -> logits [B, vocab] after each row's last token, and every layer's part."""
-        x = self.model.embedded(ids, torch.arange(ids.shape[1], device=self.device)[None])
-        ragged = lengths if int(lengths.min()) < ids.shape[1] else None
-        prefilled = []
-        for block, frequencies, policy in zip(self.model.layers, rotary, policies, strict=True):
-            x, layer = block.prefill(x, frequencies, ragged, policy)
-            prefilled.append(layer)
-        last = x[torch.arange(len(lengths), device=self.device), lengths - 1]
-        return self.model.logits(last), prefilled
 
-    def _plan(self, importance: list[float], budget_slots: int, length: int) -> Plan:
-        caps = self._caps(length)
-        if self.plan is not None:  # only windows cap it: longer sequences may follow
-            windows = map(self.model.config.window, range(len(caps)))
-            return Plan([min(slots, window or slots) for slots, window in zip(self.plan, windows, strict=True)])
-        return self.layer_policy.allocate(importance, budget_slots, caps, self.policy.floor)
+class _Waiting:
+    """Prompts of layers that wait for the plan, each cut to the most that the layer can still get.
 
-    def _compact(
-        self, prefilled: list[PrefilledLayer], lengths: Tensor, plan: list[int], policies: list[TokenPolicy]
-    ) -> KVCache:
-        k = prefilled[0].k
-        cache = KVCache(plan, k.shape[0], k.shape[1], k.shape[3], k.dtype, k.device, self.policy.scored)
-        for index, (layer, policy) in enumerate(zip(prefilled, policies, strict=True)):
-            cache.fill(index, layer.k, layer.v, layer.scores, policy.select(lengths, plan[index], layer.scores))
-        return cache
-
-
-class _Decoder:
-    """A batch in its decode phase. `step` reads and writes buffers that keep shape and address, with no host sync."""
+    After each layer its signal is known, and with it how high the signals of those before rank: they are cut again.
+    """
 
     def __init__(
-        self,
-        engine: Engine,
-        cache: KVCache,
-        rotary: list[Tensor],
-        policies: list[TokenPolicy],
-        sampler: Sampler,
-        tokens: Tensor,
-        seen: Tensor,
+        self, engine: Engine, lengths: Tensor, policies: Sequence[TokenPolicy], budget_slots: int, length: int
     ):
-        self.model = engine.model
-        self.decode_block, self.decode_logits = engine.decode_block, engine.decode_logits
-        self.cache, self.rotary, self.policies, self.sampler = cache, rotary, policies, sampler
-        self.tokens, self.seen = tokens, seen  # [B]: the last token of each row, and how many came before it
+        self.engine, self.lengths, self.policies = engine, lengths, policies
+        self.budget_slots, self.caps = budget_slots, engine._caps(length)
+        self.signals: list[float] = []
+        self.prompts: list[Prompt] = []
 
-    def step(self) -> None:
-        """Run `tokens` through the model, put the next ones in their place and advance `seen`."""
-        self.tokens.copy_(self.sampler(self.logits()))
-
-    def logits(self) -> Tensor:
-        """Feed `tokens` and return the logits [B, vocab] of what follows."""
-        return self.decode_logits(self.model, self._feed(self.tokens[:, None], self.decode_block)[:, 0])
-
-    def append(self, ids: Tensor) -> Tensor:
-        """Feed ids [B, T], which follow what was seen, and return x [B, T, C] after the last block.
-
-        In chunks. For policies that place a token by its position it is the same as T steps; those that score decide at
-        the end of each chunk what goes.
-        """
-        sinks, parts = max(policy.sinks for policy in self.policies), []
-        while ids.shape[1]:
-            alone = int(self.seen.min()) < sinks  # sinks have to be in the cache before a chunk can turn them
-            size = 1 if alone else min(APPEND_CHUNK, ids.shape[1])
-            parts.append(self._feed(ids[:, :size], Block.decode if alone else Block.append))
-            ids = ids[:, size:]
-        return torch.cat(parts, dim=1)
-
-    def _feed(self, ids: Tensor, run: Callable) -> Tensor:
-        """ids [B, T] through all blocks by `run`, which is Block.decode (T = 1) or Block.append."""
-        positions = self.seen[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        x = self.model.embedded(ids, positions)
-        layers = zip(self.model.layers, self.rotary, self.cache.layers, self.policies, strict=True)
-        for block, frequencies, layer, policy in layers:
-            x = run(block, x, frequencies, layer, self.seen, policy)
-        self.seen += ids.shape[1]
-        return x
+    def keep(self, layer: int, signal: Tensor, prompt: Prompt) -> None:
+        self.signals.append(signal.mean().item())
+        self.prompts.append(prompt)
+        bounds = self.engine.layer_policy.upper_bound(
+            self.signals, len(self.caps), self.budget_slots, self.caps, self.engine.policy.floor
+        )
+        for prompt, policy, slots in zip(self.prompts, self.policies, bounds, strict=False):
+            if slots < prompt.k.shape[2]:
+                prompt.cut(policy.select(self.lengths, slots, prompt.scores))
 
 
 class Conversation:
@@ -380,7 +503,7 @@ class Conversation:
 
     def __init__(self, engine: Engine, sampling: Sampling):
         self.engine, self.sampling = engine, sampling
-        self._decoder: _Decoder | None = None
+        self._decoder: Decoder | None = None
         self._figures: Figures | None = None
         self._stream: Stream | None = None
 
@@ -404,25 +527,30 @@ class Conversation:
         self.engine.check(completion.request, self.seen, self._limit)
         if self._stream:
             self._stream.close()
-        start = self._append if self._decoder else self._begin
-        self._stream = Stream(self.engine._run([completion], start), completion)
+        self._stream = Stream(self._answer(completion), completion)
         return self._stream
 
     @property
     def _limit(self) -> int:
         return self.engine.model.config.max_positions
 
-    def _begin(self, requests: list[Request]) -> tuple[_Decoder, Figures]:
-        self._decoder, self._figures = self.engine._start(requests, self._limit)
-        return self._decoder, self._figures
+    @torch.inference_mode()
+    def _answer(self, completion: Completion) -> Iterator[list[Completion]]:
+        if self._decoder is None:
+            self._decoder, self._figures = self.engine._start([completion.request], self._limit, endless=True)
+            figures = self._figures
+        else:
+            figures = self._append(completion.request)
+        # No lag: what a step feeds cannot be taken back.
+        yield from self.engine._decode(self._decoder, figures, [completion], iter(()), [], lag=0)
 
-    def _append(self, requests: list[Request]) -> tuple[_Decoder, Figures]:
-        decoder, [request] = self._decoder, requests
-        length = self.seen + len(request.ids) + request.max_new_tokens
+    def _append(self, request: Request) -> Figures:
+        started, decoder = time.perf_counter(), self._decoder
         x = decoder.append(torch.tensor([request.ids], device=self.engine.device))
         decoder.tokens.copy_(decoder.sampler(self.engine.model.logits(x[:, -1])))
-        of_turn = {"prefill_tokens": len(request.ids), "kv_bytes_full": self.engine._full_bytes(length)}
-        return decoder, replace(self._figures, **of_turn, prefill_s=0.0, compile_s=0.0, decode_s=0.0, decode_tokens=0)
+        full = self.engine._full_bytes(int(decoder.seen) + request.max_new_tokens)
+        figures = replace(self._figures, prefill_tokens=len(request.ids), kv_bytes_full=full, compile_s=0.0)
+        return replace(figures, prefill_s=time.perf_counter() - started, decode_s=0.0, decode_tokens=0)
 
 
 def check_budget(budget: float) -> None:
@@ -434,25 +562,3 @@ def check_budget(budget: float) -> None:
         or not (0 < budget <= 1 or whole and budget > 1)
     ):
         raise ValueError(f"budget must be a fraction in (0, 1] or an integer of slots above 1, not {budget}")
-
-
-# Guards that ask, for every layer of every step, whether somebody has patched the code since it was compiled: half of a
-# step's time on a CPU. All that a call can bring (tensors, shapes, settings, types) stays guarded.
-_PATCH_GUARDS = {
-    "BUILTIN_MATCH",
-    "CLOSURE_MATCH",
-    "DICT_CONTAINS",
-    "EMPTY_NN_MODULE_HOOKS_DICT",
-    "FUNCTION_MATCH",
-    "MODULE_MATCH",
-    "NOT_PRESENT_IN_GENERIC_DICT",
-}
-
-
-def _compile(function: Callable) -> Callable:
-    options = {"guard_filter_fn": lambda guards: [guard.guard_type not in _PATCH_GUARDS for guard in guards]}
-    return torch.compile(function, fullgraph=True, options=options)
-
-
-def _compiled_graphs() -> int:
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -5,7 +5,9 @@ prefix, `min(seen, slots)` of them, so evicting a token means that the next one 
 mask.
 """
 
+import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -34,6 +36,49 @@ class LayerCache(NamedTuple):
         self.v.copy_(torch.cat((self.v, v), dim=2).gather(2, source))
 
 
+class Prompt:
+    """One layer's keys and values of R prompts, k, v [R, K, S, D], and scores [R, K, S] if the policy has any.
+
+    While the plan is not known yet it can be cut to what the layer may keep at most, again and again: what a token
+    policy keeps in fewer slots is always among what it keeps in more.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, scores: Tensor | None):
+        self.k, self.v, self.scores = k, v, scores
+        self.positions: Tensor | None = None  # [R, 1 or K, n], ascending: what is left; None: all
+
+    def cut(self, positions: Tensor) -> None:
+        """Keep these positions [R, 1 or K, n] only."""
+        positions = positions.sort(dim=2).values
+        self.k, self.v = self.gather(positions)
+        self.positions = positions
+
+    def gather(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values [R, K, n, D] at these positions."""
+        at = positions
+        if self.positions is not None:  # entries behind the end of a row may be gone: any others do
+            at = torch.searchsorted(self.positions, positions.contiguous()).clamp(max=self.positions.shape[2] - 1)
+        at = at[..., None].expand(*self.k.shape[:2], -1, self.k.shape[3])
+        return self.k.gather(2, at), self.v.gather(2, at)
+
+
+class Memory:
+    """Flat storage in which the arenas of one plan after another live, as long as they fit."""
+
+    def __init__(self):
+        self._flat: dict[str, Tensor] = {}
+
+    def fits(self, name: str, size: int) -> bool:
+        return name in self._flat and self._flat[name].numel() >= size
+
+    def arena(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        size = math.prod(shape)
+        if not self.fits(name, size):
+            # Zeros, not garbage: slots not yet filled are masked, but 0 * NaN would still be NaN.
+            self._flat[name] = torch.zeros(size, dtype=dtype, device=device)
+        return self._flat[name][:size].view(shape)
+
+
 class KVCache:
     """Arenas [B, K, sum(plan), D] for K and V, and [B, K, sum(plan)] for a policy's scores and positions."""
 
@@ -46,44 +91,41 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
         scored: bool = False,
+        memory: Memory | None = None,
     ):
-        shape = (batch, kv_heads, sum(plan))
-        self.plan = list(plan)
-        # Zeros, not garbage: slots not yet filled are masked, but 0 * NaN would still be NaN.
-        self.k = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
-        self.v = torch.zeros_like(self.k)
+        self.plan, memory = list(plan), memory or Memory()
+        slots = (batch, kv_heads, sum(plan))
+        arenas = [memory.arena(name, (*slots, head_dim), dtype, device) for name in ("k", "v")]
         wide = torch.promote_types(dtype, torch.float32)
-        self.score = torch.zeros(shape, dtype=wide, device=device) if scored else None
-        self.position = torch.zeros(shape, dtype=torch.int64, device=device) if scored else None
-        self.layers: list[LayerCache] = []
-        base = 0
-        for slots in plan:
-            arenas = (self.k, self.v, self.score, self.position)
-            self.layers.append(LayerCache(*(a if a is None else a[:, :, base : base + slots] for a in arenas)))
-            base += slots
+        if scored:
+            arenas += [memory.arena("score", slots, wide, device), memory.arena("position", slots, torch.int64, device)]
+        self.k, self.v, *self.state = arenas
+        bases = accumulate(plan, initial=0)
+        self.layers = [
+            LayerCache(*(arena[:, :, base : base + own] for arena in arenas))
+            for base, own in zip(bases, plan, strict=False)
+        ]
 
     @property
     def kv_bytes(self) -> int:
-        return self.k.untyped_storage().nbytes() + self.v.untyped_storage().nbytes()
+        return self.k.nbytes + self.v.nbytes
 
     @property
     def state_bytes(self) -> int:
-        return sum(a.untyped_storage().nbytes() for a in (self.score, self.position) if a is not None)
+        return sum(arena.nbytes for arena in self.state)
 
-    def fill(self, index: int, k: Tensor, v: Tensor, scores: Tensor | None, positions: Tensor) -> None:
-        """Copy the chosen prompt tokens into layer `index`.
+    def fill(self, index: int, rows: Tensor, prompt: Prompt, positions: Tensor) -> None:
+        """Copy the chosen tokens of some rows' prompts into layer `index`.
 
-        k, v [B, K, S, D] and scores [B, K, S], if the policy has any: the prompt's; scores are kept if the cache has
-        room for them. positions [B, 1 or K, n]: the prompt position that goes into each of the first n slots.
+        rows [R]; positions [R, 1 or K, n]: the prompt position that goes into each of the first n slots.
         """
         layer, n = self.layers[index], positions.shape[2]
-        positions = positions.expand(k.shape[0], k.shape[1], n)
-        gather = positions[..., None].expand(-1, -1, -1, k.shape[3])
-        layer.k[:, :, :n] = k.gather(2, gather)
-        layer.v[:, :, :n] = v.gather(2, gather)
+        k, v = prompt.gather(positions)
+        layer.k[rows, :, :n], layer.v[rows, :, :n] = k, v
         if layer.score is not None:
-            layer.score[:, :, :n] = scores.gather(2, positions)
-            layer.position[:, :, :n] = positions
+            positions = positions.expand(*k.shape[:3])
+            layer.score[rows, :, :n] = prompt.scores.gather(2, positions)
+            layer.position[rows, :, :n] = positions
 
 
 def attend(

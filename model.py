@@ -10,25 +10,16 @@ Shapes, here and in kvcache.py, engine.py and policies/tokens:
 layer's slots. The cache is an argument, never a member.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ACTIVATIONS, ModelConfig
-from kvcache import LayerCache, attend, softcapped
+from kvcache import LayerCache, Prompt, attend, softcapped
 
 PROMPT_CHUNK = 512  # prompt queries whose attention rows exist at the same time, where they have to
-
-
-class PrefilledLayer(NamedTuple):
-    """What one layer hands out for a prompt: k, v [B, K, S, D], signal [B], scores [B, K, S] if the policy scores."""
-
-    k: Tensor
-    v: Tensor
-    signal: Tensor
-    scores: Tensor | None
 
 
 class Transformer(nn.Module):
@@ -63,7 +54,7 @@ class Transformer(nn.Module):
         """ids [B, S] -> logits [B, S, vocab], without a cache."""
         x = self.embedded(ids, torch.arange(ids.shape[1], device=ids.device)[None])
         for block, rotary in zip(self.layers, self.rotary(ids.shape[1]), strict=True):
-            x, _ = block.prefill(x, rotary)
+            x, _, _ = block.prefill(x, rotary)
         return self.logits(x)
 
     def rotary(self, length: int) -> list[Tensor]:
@@ -116,12 +107,12 @@ class Block(nn.Module):
         self.post_ffn_norm = make_norm(config) if post else nn.Identity()
 
     def prefill(self, x: Tensor, rotary: Tensor, lengths: Tensor | None = None, policy: Any = None):
-        """x [B, S, C] -> (x, PrefilledLayer). Rows are padded on the right; `lengths` [B] says how much is real."""
+        """x [B, S, C] -> x, the layer's signal [B] and Prompt. Rows are padded on the right, `lengths` [B] are real."""
         normed = self.attention_norm(x)
         out, k, v, scores = self.attention.prefill(normed, rotary, lengths, policy)
         added = self.post_attention_norm(out) * self.residual_scale
         signal = importance(x, x + added, lengths)
-        return self.feed(x, normed, added), PrefilledLayer(k, v, signal, scores)
+        return self.feed(x, normed, added), signal, Prompt(k, v.contiguous(), scores)
 
     def decode(self, x: Tensor, rotary: Tensor, layer: LayerCache, seen: Tensor, policy: Any) -> Tensor:
         """x [B, 1, C], the token at position `seen` [B] -> x. Writes the layer's cache in place."""

@@ -1,6 +1,7 @@
 """From logits to the next token, on the device and without waiting for it."""
 
 import math
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,38 +31,79 @@ class Sampling:
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be in [0, 2**63), not {self.seed}")
 
+    @property
+    def restricted(self) -> bool:
+        return self.temperature > 0 and (self.top_k is not None or self.top_p < 1)
+
 
 GREEDY = Sampling()
 
 
 class Sampler:
-    """Picks one token per row of a batch, each row by its own settings and random stream."""
+    """Picks one token per row of a batch, each row by its own settings and random numbers.
 
-    def __init__(self, rows: Sequence[Sampling], device: torch.device | str):
-        self.greedy = all(row.temperature == 0 for row in rows)
-        if self.greedy:
-            return
-        self.temperature = torch.tensor([row.temperature for row in rows], device=device)[:, None]
-        self.top_k = torch.tensor([row.top_k or 2**31 for row in rows], device=device)[:, None]
-        self.top_p = torch.tensor([row.top_p for row in rows], device=device)[:, None]
-        self.restricted = any(row.top_k is not None or row.top_p < 1 for row in rows)
-        self.generators = [torch.Generator(device) for _ in rows]
-        for generator, row in zip(self.generators, rows, strict=True):
-            generator.seed() if row.seed is None else generator.manual_seed(row.seed)
+    They stand in buffers on the device: a captured step serves other requests later. `samplings` has one for each row
+    to begin with; `allowed` names those that may come later (None: any), so that no step computes what nobody asks for.
+    """
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """logits [B, vocab] -> token ids [B]."""
+    def __init__(
+        self,
+        samplings: Sequence[Sampling],
+        device: torch.device | str = "cpu",
+        allowed: Sequence[Sampling] | None = (),
+    ):
+        known = None if allowed is None else [*samplings, *allowed]
+        self.greedy = known is not None and all(sampling.temperature == 0 for sampling in known)
+        self.restricted = known is None or any(sampling.restricted for sampling in known)
+        rows = len(samplings)
+        self.temperature = torch.zeros(rows, 1, device=device)
+        self.top_p = torch.ones(rows, 1, device=device)
+        self.top_k, self.seed, self.drawn = (
+            torch.zeros(rows, 1, dtype=torch.int64, device=device) for _ in ("top_k", "seed", "drawn")
+        )
+        for row, sampling in enumerate(samplings):
+            self.set(row, sampling)
+
+    def set(self, row: int, sampling: Sampling) -> None:
+        """From now on `row` is another request's."""
+        self.temperature[row] = sampling.temperature
+        self.top_p[row] = sampling.top_p
+        self.top_k[row] = sampling.top_k or 2**31
+        self.seed[row] = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        self.drawn[row] = 0
+
+    def __call__(self, logits: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+        """logits [R, vocab] of some rows, by default of all -> token ids [R]."""
         best = logits.argmax(-1)
         if self.greedy:
             return best
-        cold = self.temperature == 0
-        logits = logits.float() / self.temperature.masked_fill(cold, 1)
+        temperature = self.temperature[rows]
+        cold = temperature == 0
+        logits = logits.float() / temperature.masked_fill(cold, 1)
         if self.restricted:
-            logits = restrict(logits, self.top_k, self.top_p)
-        # argmax(p / e) with e ~ Exp(1) draws from p; `multinomial` would synchronise and cannot be captured.
-        noise = torch.stack([torch.empty_like(logits[0]).exponential_(generator=g) for g in self.generators])
-        drawn = (logits.softmax(-1) / noise).argmax(-1)
-        return torch.where(cold[:, 0], best, drawn)
+            logits = restrict(logits, self.top_k[rows], self.top_p[rows])
+        # argmax(p / e) with e ~ Exp(1) draws from p; `multinomial` would wait for the device and cannot be captured.
+        e = exponential(self.seed[rows], self.drawn[rows], logits.shape[-1])
+        self.drawn[rows] += 1
+        return torch.where(cold[:, 0], best, (logits.softmax(-1) / e).argmax(-1))
+
+
+def exponential(seed: Tensor, count: Tensor, size: int) -> Tensor:
+    """Draws [B, size] from Exp(1) that depend on seed [B, 1] and count [B, 1] alone, whatever else runs."""
+    index = torch.arange(size, device=seed.device)
+    bits = scrambled(scrambled(seed + GOLDEN * count) + GOLDEN * index)
+    uniform = ((bits >> 40 & 0xFFFFFF).float() + 0.5) * 2**-24
+    return -uniform.log()
+
+
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+
+
+def scrambled(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014), in wrapping int64."""
+    x = (x ^ (x >> 30 & 2**34 - 1)) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ (x >> 27 & 2**37 - 1)) * (0x94D049BB133111EB - 2**64)
+    return x ^ (x >> 31 & 2**33 - 1)
 
 
 def restrict(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ def read(engine: Engine, text: list[int], args: argparse.Namespace) -> list[floa
     model, stride, losses = engine.model, (len(text) - args.tokens) // max(args.texts - 1, 1), []
     for number in range(args.texts):
         part = text[number * stride :][: args.tokens]
-        decoder, _ = engine._start([Request(part[:FIRST], 1)], limit=args.tokens)
+        decoder, _ = engine._start([Request(part[:FIRST], 1)], length=args.tokens, endless=True)
         for start in tqdm(range(FIRST, args.tokens - 1, SPAN), f"{engine.policy.name}, text {number + 1}", leave=False):
             ids = torch.tensor([part[start : start + SPAN + 1]])
             losses.append(cross_entropy(model.logits(decoder.append(ids[:, :-1]))[0].float(), ids[0, 1:]))

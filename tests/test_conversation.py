@@ -5,7 +5,7 @@ import torch
 from conftest import random_ids, random_model
 from naive import NaiveCache
 
-import engine as engine_module
+import decoder as decoder_module
 from engine import Engine, Request
 from policies.tokens import TOKEN_POLICIES, make
 from sampling import Sampling
@@ -29,9 +29,9 @@ def say(conversation, ids: list[int], new: int = 6, **options) -> list[int]:
 @pytest.mark.parametrize("policy", BOUNDED)
 def test_turns_equal_the_naive_cache(policy, chunk, shape, monkeypatch):
     """Chunks shorter and longer than layers and windows; a first turn of one token, so that sinks come in late."""
-    monkeypatch.setattr(engine_module, "APPEND_CHUNK", chunk)
+    monkeypatch.setattr(decoder_module, "APPEND_CHUNK", chunk)
     model = random_model(**SHAPES[shape])
-    decoder, _ = Engine(model, policy, plan=PLAN)._start([Request(TURNS[0], 1)], limit=4096)
+    decoder, _ = Engine(model, policy, plan=PLAN)._start([Request(TURNS[0], 1)], length=4096, endless=True)
     naive = NaiveCache(model, policy, decoder.cache.plan)
     naive.prompt(TURNS[0])
     with torch.inference_mode():

@@ -26,7 +26,7 @@ def teacher_forced(engine: Engine, ids: list[int], following: list[int]) -> torc
     with torch.inference_mode():
         decoder, _ = engine._start([Request(ids, max_new_tokens=len(following) + 1)])
         prompt = torch.tensor([ids], device=engine.device)
-        rows = [engine._prefill(prompt, decoder.seen, decoder.rotary, decoder.policies)[0]]
+        rows = [engine._prefill(prompt, decoder.seen, decoder.rotary, decoder.policies, lambda *_: None)[0]]
         for token in following:
             decoder.tokens.fill_(token)
             rows.append(decoder.logits())

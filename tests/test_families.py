@@ -172,8 +172,9 @@ def test_importance(case: Case, lengths: list[int], theirs, ours):
     with families.ResidualStream(theirs(case), case.branch) as stream:
         theirs(case)(ids, attention_mask=real.long())
     rotary = ours(case).rotary(PROMPT)  # of the length that transformers saw
-    _, prefilled = engine._prefill(ids, torch.tensor(lengths), rotary, engine._policies(PROMPT))
-    signals = torch.stack([layer.signal for layer in prefilled])
+    seen = []
+    engine._prefill(ids, torch.tensor(lengths), rotary, engine._policies(PROMPT), lambda *layer: seen.append(layer[1]))
+    signals = torch.stack(seen)
     torch.testing.assert_close(signals, stream.importance(lengths), atol=1e-5, rtol=0)
     assert signals.max() < 0.99  # attention does change the residual stream
 

@@ -10,6 +10,7 @@ FLOORS = {
     "generate": 4,
     "engine": 3,
     "checkpoint": 2,
+    "decoder": 2,
     "chat": 1,
     "model": 1,
     "config": 0,

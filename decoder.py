@@ -1,0 +1,202 @@
+"""A batch in its decode phase, and a store of idle ones whose captured graphs serve again."""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from kvcache import KVCache, Memory, Prompt
+from model import Block, Transformer
+from policies.tokens import TokenPolicy
+from sampling import Sampler, Sampling
+
+APPEND_CHUNK = 256  # tokens of a later turn that go through the model at once
+
+
+class Code:
+    """What runs a step: the one block of every layer, and the head; compiled, and captured, if that is wanted."""
+
+    def __init__(self, compiled: bool, device: torch.device):
+        self.block = _compile(Block.decode) if compiled else Block.decode
+        self.logits = _compile(Transformer.logits) if compiled else Transformer.logits
+        self.compiled = compiled
+        # step -> what runs it again with the same buffers
+        self.capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None
+        if compiled and device.type == "cuda":
+            self.capture = CudaGraphs()
+
+
+class CudaGraphs:
+    """Captures steps by hand, all in one memory pool."""
+
+    def __init__(self):
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # what is compiled or chosen at first use must not be captured
+            step()
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            step()
+        return graph.replay
+
+
+class Decoder:
+    """A batch of B rows under one plan. All that a step reads and writes keeps its shape and address.
+
+    tokens [B]: the last token of each row, not yet fed; seen [B]: how many have been. No step waits for the device.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        code: Code,
+        cache: KVCache,
+        rotary: list[Tensor],
+        policies: Sequence[TokenPolicy],
+        sampler: Sampler,
+    ):
+        self.model, self.code, self.cache, self.rotary = model, code, cache, rotary
+        self.policies, self.sampler = policies, sampler
+        batch, device = cache.k.shape[0], cache.k.device
+        self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.seen = torch.zeros(batch, dtype=torch.int64, device=device)
+        if code.compiled and len(set(cache.plan)) > 1:
+            # One graph for all lengths from the start. Where all are equal a static one is faster.
+            for arena in (arena for layer in cache.layers for arena in layer if arena is not None):
+                torch._dynamo.maybe_mark_dynamic(arena, 2)
+        started, self.step = time.perf_counter(), self._step
+        if code.capture:  # while there is nothing in the cache that the warm-up could spoil
+            self.step = code.capture(self._step)
+        self.capture_s = time.perf_counter() - started
+
+    def keeper(self, rows: Tensor, lengths: Tensor) -> Callable[[int, Tensor | None, Prompt], None]:
+        """What takes each layer's part of prompts of `lengths` [R] into the cache, for rows [R]."""
+
+        def keep(layer: int, _: Tensor | None, prompt: Prompt) -> None:
+            kept = self.policies[layer].select(lengths, self.cache.plan[layer], prompt.scores)
+            self.cache.fill(layer, rows, prompt, kept)
+
+        return keep
+
+    def begin(self, rows: Tensor, lengths: Tensor, logits: Tensor, samplings: Sequence[Sampling]) -> None:
+        """rows [R] have new requests: their prompts of `lengths` [R] are in the cache, logits [R, vocab] follow."""
+        for row, sampling in zip(rows.tolist(), samplings, strict=True):
+            self.sampler.set(row, sampling)
+        self.seen[rows] = lengths
+        self.tokens[rows] = self.sampler(logits, rows)
+
+    def _step(self) -> None:
+        """Run `tokens` through the model, put the next ones in their place and advance `seen`."""
+        self.tokens.copy_(self.sampler(self.logits()))
+
+    def logits(self) -> Tensor:
+        """Feed `tokens` and return the logits [B, vocab] of what follows."""
+        return self.code.logits(self.model, self._feed(self.tokens[:, None], self.code.block)[:, 0])
+
+    def read(self) -> Callable[[], list[int]]:
+        """Ask for `tokens` as they are after all that has been started. Who calls the answer waits for it."""
+        if self.tokens.device.type != "cuda":
+            tokens = self.tokens.tolist()
+            return lambda: tokens
+        host = torch.empty_like(self.tokens, device="cpu", pin_memory=True)
+        host.copy_(self.tokens, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+
+        def wait() -> list[int]:
+            done.synchronize()
+            return host.tolist()
+
+        return wait
+
+    def append(self, ids: Tensor) -> Tensor:
+        """Feed ids [B, T], which follow what was seen, and return x [B, T, C] after the last block.
+
+        In chunks. For policies that place a token by its position it is the same as T steps; those that score decide at
+        the end of each chunk what goes.
+        """
+        sinks, parts = max(policy.sinks for policy in self.policies), []
+        while ids.shape[1]:
+            alone = int(self.seen.min()) < sinks  # sinks have to be in the cache before a chunk can turn them
+            size = 1 if alone else min(APPEND_CHUNK, ids.shape[1])
+            parts.append(self._feed(ids[:, :size], Block.decode if alone else Block.append))
+            ids = ids[:, size:]
+        return torch.cat(parts, dim=1)
+
+    def _feed(self, ids: Tensor, run: Callable) -> Tensor:
+        """ids [B, T] through all blocks by `run`, which is Block.decode (T = 1) or Block.append."""
+        positions = self.seen[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        x = self.model.embedded(ids, positions)
+        layers = zip(self.model.layers, self.rotary, self.cache.layers, self.policies, strict=True)
+        for block, frequencies, layer, policy in layers:
+            x = run(block, x, frequencies, layer, self.seen, policy)
+        self.seen += ids.shape[1]
+        return x
+
+
+class Store:
+    """Idle decoders by what they are for, the latest last: their graphs need no new capture.
+
+    They share one memory, so one of them runs at a time. Who comes while it does gets a decoder that is not kept.
+    """
+
+    SIZE = 8
+
+    def __init__(self):
+        self.idle: OrderedDict[Hashable, Decoder] = OrderedDict()
+        self.memory, self.busy = Memory(), False
+
+    @contextmanager
+    def decoder(self, key: Hashable, size: int, make: Callable[[Memory], Decoder]) -> Iterator[tuple[Decoder, bool]]:
+        """A decoder for `key`, whose K arena has `size` elements, and whether it was made for this."""
+        if self.busy:
+            yield make(Memory()), True
+            return
+        self.busy = True
+        try:
+            if not self.memory.fits("k", size):  # let go of the smaller one before the larger one is made
+                self.idle.clear()
+                self.memory = Memory()
+            made = key not in self.idle
+            if made:
+                self.idle[key] = make(self.memory)
+                if len(self.idle) > self.SIZE:
+                    self.idle.popitem(last=False)
+            self.idle.move_to_end(key)
+            yield self.idle[key], made
+        except Exception:  # nobody knows what state it is in
+            self.idle.pop(key, None)
+            raise
+        finally:
+            self.busy = False
+
+
+# Guards that ask, for every layer of every step, whether somebody has patched the code since it was compiled: half of a
+# step's time on a CPU. All that a call can bring (tensors, shapes, settings, types) stays guarded.
+_PATCH_GUARDS = {
+    "BUILTIN_MATCH",
+    "CLOSURE_MATCH",
+    "DICT_CONTAINS",
+    "EMPTY_NN_MODULE_HOOKS_DICT",
+    "FUNCTION_MATCH",
+    "MODULE_MATCH",
+    "NOT_PRESENT_IN_GENERIC_DICT",
+}
+
+
+def _compile(function: Callable) -> Callable:
+    options = {"guard_filter_fn": lambda guards: [guard.guard_type not in _PATCH_GUARDS for guard in guards]}
+    return torch.compile(function, fullgraph=True, options=options)
+
+
+def compiled_graphs() -> int:
+    """How many graphs have been compiled so far, by anybody."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
