@@ -239,7 +239,7 @@ def test_mix_by_hand():
     """Squeeze says 480 and 160 here, uniform 320."""
     signals = [0.1, 0.9, 0.5, 0.91, 0.11, 0.92, 0.12, 0.93]
     plan = Mix(p=0.5, share=0.2).allocate(signals, 320, [9999] * 8, 5)
-    assert plan.slots == [352, 288] * 4 and plan.groups == [0, 2, 1, 2, 0, 2, 0, 2]
+    assert plan.slots == [352, 288] * 4
     assert Mix(p=0.5, share=0.6).allocate(signals, 320, [9999] * 8, 5).slots == [416, 224] * 4
 
 
@@ -249,7 +249,7 @@ def test_mix_blends_uniform_and_squeeze(data, p, share):
     signals = data.draw(signals_of(data.draw(st.integers(3, 12))))
     budget, caps = 1000, [99999] * len(signals)
     squeeze, mix = (policy.allocate(signals, budget, caps, 1) for policy in (Squeeze(p), Mix(p, share)))
-    assert mix.groups == squeeze.groups
+    assert mix.groups is None  # they are squeeze's, in everything that reports them
     for own, squeezed in zip(mix.slots, squeeze.slots, strict=True):
         assert abs(own - ((1 - share) * budget + share * squeezed)) < 2 * 16  # a granule each
 

@@ -21,9 +21,9 @@ def test_restriction_equals_transformers(top_k, top_p):
 def test_draws_follow_the_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -5.0]])
     sampler = Sampler([Sampling(temperature=0.7, top_k=4, seed=3)], "cpu")
-    counts = torch.bincount(torch.cat([sampler(logits) for _ in range(20_000)]), minlength=5) / 20_000
+    counts = torch.bincount(torch.cat([sampler(logits) for _ in range(8_000)]), minlength=5) / 8_000
     want = TopKLogitsWarper(4)(None, TemperatureLogitsWarper(0.7)(None, logits)).softmax(-1)[0]
-    assert (counts - want).abs().max() < 0.015 and counts[4] == 0
+    assert (counts - want).abs().max() < 0.02 and counts[4] == 0
 
 
 def test_rows_keep_to_their_own_settings():

@@ -13,7 +13,7 @@ from typing import ClassVar
 @dataclass(frozen=True)
 class Plan:
     slots: list[int]  # per layer
-    groups: list[int] | None = None  # squeeze, mix: cluster of each layer, 0..2 ascending by mean signal
+    groups: list[int] | None = None  # squeeze: cluster of each layer, 0..2 ascending by mean signal
 
 
 class LayerPolicy:

@@ -26,7 +26,7 @@ class Mix(Squeeze):
             raise ValueError(f"share must be in [0, 1], not {self.share!r}")
 
     def allocate(self, signals: Sequence[float], budget: int, caps: Sequence[int], floor: int) -> Plan:
-        return self._milder().allocate(signals, budget, caps, floor)
+        return Plan(self._milder().allocate(signals, budget, caps, floor).slots)
 
     def upper_bound(
         self, signals_so_far: Sequence[float], num_layers: int, budget: int, caps: Sequence[int], floor: int
