@@ -7,9 +7,11 @@ import torch
 from conftest import random_ids, random_model
 from naive import FROZEN, NaiveCache
 
+from decoder import Decoder
 from engine import Engine, Request
+from kvcache import KVCache
 from policies.tokens import TOKEN_POLICIES, make
-from sampling import Sampling
+from sampling import GREEDY, Sampler, Sampling
 
 NEW = 40
 BOUNDED = [name for name, policy in TOKEN_POLICIES.items() if policy.bounded]
@@ -185,6 +187,21 @@ def test_plans_do_not_recompile(model, policy):
                 Engine(model, policy, plan=plan), random_ids(60), 4
             )
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == warm
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_k=5, top_p=0.9)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("shape", [{}, {"experts": 4, "experts_per_token": 2}], ids=["dense", "experts"])
+@pytest.mark.parametrize("policy", TOKEN_POLICIES)
+def test_a_step_asks_the_device_nothing(policy, shape, sampling):
+    """On the meta device, where nothing has a value, whatever waits for one fails."""
+    model = random_model(**shape).to("meta")
+    engine, c = Engine(model, policy), model.config
+    cache = KVCache([9, 12, 9, 9], 3, c.n_kv_heads, c.head_dim, torch.float64, "meta", engine.policy.scored)
+    sampler = Sampler([sampling] * 3, "meta")
+    decoder = Decoder(model, engine.code, cache, model.rotary(40), engine._policies(40), sampler)
+    decoder.step()
+    with pytest.raises(RuntimeError):
+        decoder.seen.tolist()
 
 
 def test_two_engines_alternate(model):
