@@ -7,11 +7,15 @@ from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 def origin(device: str = "cpu") -> dict[str, str | int]:
     """Device, date, versions and command of this run."""
     import transformers
 
+    script = Path(sys.argv[0]).resolve()
+    script = script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else script.name
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -19,7 +23,7 @@ def origin(device: str = "cpu") -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "command": " ".join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join(["python", script, *sys.argv[1:]]),
     }
 
 

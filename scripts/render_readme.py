@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests")]
+EVALUATED = "eval_slow/summary.json"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from evaluation.summary import conclusions  # noqa: E402
 
 
 def result(name: str) -> dict:
@@ -33,17 +36,39 @@ def decode() -> str:
     return "\n".join([*lines, "", provenance(record, "decode_cpu.json")])
 
 
-def recall() -> str:
-    record = result("recall_cpu.json")
-    found = {(row["policy"], row["layers"], row["budget"]): row["recall"] for row in record["rows"]}
-    budgets = sorted({row["budget"] for row in record["rows"] if row["budget"]})
-    heads = [f"{layers} {budget:.0%}" for budget in budgets for layers in ("uniform", "squeeze")]
-    lines = [f"| recall | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
-    for policy in dict.fromkeys(row["policy"] for row in record["rows"] if row["budget"]):
-        cells = [f"{found[policy, layers, b]:.0%}" for b in budgets for layers in ("uniform", "squeeze")]
-        lines.append(f"| {policy} | {' | '.join(cells)} |")
-    full = f"Full cache: {found['full', 'uniform', None]:.0%}. {record['prompts']} documents"
-    return "\n".join([*lines, "", f"{full}; {provenance(record, 'recall_cpu.json')}"])
+def quality() -> str:
+    """What `evaluate.py --suite slow` has found."""
+    if not (ROOT / "results" / EVALUATED).exists():
+        return "Not measured in this version yet; `python evaluate.py --suite slow` does it."
+    return quality_of(result(EVALUATED), EVALUATED)
+
+
+def quality_of(record: dict, file: str) -> str:
+    """Recall and KL at equal totals, the largest cuts, and where squeeze does not help, from a summary.json."""
+    cells = {(row["policy"], row["layers"], row["budget"]): row for row in record["cells"]}
+    policies = list(dict.fromkeys(policy for policy, _, budget in cells if budget))
+    budgets = [budget for budget in sorted({budget for *_, budget in cells if budget}) if budget <= 0.6][:4]
+    recall = next(name for name in record["tasks"] if name.startswith("recall"))
+    lines = []
+    for title, task, metric, form in ((recall, recall, "exact", ".0%"), ("KL, nats", "fidelity", "kl", ".3f")):
+        heads = [f"{layers} {budget:.0%}" for budget in budgets for layers in ("uniform", "squeeze")]
+        lines += [f"| {title} | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+        for policy in policies:
+            rows = [cells[policy, layers, budget] for budget in budgets for layers in ("uniform", "squeeze")]
+            lines.append(f"| {policy} | {' | '.join(format(r['scores'][task][metric][0], form) for r in rows)} |")
+        lines.append("")
+    full = record["cells"][0]["scores"]
+    lines += [
+        f"Full cache: recall {full[recall]['exact'][0]:.1%}, perplexity {full['fidelity']['perplexity'][0]:.2f}. "
+        f"{record['tasks'][recall]['rows']:,} questions, {record['tasks']['fidelity']['rows']} texts.",
+        "",
+        conclusions(record),
+        "",
+        f"![quality over memory](results/{Path(file).parent}/frontier.png)",
+        "",
+        provenance(record, file),
+    ]
+    return "\n".join(lines)
 
 
 def first() -> str:
@@ -87,7 +112,7 @@ def families() -> str:
     return "\n".join(lines)
 
 
-SECTIONS = {"first": first, "decode": decode, "recall": recall, "chat": chat, "families": families}
+SECTIONS = {"first": first, "decode": decode, "quality": quality, "chat": chat, "families": families}
 
 
 def main() -> int:

@@ -12,6 +12,7 @@ the prompt's own attention: only the second one is read from the cache. Three ki
 
 import random
 import sysconfig
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 KEYS = """amber azure beige birch brass cedar cherry cobalt coral crimson ebony elm emerald fern flax frost gold granite
@@ -76,22 +77,37 @@ def document(rng: random.Random, filler: list[str], facts: list[tuple[str, str]]
 
 
 def recall_prompt(
-    rng: random.Random, tokenizer, filler_ids: list[int], length: int, facts: int = 8
+    rng: random.Random,
+    encode: Callable[[str], list[int]],
+    filler_ids: Sequence[int],
+    length: int,
+    facts: int = 8,
+    depth: float | None = None,
 ) -> tuple[list[int], list[int]]:
-    """A prompt of exactly `length` tokens and the two tokens that answer it.
+    """A prompt of exactly `length` tokens and the tokens that answer it (two, with the embedded vocabulary).
 
-    `facts` facts stand at uniform depths between pieces of unseen source; one of them is asked for at the end.
+    `facts` facts stand at uniform depths between pieces of unseen source; one of them is asked for at the end: any, or
+    one at `depth` in [0, 1) of the source.
     """
     chosen = facts_for(rng, facts)
-    asked_key, asked_value = rng.choice(chosen)
-    ask = tokenizer.encode("\n" + question(asked_key)).ids
-    answer = tokenizer.encode(" " + asked_value).ids
-    stated = [tokenizer.encode("\n" + fact(k, v)).ids for k, v in chosen]
+    asked = rng.choice(chosen)
+    ask, answer = encode("\n" + question(asked[0])), encode(" " + asked[1])
+    stated = [encode("\n" + fact(*pair)) for pair in chosen]
     room = length - len(ask) - sum(map(len, stated))
+    if room < 1:
+        raise ValueError(
+            f"{length} tokens are too few for {facts} facts and a question; take at least {length - room + 1}"
+        )
     start = rng.randrange(len(filler_ids) - room)
     middle = filler_ids[start : start + room]
-    cuts = sorted(rng.randrange(room) for _ in chosen)
+    cuts = [rng.randrange(room) for _ in chosen]
+    if depth is None:
+        cuts.sort()
+    else:
+        cuts[chosen.index(asked)] = int(depth * room)
     ids: list[int] = []
-    for previous, cut, piece in zip([0, *cuts], cuts, stated, strict=False):
-        ids += middle[previous:cut] + piece
-    return ids + middle[cuts[-1] :] + ask, answer
+    end = 0
+    for cut, piece in sorted(zip(cuts, stated, strict=True), key=lambda pair: pair[0]):
+        ids += [*middle[end:cut], *piece]
+        end = cut
+    return [*ids, *middle[end:], *ask], answer

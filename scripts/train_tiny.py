@@ -396,7 +396,7 @@ def recall(model: Transformer, text: Text, length: int, count: int, seed: int = 
     """Share of `count` prompts of `length` tokens, on held-out source, that are continued with the value asked for."""
     rng, hits = random.Random(seed), 0
     for _ in range(count):
-        ids, answer = data.recall_prompt(rng, text.tokenizer, text.held_out, length)
+        ids, answer = data.recall_prompt(rng, lambda words: text.tokenizer.encode(words).ids, text.held_out, length)
         hits += model(torch.tensor([ids + answer[:-1]]))[0, -len(answer) :].argmax(-1).tolist() == answer
     return hits / count
 

@@ -30,7 +30,7 @@ def recall(tiny, count: int, length: int = 1024, **settings) -> float:
     model, tokenizer, filler = tiny
     rng, hits = random.Random(11), 0
     for _ in range(count // 8):
-        prompts = [data.recall_prompt(rng, tokenizer, filler, length) for _ in range(8)]
+        prompts = [data.recall_prompt(rng, lambda text: tokenizer.encode(text).ids, filler, length) for _ in range(8)]
         requests = [Request(ids, max_new_tokens=len(answer)) for ids, answer in prompts]
         expected = {id(request): answer for request, (_, answer) in zip(requests, prompts, strict=True)}
         for completion in Engine(model, **settings).generate(requests):

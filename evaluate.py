@@ -1,0 +1,231 @@
+"""How good is a small cache? Compare token policies, layer policies and budgets with the full cache.
+
+    python evaluate.py --suite quick                    the embedded model: fidelity and recall, minutes
+    python evaluate.py --suite slow --resume            every policy, a fine grid, over 1,000 questions; hours
+    python evaluate.py --checkpoint meta-llama/Llama-3.2-1B --text book.txt --tasks fidelity --budgets 0.2,0.4
+    python evaluate.py --checkpoint ~/models/Mistral-7B-v0.3 --files LongBench/data/hotpotqa.jsonl --budgets 512,1024
+    python evaluate.py --checkpoint ~/models/Qwen3-0.6B --lm-eval arc_easy --policies h2o --layers squeeze --budgets 64
+
+Every combination of --policies, --layers, --budgets (and --p where the layer policy has one) runs with the same total
+of slots as uniform has; the full cache is always in the table. Tasks:
+
+    fidelity   KL and top-1 agreement of the next token's distribution with the full cache's, and perplexity, on a text
+    needle     one fact in a long text, by depth and length        recall   one of several facts
+    --files    LongBench, RULER, XSUM and CNN/DailyMail jsonl: a file, a folder, a zip or a dataset of the hub
+
+The folder --out gets predictions.jsonl (each result as it is made), summary.json, table.md and pictures. --resume goes
+on where an earlier run was cut off.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+import checkpoint
+import tokenizer as tokenizers
+from evaluation import standard, summary
+from evaluation.cells import Cell, grid
+from evaluation.fidelity import Fidelity
+from evaluation.recall import Recall
+from evaluation.tasks import Log, Task, check_all, run
+from policies.layers import LAYER_POLICIES
+from policies.tokens import TOKEN_POLICIES
+from scripts import tiny_data
+from scripts.record import origin
+
+HERE = Path(__file__).resolve().parent
+EMBEDDED = HERE / "checkpoints" / "tiny"
+DEFAULTS = {
+    "policies": ["streaming", "h2o"],
+    "layers": ["uniform", "squeeze", "pyramid"],
+    "budgets": [0.1, 0.2, 0.3, 0.5],
+    "p": [0.3],
+    "tasks": ["fidelity", "needle", "recall"],
+    "length": 1024,
+    "lengths": [256, 512, 1024],
+    "read": 64,
+    "texts": 64,
+    "needles": 32,
+    "questions": 128,
+}
+NO_SETTINGS = (
+    "policies",
+    "layers",
+    "budgets",
+    "p",
+    "out",
+    "resume",
+    "lm_eval",
+    "suite",
+    "tasks",
+)  # may change on --resume
+SUITES = {
+    None: {"tasks": ["fidelity", "recall"]},
+    "quick": {},
+    "slow": {
+        "policies": [name for name, policy in TOKEN_POLICIES.items() if policy.bounded],
+        "layers": list(LAYER_POLICIES),
+        "budgets": [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
+        "texts": 256,
+        "needles": 128,
+        "questions": 1024,
+    },
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return evaluate(parse(argv))
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        print(f"evaluate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except ModuleNotFoundError as error:
+        print(f"evaluate.py: error: {error}; see requirements-dev.txt (lm_eval: an extra)", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("evaluate.py: interrupted; --resume goes on from here", file=sys.stderr)
+        return 130
+    return 2
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see --help)")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", default=str(EMBEDDED), help="Hugging Face folder or hub id (default: the embedded model)")
+    add("--suite", choices=[name for name in SUITES if name], help="good values for all that is not given")
+    add("--policies", type=listed(str), metavar="A,B", help=f"of {', '.join(TOKEN_POLICIES)}")
+    add("--layers", type=listed(str), metavar="A,B", help=f"of {', '.join(LAYER_POLICIES)}")
+    add("--budgets", type=listed(number), metavar="A,B", help="slots per layer, or shares of prompt + new in (0, 1]")
+    add("--p", type=listed(float), metavar="A,B", help="squeeze and its like: what squeezed layers keep, in (0, 1]")
+    add("--tasks", type=listed(str), metavar="A,B", help="of fidelity, needle, recall")
+    add("--files", nargs="+", metavar="F", help="standard tasks; instead of --tasks, or with them")
+    add("--lm-eval", type=listed(str), metavar="A,B", help="tasks of lm-eval instead, where that is installed")
+    add("--text", metavar="F", help="a UTF-8 text to read and to hide facts in (default: unseen Python source)")
+    add("--texts", type=int, metavar="N", help="fidelity: how many pieces of the text")
+    add("--read", type=int, metavar="N", help="fidelity: tokens that follow each piece")
+    add("--length", type=int, metavar="N", help="fidelity and recall: tokens of a prompt")
+    add("--lengths", type=listed(int), metavar="A,B", help="needle: tokens of a prompt")
+    add("--needles", type=int, metavar="N", help="needle: prompts of each length")
+    add("--questions", type=int, metavar="N", help="recall: prompts")
+    add("--rows", type=int, metavar="N", help="files: the first N rows of each (default: all)")
+    add("--batch", type=int, default=16, metavar="N", help="rows that run together, with one plan (default: 16)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", default="auto", help="auto (the config's), bf16, fp16, fp32 or float64")
+    add("--out", metavar="DIR", help="where results go (default: results/eval_SUITE, without a suite runs/eval)")
+    add("--resume", action="store_true", help="keep the results that are in --out")
+    args = parser.parse_args(argv)
+    tasks_given = args.tasks is not None
+    for name, value in (DEFAULTS | SUITES[args.suite]).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+        for each in value if isinstance(value, list) else [value]:
+            given = getattr(args, name)
+            if isinstance(each, int) and min(given if isinstance(given, list) else [given]) < 1:
+                raise ValueError(f"--{name} must be at least 1, not {given}")
+    if args.files and not tasks_given and not args.suite:
+        args.tasks = []
+    for name in args.tasks:
+        if name not in DEFAULTS["tasks"]:
+            raise ValueError(f"unknown task {name!r}; known: {', '.join(DEFAULTS['tasks'])}")
+    args.out = Path(args.out or (HERE / "results" / f"eval_{args.suite}" if args.suite else HERE / "runs" / "eval"))
+    return args
+
+
+def listed(kind: Callable[[str], Any]) -> Callable[[str], list]:
+    def parse_list(text: str) -> list:
+        return [kind(part.strip()) for part in text.split(",")]
+
+    parse_list.__name__ = f"list of {kind.__name__}s"
+    return parse_list
+
+
+def number(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    cells = grid(args.policies, args.layers, args.p, args.budgets)
+    folder = checkpoint.resolve(args.checkpoint)
+    tokenizer = tokenizers.load(folder)
+    if tokenizer is None:
+        raise ValueError(f"{args.checkpoint} has no tokenizer; evaluation reads text")
+    if args.lm_eval:
+        return harness(args, cells, tokenizer)
+    model, config = checkpoint.load(folder, args.device, args.dtype)
+    tasks = make_tasks(args, tokenizer, tokenizers.eos_ids(folder), config.max_positions)
+    check_all(model, tasks, cells, args.batch)
+    record = origin(args.device)
+    settings = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
+    log = Log(args.out / "predictions.jsonl", settings, args.resume)
+    run(model, tasks, cells, log, args.batch)
+
+    result = {**record, "settings": settings, **summary.summarise(tasks, cells, log)}
+    text = f"{summary.table(result)}\n\n{summary.conclusions(result)}\n"
+    (args.out / "summary.json").write_text(json.dumps(result) + "\n")
+    (args.out / "table.md").write_text(text)
+    print(text)
+    from evaluation import pictures
+
+    for path in pictures.draw(result, args.out):
+        print(path)
+    return 0
+
+
+def make_tasks(
+    args: argparse.Namespace, tokenizer: tokenizers.Tokenizer, eos_ids: frozenset[int], limit: int
+) -> list[Task]:
+    tasks: list[Task] = []
+    if args.tasks:
+        if args.text:
+            text = Path(args.text).read_text(encoding="utf-8")
+        else:
+            text = "".join(map(tiny_data.read, tiny_data.source_files()[1]))
+        ids = tokenizer.encode(text, special=False)
+
+        def encode(words: str) -> list[int]:
+            return tokenizer.encode(words, special=False)
+
+    for name in args.tasks:
+        if name == "fidelity":
+            tasks.append(Fidelity(ids, args.length, args.read, args.texts))
+        elif name == "needle":
+            tasks += [Recall(encode, tokenizer.decode, ids, n, 1, args.needles) for n in sorted(args.lengths)]
+        else:
+            tasks.append(Recall(encode, tokenizer.decode, ids, args.length, 8, args.questions))
+    for source in args.files or []:
+        for name, lines in standard.read(source):
+            tasks.append(standard.Standard(name, lines[: args.rows], tokenizer, eos_ids, limit))
+            if tasks[-1].name in {task.name for task in tasks[:-1]}:
+                raise ValueError(f"{name}: another file is {tasks[-1].name} too; evaluate them one after the other")
+    return tasks
+
+
+def harness(args: argparse.Namespace, cells: list[Cell], tokenizer: tokenizers.Tokenizer) -> int:
+    """lm-eval's own tasks and metrics, once for each cell."""
+    import lm_eval
+    from lm_eval.utils import make_table
+
+    from evaluation.lm_eval_model import EngineLM
+
+    folder = checkpoint.resolve(args.checkpoint)
+    model, _ = checkpoint.load(folder, args.device, args.dtype)
+    for cell in cells:
+        lm = EngineLM(model, tokenizer, tokenizers.eos_ids(folder), cell, args.batch)
+        print(cell)
+        print(make_table(lm_eval.simple_evaluate(model=lm, tasks=args.lm_eval, limit=args.rows)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

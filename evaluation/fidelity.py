@@ -1,0 +1,53 @@
+"""Fidelity: how far is the next token's distribution from what the full cache says? Teacher-forced, on any text.
+
+Each row is a context, which is prefilled, and tokens that are then fed one by one through the cache under test, with
+its evictions. After each of them, in fp32: KL(full || cache), whether the most likely token is the same, and the loss
+of the token that really follows.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from evaluation.cells import FULL, Batch, Cell
+from evaluation.tasks import Row
+
+
+class Fidelity:
+    name, metric = "fidelity", "kl"
+
+    def __init__(self, text: Sequence[int], context: int, new: int, count: int):
+        """`count` pieces of `text`, evenly spread; ValueError if it is too short for one."""
+        if len(text) <= context + new:
+            raise ValueError(f"the text has {len(text)} tokens; --length {context} and --read {new} need more")
+        self.new = new
+        starts = [n * (len(text) - context - new - 1) // max(count - 1, 1) for n in range(count)]
+        pieces = [list(text[start : start + context + new + 1]) for start in starts]
+        self.rows = [Row(n, piece[:context], piece[context:]) for n, piece in enumerate(pieces)]
+        self._rows: Sequence[Row] | None = None  # those that `_full` [T, B, vocab] belongs to
+
+    def results(self, batch: Batch, cell: Cell, rows: Sequence[Row]) -> list[dict]:
+        ids = torch.tensor([row.expected for row in rows], device=batch.lengths.device)
+        if self._rows is not rows:
+            full = (
+                batch
+                if batch.policy == FULL.policy
+                else Batch(batch.model, FULL.policy, [r.ids for r in rows], self.new)
+            )
+            self._full = [logits.float().log_softmax(-1) for logits in full.forced(FULL, ids[:, :-1])]
+            self._rows = rows
+        measured = []
+        for step, logits in enumerate(batch.forced(cell, ids[:, :-1])):
+            measured.append(compare(self._full[step], logits.float().log_softmax(-1), ids[:, step + 1]))
+        kl, agree, loss = torch.stack(measured).mean(0).unbind()
+        return [
+            {"kl": k, "agree": a, "loss": n} for k, a, n in zip(*map(Tensor.tolist, (kl, agree, loss)), strict=True)
+        ]
+
+
+def compare(full: Tensor, other: Tensor, truth: Tensor) -> Tensor:
+    """Log probabilities [B, vocab] twice, and what follows [B] -> [3, B]: KL in nats, agreement, loss in nats."""
+    kl = (full.exp() * (full - other)).sum(-1)
+    agree = full.argmax(-1) == other.argmax(-1)
+    return torch.stack((kl, agree.to(kl.dtype), -other.gather(1, truth[:, None])[:, 0]))

@@ -1,0 +1,45 @@
+"""Recall: facts hidden in a long text, one of them asked for at the end, exact match of the whole answer.
+
+With one fact it is the needle in a haystack, with several the multi-key form. The depth of the fact that is asked for
+is uniform: row i of n is at (i + 1/2) / n of the text. A fact is a comment line, `# define amber lantern violin`, and
+the question is its beginning: any model that can copy from its context can answer, the embedded one was trained to.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+
+from evaluation.cells import Batch, Cell
+from evaluation.tasks import Row
+from scripts import tiny_data as data
+
+
+class Recall:
+    metric = "exact"
+
+    def __init__(
+        self,
+        encode: Callable[[str], list[int]],
+        decode: Callable[[list[int]], str],
+        filler: Sequence[int],
+        length: int,
+        facts: int,
+        count: int,
+        seed: int = 2024,
+    ):
+        """`count` prompts of `length` tokens, `facts` facts each, between pieces of `filler`."""
+        self.name = f"{'needle' if facts == 1 else 'recall'} {length}"
+        rng, self.rows, self.decode = random.Random(f"{self.name} {seed}"), [], decode
+        if len(filler) <= length:
+            raise ValueError(f"the text has {len(filler)} tokens, too few to hide facts among {length} of them")
+        for n in range(count):
+            depth = (n + 0.5) / count
+            ids, answer = data.recall_prompt(rng, encode, filler, length, facts, depth)
+            self.rows.append(Row(n, ids, answer, {"length": length, "depth": round(depth, 4)}))
+        self.new = max(len(row.expected) for row in self.rows)
+
+    def results(self, batch: Batch, cell: Cell, rows: Sequence[Row]) -> list[dict]:
+        said = [tokens[: len(row.expected)] for tokens, row in zip(batch.greedy(cell), rows, strict=True)]
+        return [
+            {"prediction": self.decode(tokens), "expected": self.decode(row.expected), "exact": tokens == row.expected}
+            for tokens, row in zip(said, rows, strict=True)
+        ]

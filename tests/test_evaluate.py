@@ -1,0 +1,439 @@
+"""Evaluation against slow definitions: the naive cache, the engine's own batches, metrics by hand, whole runs."""
+
+import json
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import render_readme
+import torch
+from conftest import random_ids
+from naive import NaiveCache
+
+import checkpoint
+import evaluate
+import tokenizer as tokenizers
+from engine import Engine, Request
+from evaluation import standard
+from evaluation.cells import FULL, Batch, Cell, grid
+from evaluation.fidelity import Fidelity
+from evaluation.recall import Recall
+from evaluation.summary import Scores, interval, wilson
+from evaluation.tasks import Log, Row, batches
+
+TEXT = max(evaluate.tiny_data.source_files()[1][:9], key=lambda file: file.stat().st_size)
+SMALL = f"--text {TEXT} --length 96 --lengths 64,80 --texts 3 --read 6 --needles 8 --questions 6 --batch 3".split()
+GRID = "--policies streaming,h2o --layers uniform,squeeze --budgets 0.3,0.6".split()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model, _ = checkpoint.load(evaluate.EMBEDDED)
+    tokenizer = tokenizers.load(evaluate.EMBEDDED)
+    return model, tokenizer, tokenizer.encode(TEXT.read_text(), special=False)
+
+
+def refused(capsys, *args) -> str:
+    code = evaluate.main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("evaluate.py: error: "), err
+    return err
+
+
+@pytest.mark.parametrize("policy", ["streaming", "h2o"])
+def test_fidelity_equals_the_naive_cache(model, policy):
+    """KL, agreement and loss of single rows, from lists that evict token by token."""
+    task = Fidelity(random_ids(60), context=20, new=12, count=2)
+    assert [row.ids + row.expected for row in task.rows] == [random_ids(60)[:33], random_ids(60)[27:]]
+    cell = Cell(policy, "squeeze", 0.5, 0.4)
+    for row in task.rows:
+        [got] = task.results(batch := Batch(model, policy, [row.ids], 12), cell, [row])
+        assert sum(batch.plan) <= 4 * 12 and len(set(batch.plan)) > 1
+        naive, full = NaiveCache(model, policy, batch.plan), NaiveCache(model, "full", [99] * 4)
+        for cache in (naive, full):
+            cache.prompt(row.ids)
+        steps = [(naive.feed(token), full.feed(token)) for token in row.expected[:-1]]
+        own, other = (torch.stack(logits).float().log_softmax(-1) for logits in zip(*steps, strict=True))
+        want = {
+            "kl": torch.nn.functional.kl_div(own, other, log_target=True, reduction="sum").item() / 12,
+            "agree": (own.argmax(-1) == other.argmax(-1)).double().mean().item(),
+            "loss": torch.nn.functional.cross_entropy(own, torch.tensor(row.expected[1:])).item(),
+        }
+        assert want["kl"] > 1e-3
+        assert got == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("cell", [FULL, Cell("h2o", "squeeze", 0.3, 0.3), Cell("streaming", "pyramid", None, 12)])
+def test_greedy_equals_the_engine(model, cell):
+    """One prefill, then cells one after the other: each as the engine would do it from the start, ragged rows."""
+    rows, eos = [random_ids(n, seed=n) for n in (30, 41, 35)], frozenset(range(0, 97, 7))
+    batch = Batch(model, cell.policy, rows, 10)
+    for other in grid([cell.policy], ["uniform"], [], [0.5]):
+        if other.policy == cell.policy:
+            batch.greedy(other)
+    requests = [Request(ids, 10, eos_ids=eos) for ids in rows]
+    engine = Engine(model, cell.policy, cell.layer_policy(), cell.budget)
+    done = {id(completion.request): completion for completion in engine.generate(requests)}
+    want = [[t for t in done[id(request)].tokens if t not in eos] for request in requests]
+    assert batch.greedy(cell, eos) == want and len(set(map(len, want))) > 1
+    assert batch.plan == done[id(requests[0])].figures.plan
+    assert batch.kv_share == sum(batch.plan) / (4 * 51)
+
+
+def test_recall_prompts(tiny):
+    """The length asked for, the fact at its depth, the answer only there; equal seeds give equal prompts."""
+    _, tokenizer, text = tiny
+
+    def made(**changes):
+        kind = {"length": 200, "facts": 3, "count": 10} | changes
+        return Recall(lambda words: tokenizer.encode(words, special=False), tokenizer.decode, text, **kind)
+
+    task = made()
+    assert [row.ids for row in task.rows] == [row.ids for row in made().rows] != [row.ids for row in made(seed=1).rows]
+    for row in task.rows:
+        said, answer = tokenizer.decode(row.ids), tokenizer.decode(row.expected).strip()
+        assert len(row.ids) == 200 and len(row.expected) == 2
+        assert said.count(answer) == 1 and said.count("# define") == 4
+        asked = said.splitlines()[-1]
+        assert f"{asked} {answer}\n" in said
+    needle = made(facts=1, length=400)
+    where = [tokenizer.decode(row.ids).index("# define") / len(tokenizer.decode(row.ids)) for row in needle.rows]
+    assert np.abs(np.array(where) - [row.about["depth"] for row in needle.rows]).max() < 0.2
+    with pytest.raises(ValueError, match="12 tokens are too few for 3 facts"):
+        made(length=12)
+
+
+def test_batches_hold_rows_of_about_the_same_length():
+    rows = [Row(n, [0] * length, None) for n, length in enumerate([10, 100, 95, 90, 89, 11, 100, 9])]
+    made = list(batches(rows, 3))
+    assert [[len(row.ids) for row in batch] for batch in made] == [[100, 100, 95], [90, 89], [11, 10], [9]]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    out = tmp_path_factory.mktemp("small")
+    assert evaluate.main([*GRID, *SMALL, "--tasks", "fidelity,needle,recall", "--out", str(out)]) == 0
+    return out
+
+
+def test_a_run_writes_everything(small):
+    record = json.loads((small / "summary.json").read_text())
+    assert {"device", "date", "torch", "command", "settings", "definition"} <= record.keys()
+    assert len(record["cells"]) == 9 and len(record["against"]) == 4 and len(record["cuts"]) == 4
+    full = record["cells"][0]
+    assert full["policy"] == "full" and full["kv_share"] == 1 and full["scores"]["fidelity"]["kl"] == [0, 0, 0]
+    assert record["tasks"]["fidelity"]["rows"] == 3 and set(record["depths"]) == {"needle 64", "needle 80", "recall 96"}
+    for row in record["cells"][1:]:  # equal totals, within a granule of a layer
+        assert row["budget"] - 0.03 < row["kv_share"] <= row["budget"]
+    pictures = {path.name for path in small.glob("*.png")}
+    assert pictures == {"frontier.png", "plans.png", "importance.png", "needle.png"}
+    table = (small / "table.md").read_text()
+    assert table.count("\n| streaming | squeeze p=0.3 |") == 2 and "\n- squeeze p=0.3, recall 96: better in " in table
+    lines = [json.loads(line) for line in (small / "predictions.jsonl").read_text().splitlines()[1:]]
+    assert len(lines) == 9 * (3 + 2 * 8 + 6)
+    assert {"prediction", "expected", "exact", "depth"} <= lines[-1].keys()
+    shown = render_readme.quality_of(record, "x/summary.json")
+    assert "| h2o |" in shown and "summary.json" in shown
+
+
+def test_an_interrupted_run_goes_on_to_the_same_numbers(small, tmp_path, capsys, monkeypatch):
+    """Cut off in the middle of a line, and within a batch."""
+    monkeypatch.setattr("evaluation.pictures.draw", lambda *_: [])
+    whole = (small / "predictions.jsonl").read_bytes()
+    (tmp_path / "predictions.jsonl").write_bytes(whole[: len(whole) * 2 // 5])
+    args = [*GRID, *SMALL, "--tasks", "fidelity,needle,recall", "--out", str(tmp_path)]
+    assert "holds results; go on with --resume" in refused(capsys, *args)
+    assert "other settings (read)" in refused(capsys, *args, "--resume", "--read", "5")
+    assert evaluate.main([*args, "--resume"]) == 0
+    assert (tmp_path / "predictions.jsonl").read_bytes() == whole
+    first, again = (json.loads((out / "summary.json").read_text()) for out in (small, tmp_path))
+    assert {n: v for n, v in first.items() if n != "command"} == {n: v for n, v in again.items() if n != "command"}
+    monkeypatch.setattr(evaluate.run.__globals__["Batch"], "__init__", None)  # nothing is left to do
+    assert evaluate.main([*args, "--resume"]) == 0
+
+
+def test_interrupt(tmp_path, capsys, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Fidelity, "results", interrupted)
+    assert evaluate.main([*SMALL, "--tasks", "fidelity", "--out", str(tmp_path)]) == 130
+    assert "--resume goes on from here" in capsys.readouterr().err
+
+
+class Fake:
+    """A task with given results: exact answers of each cell."""
+
+    name, metric, new = "fake", "exact", 1
+
+    def __init__(self, count: int):
+        self.rows = [Row(n, [0], None) for n in range(count)]
+
+
+@pytest.fixture
+def scores(tmp_path):
+    def made(hits: dict[Cell, list[bool]]) -> Scores:
+        task, log = Fake(len(hits[FULL])), Log(tmp_path / f"{len(hits[FULL])}.jsonl", {}, resume=False)
+        for cell, results in hits.items():
+            for row, exact in enumerate(results):
+                log.add({"task": "fake", "row": row, **cell.__dict__, "exact": exact})
+        return Scores(task, list(hits), log)
+
+    return made
+
+
+def test_largest_cuts(scores):
+    """Estimate: 0 of 1000 lost at 0.4, 8 at 0.3, 0 at 0.2 but 20 at 0.25: everything above must hold too."""
+    lost = {0.5: 0, 0.4: 2, 0.3: 8, 0.25: 20, 0.2: 0}
+    hits = {FULL: [True] * 1000}
+    hits |= {Cell("h2o", budget=b): [n >= count for n in range(1000)] for b, count in lost.items()}
+    figures = [{"kv_share": cell.budget or 1} for cell in hits]
+    cells = [cell for cell in hits if cell != FULL]
+    assert scores(hits).cut(cells, figures) == {"estimate": 0.7, "sure": 0.6}
+    # Without a single loss 100 questions still leave 3% open.
+    few = {cell: [True] * 100 for cell in list(hits)[:2]}
+    assert scores(few).cut([list(few)[1]], figures) == {"estimate": 0.5, "sure": None}
+    never = {cell: [False] * 50 for cell in list(hits)[:2]}  # what the full cache cannot do cannot be lost
+    assert scores(never).cut([list(never)[1]], figures) == {"estimate": None, "sure": None}
+
+
+def test_differences_are_paired(scores):
+    """b is a with 5 of 200 lost: far less than the spread of either shows, and the interval excludes 0."""
+    a = [bool(n % 2) for n in range(200)]
+    b = [hit and n >= 10 for n, hit in enumerate(a)]
+    one, other = Cell("h2o", budget=0.3), Cell("h2o", "squeeze", 0.3, 0.3)
+    made = scores({FULL: [True] * 200, one: a, other: b})
+    mean, low, high = made.difference(other, one)["exact"]
+    assert mean == -0.025 and low < -0.035 and -0.015 < high < 0
+    assert made.of(one)["exact"][0] == 0.5 and made.of(FULL)["exact"][1:] == pytest.approx([0.98116, 1], abs=1e-4)
+
+
+def test_intervals():
+    assert wilson(0.9, 100) == pytest.approx((0.82563, 0.94477), abs=1e-5)  # statsmodels' proportion_confint
+    assert interval(np.arange(1001.0)) == (25, 975)
+
+
+LONG = {
+    "input": "Who has the lantern?",
+    "context": "word " * 3000,
+    "answers": ["The violin"],
+    "length": 3000,
+    "dataset": "hotpotqa",
+    "language": "en",
+    "all_classes": None,
+    "_id": "1",
+}
+RULER = {"index": 0, "input": "Some special magic numbers ...", "outputs": ["12", "34"], "length": 99}
+
+
+def written(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_standard_files_run_end_to_end(tmp_path):
+    """Published formats, a few dozen rows: all of them predicted, scored and resumable."""
+    folder = tmp_path / "data"
+    written(folder / "hotpotqa.jsonl", [LONG | {"context": "word " * (40 + n % 4)} for n in range(25)])
+    written(folder / "vt" / "validation.jsonl", [RULER | {"answer_prefix": " are"}] * 24)
+    written(folder / "qa_2.jsonl", [RULER | {"outputs": ["a"]}] * 2)
+    args = ["--files", str(folder), "--policies", "streaming", "--layers", "squeeze", "--budgets", "0.5"]
+    assert evaluate.main([*args, "--rows", "24", "--batch", "24", "--out", str(tmp_path / "out")]) == 0
+    record = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {name: task["rows"] for name, task in record["tasks"].items()} == {
+        "longbench: hotpotqa": 24,
+        "ruler: vt": 24,
+        "ruler: qa_2": 2,
+    }
+    metrics = {name: list(scores) for name, scores in record["cells"][1]["scores"].items()}
+    assert metrics["ruler: vt"] == ["match_all"]
+    assert metrics["ruler: qa_2"] == ["match_part"] and metrics["longbench: hotpotqa"] == ["f1"]
+
+
+def task_of(tiny, name: str, rows: list[dict], limit: int = 2048) -> standard.Standard:
+    return standard.Standard(name, [json.dumps(row).encode() for row in rows], tiny[1], frozenset(), limit)
+
+
+def test_prompts_of_standard_files(tiny):
+    decode = tiny[1].decode
+    long = task_of(tiny, "hotpotqa.jsonl", [LONG])
+    text = decode(long.rows[0].ids)
+    assert len(long.rows[0].ids) == 2048 - 32 == 2048 - long.new
+    assert text.startswith("Answer the question based on the given passages. Only give me")
+    assert text.endswith("do not output any other words.\n\nQuestion: Who has the lantern?\nAnswer:")
+    prefixed = task_of(tiny, "x/vt/validation.jsonl", [RULER | {"answer_prefix": " Answer: they are"}])
+    assert decode(prefixed.rows[0].ids).endswith("numbers ... Answer: they are") and prefixed.new == 30
+    assert task_of(tiny, "qasper_e.jsonl", [LONG | {"dataset": "qasper_e"}]).new == 128
+    news = task_of(tiny, "cnn.jsonl", [{"article": "It rained.", "highlights": "Rain.", "id": "1"}])
+    assert decode(news.rows[0].ids).endswith("It rained.\n\nTL;DR:") and news.rows[0].expected == ["Rain."]
+    assert standard.middle_cut(list(range(10)), 5) == [0, 1, 2, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "words"),
+    [
+        ("a.jsonl", [LONG, {"input": "x", "context": "y"}], "a.jsonl row 2 lacks the field 'answers'"),
+        ("a.jsonl", [LONG, LONG, LONG | {"answers": "x"}], "row 3: the field 'answers' must be a list of texts"),
+        ("a.jsonl", [LONG | {"answers": []}], "row 1: the field 'answers' must be a list of texts, not []"),
+        ("vt.jsonl", [RULER, RULER | {"outputs": [7]}], "vt.jsonl row 2: the field 'outputs'"),
+        ("a.jsonl", [{"question": "x", "id": 3}], "row 1 has the fields question, id; known formats: longbench"),
+        ("a.jsonl", [LONG | {"dataset": "dureader"}], "dataset dureader is not among narrativeqa"),
+        ("sort.jsonl", [RULER], "sort is no RULER task; their names begin with niah"),
+        ("a.jsonl", [], "has no rows"),
+    ],
+)
+def test_wrong_files(tiny, name, rows, words):
+    with pytest.raises(ValueError) as error:
+        task_of(tiny, name, rows)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_wrong_lines(tiny):
+    with pytest.raises(ValueError, match="f row 2 is not JSON"):
+        standard.Standard("f", [json.dumps(RULER).encode(), b"{"], tiny[1], frozenset(), 2048)
+    with pytest.raises(ValueError, match="f row 1 is not a JSON object"):
+        standard.Standard("f", [b"[1]"], tiny[1], frozenset(), 2048)
+
+
+def test_metrics():
+    m = standard.METRICS
+    assert m["f1"]("The violin, a lantern!", ["x", "violin lantern table"]) == pytest.approx(0.8)
+    assert m["f1"]("", ["x"]) == 0
+    assert m["rouge_l"]("the cat sat", ["the cat lay down", "dog"]) == pytest.approx(4 / 7)
+    assert m["edit_similarity"]("# note\nreturn ab\nx", ["return abc"]) == pytest.approx(18 / 19)
+    assert m["classification"]("Food or Color", ["Food"], ["Food", "Color", "Foo"]) == 0.5
+    assert m["classification"]("Color", ["Food"], ["Food", "Color"]) == 0
+    assert m["number"]("Paragraph 3, not 4", ["Paragraph 3"]) == 0.5 and m["number"]("none", ["7"]) == 0
+    assert m["match_all"]("It is 12.", ["12", "34"]) == 0.5 and m["match_part"]("PARIS", ["x", "Paris"]) == 1
+
+
+def test_only_the_first_line_counts_where_longbench_says_so(tiny, monkeypatch):
+    said = tiny[1].encode("\n Food\nColor", special=False)
+    batch = types.SimpleNamespace(greedy=lambda *_: [said])
+    for dataset, score in (("trec", 1), ("lcc", None)):
+        row = LONG | {"dataset": dataset, "answers": ["Food"], "all_classes": ["Food", "Color"]}
+        task = task_of(tiny, "a", [row])
+        [result] = task.results(batch, FULL, task.rows)
+        assert result["prediction"] == "\n Food\nColor" and (score is None or result["classification"] == score)
+
+
+def test_files_from_a_zip_and_from_the_hub(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        archive.writestr("data/lcc.jsonl", json.dumps(LONG) + "\n")
+    assert list(standard.read(str(tmp_path))) == [("data/lcc.jsonl", [json.dumps(LONG).encode()])]
+    asked = []
+
+    def snapshot_download(name, **options):
+        asked.append((name, options["repo_type"]))
+        if name == "no/such":
+            raise OSError("404")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert len(list(standard.read("THUDM/LongBench"))) == 1 and asked == [("THUDM/LongBench", "dataset")]
+    with pytest.raises(ValueError, match="no/such is no file here, and the hub did not give it: 404"):
+        list(standard.read("no/such"))
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--policies", "lru"], "unknown policy 'lru'"),
+        (["--layers", "cone"], "unknown layer policy 'cone'"),
+        (["--budgets", "0.2,1.5"], "not 1.5"),
+        (["--budgets", "much"], "'much'"),
+        (["--p", "0"], "p must be in (0, 1], not 0.0"),
+        (["--tasks", "chess"], "unknown task 'chess'; known: fidelity, needle, recall"),
+        (["--questions", "0"], "--questions must be at least 1, not 0"),
+        (["--suite", "huge"], "'huge'"),
+        (["--checkpoint", "./nowhere"], "nowhere does not exist"),
+        (["--files", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
+        (["--text", TEXT, "--length", "3000", "--questions", "1", "--texts", "1"], "exceed the model's 2048 positions"),
+        (["--text", TEXT, "--length", "99999999"], "--length 99999999 and --read 64 need more"),
+        (["--policies", "streaming", "--budgets", "4", *SMALL], "needs at least 5"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else value[0],
+)
+def test_bad_input(capsys, tmp_path, args, words):
+    assert words in refused(capsys, *args, "--out", tmp_path)
+
+
+def test_own_text(tmp_path):
+    """Any UTF-8 text serves for reading and for hiding facts."""
+    (tmp_path / "text.txt").write_text("It was a dark and stormy night. " * 60)
+    args = ["--text", str(tmp_path / "text.txt"), "--policies", "window", "--layers", "uniform", "--budgets", "40"]
+    assert evaluate.main([*args, *SMALL, "--out", str(tmp_path / "out")]) == 0
+
+
+@pytest.fixture
+def harness(monkeypatch):
+    """lm-eval's base class: the real one where it is installed."""
+    try:
+        import lm_eval.api.model  # noqa: F401
+    except ImportError:
+        fake = types.ModuleType("lm_eval.api.model")
+        fake.TemplateLM = type("TemplateLM", (), {})
+        for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model"):
+            monkeypatch.setitem(sys.modules, name, fake)
+    monkeypatch.delitem(sys.modules, "evaluation.lm_eval_model", raising=False)
+    from evaluation.lm_eval_model import EngineLM
+
+    yield EngineLM
+    sys.modules.pop("evaluation.lm_eval_model", None)
+
+
+def test_lm_eval_model(tiny, harness):
+    model, tokenizer, text = tiny
+    cell = Cell("streaming", "squeeze", 0.3, 24)
+    lm = harness(model, tokenizer, frozenset([7]), cell, size=2)
+    pairs = [(text[:40], text[40:44]), (text[:39], text[39:40]), (text[100:200], text[200:203])]
+    got = lm._loglikelihood_tokens([(("", ""), *pair) for pair in pairs])
+    for (context, more), (score, greedy) in zip(pairs[2:], got[2:], strict=True):  # alone in its batch
+        batch = Batch(model, "streaming", [context], len(more))
+        logits = [batch.logits, *batch.forced(cell, torch.tensor([more[:-1]]))]
+        want = torch.cat(logits).log_softmax(-1)[range(len(more)), more].sum().item()
+        assert score == pytest.approx(want, rel=1e-5)
+        assert greedy == (torch.cat(logits).argmax(-1).tolist() == more)
+    full = harness(model, tokenizer, frozenset([7]), FULL, size=2)
+    for (context, more), (score, _) in zip(pairs, full._loglikelihood_tokens([(0, *p) for p in pairs]), strict=True):
+        logits = model(torch.tensor([context + more]))[0, len(context) - 1 : -1]
+        want = logits.log_softmax(-1)[range(len(more)), more].sum().item()
+        assert score == pytest.approx(want, rel=1e-4)
+    said = "import os\nimport sys\n"
+    requests = [types.SimpleNamespace(args=(said, {"max_gen_toks": 12, "until": until})) for until in (["e"], [])]
+    short, long = full.generate_until(requests)
+    tokens = list(Engine(model).stream(tokenizer.encode(said), max_new_tokens=12, eos_ids=frozenset([7])))
+    assert long == tokenizer.decode([t for t in tokens if t != 7]) and short == long.split("e")[0]
+
+
+@pytest.mark.slow
+def test_lm_eval_end_to_end(tmp_path, monkeypatch, capsys):
+    """Where it is installed: tasks of both kinds, made here, through its own evaluation."""
+    lm_eval = pytest.importorskip("lm_eval")
+    file = written(tmp_path / "data.json", [{"said": "import os\nimport", "right": " sys", "wrong": " zebra"}] * 4)
+    both = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(file)}}, "test_split": "test"}
+    both |= {"doc_to_text": "{{said}}", "doc_to_target": "{{right}}"}
+    choice = {"task": "choose", "output_type": "multiple_choice", "doc_to_choice": ["{{right}}", "{{wrong}}"]}
+    choice |= {"doc_to_target": 0, "metric_list": [{"metric": "acc"}]}
+    free = {"task": "continue", "output_type": "generate_until", "metric_list": [{"metric": "exact_match"}]}
+    free |= {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 4}}
+    real = lm_eval.simple_evaluate
+    monkeypatch.setattr(
+        lm_eval, "simple_evaluate", lambda tasks, **options: real(tasks=[both | choice, both | free], **options)
+    )
+    args = "--lm-eval made --policies streaming --layers uniform --budgets 64 --rows 3".split()
+    assert evaluate.main(args) == 0, capsys.readouterr().err
+    out = capsys.readouterr().out
+    assert out.count("Cell(") == 2 and out.count("|choose") == 2 and out.count("exact_match") == 2
+
+
+@pytest.mark.slow
+def test_squeeze_recalls_more_than_uniform_at_the_same_total(tmp_path):
+    args = "--tasks recall --questions 64 --policies streaming --layers uniform,squeeze --budgets 0.3".split()
+    assert evaluate.main([*args, "--out", str(tmp_path)]) == 0
+    [gain] = json.loads((tmp_path / "summary.json").read_text())["against"]
+    assert gain["minus_uniform"]["recall 1024"]["exact"][1] > 0
