@@ -1,7 +1,7 @@
 """How good is a small cache? Compare token policies, layer policies and budgets with the full cache.
 
     python evaluate.py --suite quick                    the embedded model: fidelity and recall, minutes
-    python evaluate.py --suite slow --resume            every policy, a fine grid, over 1,000 questions; hours
+    python evaluate.py --suite slow --resume            every token policy over more than 1,000 questions; an hour
     python evaluate.py --checkpoint meta-llama/Llama-3.2-1B --text book.txt --tasks fidelity --budgets 0.2,0.4
     python evaluate.py --checkpoint ~/models/Mistral-7B-v0.3 --files LongBench/data/hotpotqa.jsonl --budgets 512,1024
     python evaluate.py --checkpoint ~/models/Qwen3-0.6B --lm-eval arc_easy --policies h2o --layers squeeze --budgets 64
@@ -52,6 +52,7 @@ DEFAULTS = {
     "texts": 64,
     "needles": 32,
     "questions": 128,
+    "batch": 16,
 }
 NO_SETTINGS = (
     "policies",
@@ -69,11 +70,12 @@ SUITES = {
     "quick": {},
     "slow": {
         "policies": [name for name, policy in TOKEN_POLICIES.items() if policy.bounded],
-        "layers": list(LAYER_POLICIES),
-        "budgets": [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
-        "texts": 256,
-        "needles": 128,
+        "layers": ["uniform", "squeeze"],
+        "budgets": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8],
+        "tasks": ["fidelity", "recall"],
+        "texts": 128,
         "questions": 1024,
+        "batch": 64,
     },
 }
 
@@ -116,7 +118,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--needles", type=int, metavar="N", help="needle: prompts of each length")
     add("--questions", type=int, metavar="N", help="recall: prompts")
     add("--rows", type=int, metavar="N", help="files: the first N rows of each (default: all)")
-    add("--batch", type=int, default=16, metavar="N", help="rows that run together, with one plan (default: 16)")
+    add("--batch", type=int, metavar="N", help="rows that run together, with one plan (default: 16)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="auto", help="auto (the config's), bf16, fp16, fp32 or float64")
     add("--out", metavar="DIR", help="where results go (default: results/eval_SUITE, without a suite runs/eval)")
