@@ -71,9 +71,8 @@ SUITES = {
     "slow": {
         "policies": [name for name, policy in TOKEN_POLICIES.items() if policy.bounded],
         "layers": ["uniform", "squeeze"],
-        "budgets": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8],
+        "budgets": [0.1, 0.2, 0.3, 0.4, 0.5, 0.7],
         "tasks": ["fidelity", "recall"],
-        "texts": 128,
         "questions": 1024,
         "batch": 64,
     },
