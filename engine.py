@@ -63,7 +63,7 @@ class Figures:
     prefill_s: float = 0.0
     compile_s: float = 0.0  # decode steps in which something was compiled
     decode_s: float = 0.0  # all other decode steps
-    decode_tokens: int = 0  # tokens made in `decode_s`
+    decode_tokens: int = 0  # tokens made in `decode_s`; a request's first one comes from its prefill
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -165,17 +165,21 @@ class Engine:
 
         A row that ends takes the next request: shapes, addresses and the plan stay. The plan is made from the first
         `batch_size` prompts, or given to the engine. max_length, the most tokens of a prompt and its answer, fixes the
-        arena. By default a sequence of requests is one batch, as long as its longest; other iterables, which are read
-        as rows get free, need both. A request that cannot run yields a completion with its `error`.
+        arena. By default a sequence of requests is one batch, as long as the longest that can run; other iterables,
+        which are read as rows get free, need both. A request that cannot run yields a completion with its `error`.
         """
         samplings = None
         if isinstance(requests, Sequence):
             samplings = [request.sampling for request in requests]
-            batch_size = batch_size or len(requests)
-            max_length = max_length or max((len(r.ids) + r.max_new_tokens for r in requests), default=1)
+            lengths = [len(r.ids) + r.max_new_tokens for r in requests if not self._refusal(r)]
+            batch_size = max(len(lengths), 1) if batch_size is None else batch_size
+            max_length = max_length or max(lengths, default=0)
         if batch_size is None or max_length is None:
             raise ValueError("requests that are not a sequence need a batch_size and a max_length")
-        self._budget_slots(max_length)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        if max_length:  # else nothing can run
+            self._budget_slots(max_length)
         for updated in self._serve(map(Completion, requests), batch_size, max_length, samplings):
             yield from (completion for completion in updated if completion.finish_reason)
 
@@ -184,23 +188,28 @@ class Engine:
 
         In a conversation it comes after `seen` tokens, and the cache is made for `limit` tokens.
         """
+        if refusal := self._refusal(request, seen):
+            raise ValueError(refusal)
+        self._budget_slots(limit or seen + len(request.ids) + request.max_new_tokens)
+
+    def _refusal(self, request: Request, seen: int = 0) -> str | None:
+        """Why the request cannot run under any budget, in one line."""
         config, length = self.model.config, seen + len(request.ids) + request.max_new_tokens
         if not len(request.ids):
-            raise ValueError("the prompt is empty; give at least one token")
+            return "the prompt is empty; give at least one token"
         if request.max_new_tokens < 1:
-            raise ValueError(f"max-new-tokens must be at least 1, not {request.max_new_tokens}")
+            return f"max-new-tokens must be at least 1, not {request.max_new_tokens}"
         if not (min(request.ids) >= 0 and max(request.ids) < config.vocab_size):
             wrong = next(i for i in request.ids if not 0 <= i < config.vocab_size)
-            raise ValueError(f"token id {wrong} is outside the vocabulary (0 to {config.vocab_size - 1})")
+            return f"token id {wrong} is outside the vocabulary (0 to {config.vocab_size - 1})"
         learned = config.position_offset is not None
         if (learned or not self.policy.bounded) and length > config.max_positions:
-            raise ValueError(
+            return (
                 f"{f'{seen} earlier + ' * bool(seen)}{len(request.ids)} prompt + {request.max_new_tokens} new tokens "
-                f"exceed the model's "
-                f"{config.max_positions} {'learned ' if learned else ''}positions; shorten them"
+                f"exceed the model's {config.max_positions} {'learned ' if learned else ''}positions; shorten them"
                 + ("" if learned else " or use a bounded policy such as streaming")
             )
-        self._budget_slots(limit or length)
+        return None
 
     def _caps(self, length: int) -> list[int]:
         """The most slots that each layer can use for sequences of `length` tokens: a sliding window is a cap."""
@@ -255,14 +264,13 @@ class Engine:
     def _fitting(self, queue: Iterator[Completion], length: int, refused: list[Completion]) -> Iterator[Completion]:
         for completion in queue:
             request = completion.request
-            try:
-                self.check(request)
-                if len(request.ids) + request.max_new_tokens > length:
-                    raise ValueError(
-                        f"{len(request.ids)} prompt + {request.max_new_tokens} new tokens exceed max-length {length}"
-                    )
-            except ValueError as error:
-                completion.error, completion.finish_reason = str(error), "error"
+            completion.error = self._refusal(request)
+            if not completion.error and len(request.ids) + request.max_new_tokens > length:
+                completion.error = (
+                    f"{len(request.ids)} prompt + {request.max_new_tokens} new tokens exceed max-length {length}"
+                )
+            if completion.error:
+                completion.finish_reason = "error"
                 refused.append(completion)
             else:
                 yield completion
@@ -303,6 +311,8 @@ class Engine:
                     stepped = True
                     continue
                 owners, tokens = asked.popleft()
+                if all(owner is None or owner.finish_reason for owner in owners):
+                    continue  # it ran ahead of their ends: nobody waits for it
                 updated = []
                 for row, token in enumerate(tokens()):
                     if (completion := owners[row]) and not completion.finish_reason:
@@ -317,7 +327,7 @@ class Engine:
                     figures.compile_s += elapsed
                 else:
                     figures.decode_s += elapsed
-                    figures.decode_tokens += len(updated)
+                    figures.decode_tokens += sum(len(completion.tokens) > 1 for completion in updated)
                 graphs = compiled_graphs()
                 yield [*updated, *refused]
                 refused.clear()

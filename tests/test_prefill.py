@@ -1,0 +1,206 @@
+"""A prompt cut layer by layer, before the plan is known, against one that waits whole: the same cache in less memory."""
+
+from contextlib import ExitStack, contextmanager, nullcontext
+from unittest.mock import patch
+
+import pytest
+import torch
+from conftest import random_ids, random_model
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import model as model_module
+from engine import Engine, Request
+from kvcache import Memory, Prompt
+from policies.layers import LayerPolicy, make
+from policies.layers.squeeze import Squeeze
+from policies.tokens import TOKEN_POLICIES
+
+BOUNDED = [name for name, policy in TOKEN_POLICIES.items() if policy.bounded]
+LAYERS = 7
+ORDERS = {
+    "ascending": lambda layers: torch.linspace(0.1, 0.9, layers).tolist(),
+    "descending": lambda layers: torch.linspace(0.9, 0.1, layers).tolist(),
+    "random": lambda layers: torch.rand(layers, generator=torch.Generator().manual_seed(5)).tolist(),
+}
+SHAPES = {"equal caps": {}, "windows": {"sliding_window": 24, "windowed": (0, 3, 4)}}
+POLICIES = [Squeeze(0.2), Squeeze(0.6), Squeeze(1.0), make("mix", share=0.5, p=0.2)]
+
+
+@contextmanager
+def signals(values: list[float]):
+    """Prompts find these importances, layer by layer."""
+    following = iter(values * 10)
+
+    def importance(before, after, lengths=None):
+        return before.new_full(before.shape[:1], next(following))
+
+    with patch.object(model_module, "importance", importance):
+        yield
+
+
+def all_at_once():
+    """No layer is cut before the plan is known."""
+    return patch.object(Squeeze, "upper_bound", lambda self, so_far, *_: [10**9] * len(so_far))
+
+
+@contextmanager
+def cuts():
+    """Counts what is taken from prompts, in tokens."""
+    counted, cut = [], Prompt.cut
+
+    def counting(self, positions):
+        counted.append(self.k.shape[2] - positions.shape[2])
+        cut(self, positions)
+
+    with patch.object(Prompt, "cut", counting):
+        yield counted
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def model(request):
+    return random_model(n_layers=LAYERS, **SHAPES[request.param])
+
+
+def cached(engine: Engine, requests: list[Request]) -> tuple:
+    """The plan, and what every valid slot holds right after the prompt."""
+    with torch.inference_mode():
+        decoder, figures = engine._start(requests)
+    held = []
+    for layer in decoder.cache.layers:
+        for row, seen in enumerate(decoder.seen.tolist()):
+            held += [part[row, :, :seen].tolist() for part in layer if part is not None]
+    return figures.plan, figures.importance, decoder.tokens.tolist(), held
+
+
+@pytest.mark.parametrize("order", ["its own", *ORDERS])
+@pytest.mark.parametrize("policy", BOUNDED)
+def test_cut_as_it_goes_equals_all_at_once(model, policy, order):
+    """Bit for bit, for one prompt and for a ragged batch."""
+    values = ORDERS[order](LAYERS) if order in ORDERS else None
+    tokens = 0
+    for number, (layers, budget) in enumerate(zip(POLICIES, (12, 0.2, 0.4, 16), strict=True)):
+        requests = [Request(random_ids(length, length), 4) for length in ([90], [90, 33, 4])[number % 2]]
+        got = []
+        for whole in (False, True):
+            with signals(values) if values else nullcontext(), ExitStack() as stack:
+                counted = stack.enter_context(cuts())
+                if whole:
+                    stack.enter_context(all_at_once())
+                got.append(cached(Engine(model, policy, layers, budget), requests))
+                assert not (whole and counted)
+                tokens += sum(counted)
+        assert got[0] == got[1]
+        assert layers.p == 1 or order == "its own" or len(set(got[0][0])) > 1
+    assert tokens > 0
+
+
+@pytest.mark.parametrize("policy", ["h2o", "streaming", "snapkv"])
+def test_tokens_are_those_of_all_at_once(model, policy):
+    requests = [Request(random_ids(length, length), 20) for length in (90, 33, 4)]
+    answers = []
+    for whole in (False, True):
+        with all_at_once() if whole else nullcontext():
+            done = Engine(model, policy, Squeeze(0.2), 12).generate(requests, batch_size=2)
+            answers.append(sorted((requests.index(completion.request), completion.tokens) for completion in done))
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("layers", ["uniform", "pyramid"])
+def test_a_plan_known_before_the_prompt_needs_no_cut(model, layers):
+    with cuts() as counted, patch.object(LayerPolicy, "upper_bound", side_effect=AssertionError):
+        list(Engine(model, "h2o", layers, 12).generate([Request(random_ids(60), 3)]))
+    assert not counted
+
+
+DEEP, LONG, SHARE, P = 32, 4096, 0.2, 0.3
+LAYER_BYTES = 2 * 8 * 4 * LONG  # K and V of one layer's whole prompt: head_dim 8, fp32
+
+
+@pytest.fixture(scope="module")
+def deep():
+    shape = {"dim": 16, "n_heads": 1, "n_kv_heads": 1, "head_dim": 8, "ffn_dim": 16, "max_positions": 2 * LONG}
+    return random_model(torch.float32, n_layers=DEEP, **shape)
+
+
+class Ledger:
+    """The bytes of all K and V that are alive: prompts, what is gathered from them, and arenas."""
+
+    def __init__(self):
+        self.known: dict[StorageWeakRef, int] = {}
+        self.peak = 0
+
+    def enter(self, *tensors: torch.Tensor) -> None:
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            self.known[StorageWeakRef(storage)] = storage.nbytes()
+        self.known = {storage: size for storage, size in self.known.items() if not storage.expired()}
+        self.peak = max(self.peak, sum(self.known.values()))  # it only rises when something is entered
+
+    def __enter__(self):
+        self.patches, init, gather, arena = ExitStack(), Prompt.__init__, Prompt.gather, Memory.arena
+
+        def entering_init(prompt, k, v, scores):
+            init(prompt, k, v, scores)
+            self.enter(k, v)
+
+        def entering_gather(prompt, positions):
+            parts = gather(prompt, positions)
+            self.enter(*parts)
+            return parts
+
+        def entering_arena(memory, name, *arguments):
+            made = arena(memory, name, *arguments)
+            if name in ("k", "v"):
+                self.enter(made)
+            return made
+
+        self.patches.enter_context(patch.object(Prompt, "__init__", entering_init))
+        self.patches.enter_context(patch.object(Prompt, "gather", entering_gather))
+        self.patches.enter_context(patch.object(Memory, "arena", entering_arena))
+        return self
+
+    def __exit__(self, *_):
+        self.patches.close()
+
+
+class Sizes(TorchDispatchMode):
+    """The most elements of any tensor that is made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.largest = max([self.largest, *(part.numel() for part in tree_leaves(out) if torch.is_tensor(part))])
+        return out
+
+
+def peak(model, policy: str, order: str, whole: bool) -> int:
+    """In bytes, from the prompt to the second token; nothing as large as an attention matrix is made."""
+    with ExitStack() as stack:
+        stack.enter_context(signals(ORDERS[order](DEEP)))
+        if whole:
+            stack.enter_context(all_at_once())
+        ledger, sizes = stack.enter_context(Ledger()), stack.enter_context(Sizes())
+        stream = Engine(model, policy, Squeeze(P), SHARE).stream(random_ids(LONG), max_new_tokens=2)
+        assert len(list(stream)) == 2
+    assert DEEP * int(SHARE * LONG) * 8 <= sizes.largest < LONG * LONG
+    assert stream.completion.figures.kv_bytes <= ledger.peak
+    return ledger.peak
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_keys_and_values_stay_under_the_bound(deep, order):
+    """One layer's whole prompt and p + (1 - p) H_L budgets, and a granule a layer; the arena is in it, too."""
+    budget = SHARE * LAYER_BYTES * DEEP
+    harmonic = sum(1 / rank for rank in range(1, DEEP + 1))
+    bound = LAYER_BYTES + (P + (1 - P) * harmonic) * budget + DEEP * 16 * LAYER_BYTES / LONG
+    cut, whole = (peak(deep, "window", order, all) for all in (False, True))
+    print(f"{order}: cut {cut / budget:.2f}, all at once {whole / budget:.2f}, bound {bound / budget:.2f} budgets")
+    assert 2 * budget * 0.99 < cut < bound
+    assert whole > DEEP * LAYER_BYTES > 1.4 * cut
+
+
+def test_policies_that_score_stay_under_the_bound(deep):
+    cut, whole = (peak(deep, "h2o", "random", all) for all in (False, True))
+    assert whole > DEEP * LAYER_BYTES > 1.4 * cut
