@@ -83,9 +83,9 @@ def want(model):
 
 
 @pytest.mark.parametrize("policy", TOKEN_POLICIES)
-def test_replayed_equals_eager(model, policy):
+def test_replayed_equals_eager(policy):
     """A stream, a sampled one, a batch whose rows are refilled, twice, and a conversation."""
-    answers = []
+    model, answers = random_model(max_positions=100), []
     for captured in (False, True):
         engine, graphs = engine_of(model, policy, captured, plan=None if policy == "full" else PLAN)
         tokens = [list(engine.stream(IDS, sampling, 12)) for sampling in (GREEDY, SAMPLED, GREEDY)]

@@ -1,15 +1,18 @@
 """What needs a GPU: the same oracles on CUDA. Run with -m gpu (scripts/gpu_suite.sh does)."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 from conftest import random_ids, random_model
 from test_engine import BOUNDED, PLAN, run, teacher_forced
+from test_prefill import DEEP, LONG, ORDERS, SHARE, P, all_at_once, signals
 
 import generate
 from engine import Engine, Request
-from sampling import Sampling
+from policies.layers.squeeze import Squeeze
+from sampling import GREEDY, Sampling
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -34,6 +37,131 @@ def test_ragged_batch_equals_single(policy):
     requests = [Request(ids, max_new_tokens=40) for ids in prompts]
     done = {id(completion.request): completion for completion in Engine(model, policy, plan=PLAN).generate(requests)}
     assert [done[id(request)].tokens for request in requests] == singles
+
+
+SAMPLED = Sampling(temperature=0.9, top_k=20, top_p=0.9, seed=3)
+REFILLED = [(20, 6, SAMPLED), (3, 5, GREEDY), (41, 4, GREEDY), (11, 9, SAMPLED), (30, 3, GREEDY)]
+
+
+def counted(engine: Engine) -> list[int]:
+    """How often each captured step has been replayed so far, one entry a capture."""
+    replays, capture = [], engine.code.capture
+
+    def counting(step):
+        replay, number = capture(step), len(replays)
+        replays.append(0)
+
+        def play() -> None:
+            replays[number] += 1
+            replay()
+
+        return play
+
+    engine.code.capture = counting
+    return replays
+
+
+@pytest.mark.parametrize("policy", ["full", *BOUNDED])
+def test_replayed_equals_eager(policy):
+    """Streams, greedy and sampled; a batch whose rows are refilled; a conversation. Each twice, from the store."""
+    torch._dynamo.reset()
+    model = random_model(max_positions=100).cuda()
+    answers = []
+    for compiled in (False, True):
+        engine = Engine(model, policy, plan=None if policy == "full" else PLAN, compile=compiled)
+        assert engine.lag == 2 and (engine.code.capture is not None) == compiled
+        replays = counted(engine) if compiled else []
+        tokens = []
+        for _ in range(2):
+            tokens += [list(engine.stream(random_ids(33), sampling, 12)) for sampling in (GREEDY, SAMPLED)]
+            requests = [Request(random_ids(length, length), new, sampling) for length, new, sampling in REFILLED]
+            done = {id(completion.request): completion for completion in engine.generate(requests, batch_size=2)}
+            tokens += [done[id(request)].tokens for request in requests]
+        conversation = engine.conversation(SAMPLED)
+        tokens += [list(conversation.stream(random_ids(count, count), 5)) for count in (9, 17, 4)]
+        answers.append(tokens)
+        assert len(replays) == (4 if compiled else 0) and all(replays)  # greedy, sampled, the batch, the conversation
+    assert answers[0] == answers[1]
+    assert answers[0][0] != answers[0][1]
+
+
+@pytest.mark.parametrize("policy", ["full", *BOUNDED])
+def test_rows_that_are_refilled_equal_single_streams(policy):
+    """With steps that run ahead; some rows end by an end-of-sequence id at odd moments."""
+    model = random_model().cuda()
+    plan = [80] * 4 if policy == "full" else PLAN
+    requests = [Request(random_ids(n, n), new, sampling, range(8)) for n, new, sampling in REFILLED * 2]
+    engine, done = Engine(model, policy, plan=plan), {}
+    for completion in engine.generate(requests, batch_size=3):
+        done[id(completion.request)] = completion
+    for request in requests:
+        alone = Engine(model, policy, plan=plan).stream(request.ids, request.sampling, request.max_new_tokens, range(8))
+        assert done[id(request)].tokens == list(alone)
+        assert done[id(request)].finish_reason == alone.completion.finish_reason
+
+
+def test_two_plans_take_turns_in_one_memory():
+    """No capture but the first of each; graphs of an older plan still read and write the right slots."""
+    torch._dynamo.reset()
+    model, plans = random_model().cuda(), (PLAN, [14, 8, 10, 26])
+    engine = Engine(model, "h2o", compile=True)
+    replays = counted(engine)
+    for number in range(6):
+        engine.plan = plans[number % 2]
+        ids = random_ids(10 + 7 * number)
+        stream = engine.stream(ids, max_new_tokens=9)
+        assert list(stream) == run(Engine(model, "h2o", plan=engine.plan), ids, 9)
+        assert (stream.completion.figures.compile_s > 0) == (number < 2)
+    assert len(replays) == 2 and min(replays) == 3 * 8
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "replayed"])
+@pytest.mark.parametrize("policy", ["full", "streaming", "h2o", "tova", "snapkv"])
+def test_no_step_waits_for_the_device(policy, compiled, sampling):
+    model = random_model().cuda()
+    engine = Engine(model, policy, plan=[80] * 4 if policy == "full" else PLAN, compile=compiled)
+    requests = [Request(random_ids(length, length), 20, sampling) for length in (20, 5)]
+    with torch.inference_mode():
+        decoder, _ = engine._start(requests, later=[])
+        decoder.step()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            asked = []
+            for _ in range(6):
+                decoder.step()
+                asked.append(decoder.read())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    want = list(Engine(model, policy, plan=engine.plan).generate(requests))
+    rows = {id(completion.request): completion.tokens for completion in want}
+    assert [tokens() for tokens in asked] == [
+        [rows[id(request)][step + 2] for request in requests] for step in range(len(asked))
+    ]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_cut_prompt_takes_less_memory(order):
+    """All that is allocated. A plan that is known from the start shows what the activations and one layer take."""
+    shape = {"dim": 128, "n_heads": 2, "n_kv_heads": 2, "head_dim": 64, "ffn_dim": 128, "max_positions": 2 * LONG}
+    model = random_model(torch.float32, n_layers=DEEP, **shape).cuda()
+    layer = 2 * 2 * 64 * 4 * LONG  # bytes of K and V
+    budget = SHARE * DEEP * layer
+
+    def peak(layers, whole: bool = False) -> int:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with signals(ORDERS[order](DEEP)), all_at_once() if whole else nullcontext():
+            list(Engine(model, "window", layers, SHARE).stream(random_ids(LONG), max_new_tokens=2))
+        return torch.cuda.max_memory_allocated() - before
+
+    peak("uniform")  # what libraries allocate once
+    known, cut, whole = peak("uniform"), peak(Squeeze(P)), peak(Squeeze(P), whole=True)
+    harmonic = sum(1 / rank for rank in range(1, DEEP + 1))
+    assert cut < known + (P + (1 - P) * harmonic - 1) * budget + layer
+    assert whole > DEEP * layer and whole - cut > 10 * layer
 
 
 def test_bf16_runs_and_equal_seeds_give_equal_tokens():

@@ -1,4 +1,4 @@
-"""A prompt cut layer by layer, before the plan is known, against one that waits whole: the same cache in less memory."""
+"""A prompt cut layer by layer before the plan is known, against one that waits whole: the same cache, less memory."""
 
 from contextlib import ExitStack, contextmanager, nullcontext
 from unittest.mock import patch
@@ -116,6 +116,9 @@ def test_a_plan_known_before_the_prompt_needs_no_cut(model, layers):
 
 DEEP, LONG, SHARE, P = 32, 4096, 0.2, 0.3
 LAYER_BYTES = 2 * 8 * 4 * LONG  # K and V of one layer's whole prompt: head_dim 8, fp32
+BUDGET = SHARE * DEEP * LAYER_BYTES
+# One layer's whole prompt, p + (1 - p) H_L budgets, and a granule a layer.
+BOUND = LAYER_BYTES + BUDGET * (P + (1 - P) * sum(1 / rank for rank in range(1, DEEP + 1))) + DEEP * 16 * 2 * 8 * 4
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +178,7 @@ class Sizes(TorchDispatchMode):
         return out
 
 
-def peak(model, policy: str, order: str, whole: bool) -> int:
+def peak(model, policy: str, order: str, whole: bool = False) -> int:
     """In bytes, from the prompt to the second token; nothing as large as an attention matrix is made."""
     with ExitStack() as stack:
         stack.enter_context(signals(ORDERS[order](DEEP)))
@@ -185,22 +188,24 @@ def peak(model, policy: str, order: str, whole: bool) -> int:
         stream = Engine(model, policy, Squeeze(P), SHARE).stream(random_ids(LONG), max_new_tokens=2)
         assert len(list(stream)) == 2
     assert DEEP * int(SHARE * LONG) * 8 <= sizes.largest < LONG * LONG
-    assert stream.completion.figures.kv_bytes <= ledger.peak
     return ledger.peak
 
 
+@pytest.fixture(scope="module")
+def whole(deep):
+    with patch.object(model_module.Attention, "over_prompt", lambda self, q, k, v: q):
+        return peak(deep, "window", "random", whole=True)
+
+
 @pytest.mark.parametrize("order", ORDERS)
-def test_keys_and_values_stay_under_the_bound(deep, order):
-    """One layer's whole prompt and p + (1 - p) H_L budgets, and a granule a layer; the arena is in it, too."""
-    budget = SHARE * LAYER_BYTES * DEEP
-    harmonic = sum(1 / rank for rank in range(1, DEEP + 1))
-    bound = LAYER_BYTES + (P + (1 - P) * harmonic) * budget + DEEP * 16 * LAYER_BYTES / LONG
-    cut, whole = (peak(deep, "window", order, all) for all in (False, True))
-    print(f"{order}: cut {cut / budget:.2f}, all at once {whole / budget:.2f}, bound {bound / budget:.2f} budgets")
-    assert 2 * budget * 0.99 < cut < bound
-    assert whole > DEEP * LAYER_BYTES > 1.4 * cut
+def test_keys_and_values_stay_under_the_bound(deep, whole, order):
+    """The arena counts, too. What attention gives does not matter here and takes most of the time."""
+    with patch.object(model_module.Attention, "over_prompt", lambda self, q, k, v: q):
+        cut = peak(deep, "window", order)
+    assert 2 * BUDGET * 0.99 < cut < BOUND
+    assert whole > DEEP * LAYER_BYTES > 1.9 * cut
 
 
-def test_policies_that_score_stay_under_the_bound(deep):
-    cut, whole = (peak(deep, "h2o", "random", all) for all in (False, True))
-    assert whole > DEEP * LAYER_BYTES > 1.4 * cut
+@pytest.mark.parametrize("policy", ["snapkv", *(pytest.param(name, marks=pytest.mark.slow) for name in BOUNDED)])
+def test_no_attention_matrix(deep, policy):
+    assert peak(deep, policy, "random") < BOUND
