@@ -117,7 +117,9 @@ def test_a_plan_known_before_the_prompt_needs_no_cut(model, layers):
 DEEP, LONG, SHARE, P = 32, 4096, 0.2, 0.3
 LAYER_BYTES = 2 * 8 * 4 * LONG  # K and V of one layer's whole prompt: head_dim 8, fp32
 BUDGET = SHARE * DEEP * LAYER_BYTES
-# One layer's whole prompt, p + (1 - p) H_L budgets, and a granule a layer.
+# One layer's whole prompt, p + (1 - p) H_L budgets, and a granule a layer. For p of 0.7 or more that is less than two
+# budgets, which the arena and the cut prompts take together at the end. An engine that keeps an arena from a request
+# before has that on top.
 BOUND = LAYER_BYTES + BUDGET * (P + (1 - P) * sum(1 / rank for rank in range(1, DEEP + 1))) + DEEP * 16 * 2 * 8 * 4
 
 
@@ -206,6 +208,8 @@ def test_keys_and_values_stay_under_the_bound(deep, whole, order):
     assert whole > DEEP * LAYER_BYTES > 1.9 * cut
 
 
-@pytest.mark.parametrize("policy", ["snapkv", *(pytest.param(name, marks=pytest.mark.slow) for name in BOUNDED)])
+@pytest.mark.parametrize(
+    "policy", [pytest.param(name, marks=[] if name == "snapkv" else pytest.mark.slow) for name in BOUNDED]
+)
 def test_no_attention_matrix(deep, policy):
     assert peak(deep, policy, "random") < BOUND
