@@ -25,15 +25,27 @@ def provenance(record: dict, file: str) -> str:
 
 
 def decode() -> str:
-    record = result("decode_cpu.json")
-    lines = ["| decode | ms a token | tokens/s | times transformers | first compile |", "|---|---|---|---|---|"]
+    record = result("bench_cpu.json")["stages"]["decode"]
+    lines = ["| shape, dtype | decode | ms a token | tokens/s | times transformers: generate | loop | compiled |"]
+    lines.append("|---" * 7 + "|")
     for row in record["rows"]:
-        compiled = f"{row['first_compile_s']} s" if row["first_compile_s"] else "-"
-        lines.append(
-            f"| {row['what']} | {row['ms_per_token']:.2f} | {row['tokens_per_s']:.0f} "
-            f"| {row['times_transformers']:.1f} | {compiled} |"
-        )
-    return "\n".join([*lines, "", provenance(record, "decode_cpu.json")])
+        shape = f"{row['shape']}, {row['dtype']}, {row['prompt_tokens']} + {row['new_tokens']}"
+        peers = ("transformers generate", "transformers eager", "transformers static, compiled")
+        cells = [f"{row['times'][peer]:.1f}" if peer in row.get("times", ()) else "-" for peer in peers]
+        speed = row.get("failed") or f"{row['ms_per_step']:.2f}", f"{row.get('tokens_per_s', 0):.1f}"
+        lines.append(f"| {' | '.join([shape, row['what'], *speed, *cells])} |")
+    return "\n".join([*lines, "", provenance(record, "bench_cpu.json")])
+
+
+def throughput() -> str:
+    record = result("bench_cpu.json")["stages"]["throughput"]
+    batches = sorted({row["batch"] for row in record["rows"]})
+    lines = [f"| tokens/s at batch | {' | '.join(map(str, batches))} |", "|---" * (1 + len(batches)) + "|"]
+    for what in dict.fromkeys(row["what"] for row in record["rows"]):
+        own = {row["batch"]: row for row in record["rows"] if row["what"] == what}
+        cells = [own[batch].get("failed") or f"{own[batch]['tokens_per_s']:.0f}" for batch in batches]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", provenance(record, "bench_cpu.json")])
 
 
 def quality() -> str:
@@ -112,7 +124,14 @@ def families() -> str:
     return "\n".join(lines)
 
 
-SECTIONS = {"first": first, "decode": decode, "quality": quality, "chat": chat, "families": families}
+SECTIONS = {
+    "first": first,
+    "decode": decode,
+    "throughput": throughput,
+    "quality": quality,
+    "chat": chat,
+    "families": families,
+}
 
 
 def main() -> int:

@@ -7,8 +7,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
+    "bench": 4,
     "evaluate": 4,
     "generate": 4,
+    "benchmark": 3.5,
     "evaluation": 3.5,
     "engine": 3,
     "checkpoint": 2,
@@ -21,7 +23,8 @@ FLOORS = {
     "sampling": 0,
     "tokenizer": 0,
 }
-FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("policies/**/*.py"), *ROOT.glob("evaluation/*.py")])
+PACKAGES = ("benchmark", "evaluation", "policies")
+FILES = sorted([*ROOT.glob("*.py"), *(file for package in PACKAGES for file in ROOT.glob(f"{package}/**/*.py"))])
 
 
 def imported(file: Path) -> set[str]:

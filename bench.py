@@ -1,0 +1,572 @@
+"""How fast is it here: against transformers, against the full cache and against what the machine could do at most.
+
+    python bench.py                                          every stage, at sizes that suit the device (`JOBS`)
+    python bench.py --stage decode --shape llama-3.1-8b      one stage, one shape; both may be repeated
+    python bench.py --stage throughput --out results/bench.json --plot results/throughput.png
+
+Shapes are published ones with random weights, made on the device without a download, any config.json, and `embedded`,
+the checkpoint that comes along; NAME:DTYPE chooses a dtype (default: fp32 on the CPU, bf16 on CUDA). All contestants of
+a stage run in one process on the same weights and take turns, so that a drifting machine hits all of them: one turn to
+warm up and compile, from an empty compiler cache, which is reported apart, then `--rounds` turns, of which the tables
+give the median and the extremes. Lines on standard output are readable, the last one is everything as JSON. A
+contestant that fails is a row that says why.
+
+"Of the roofline": the larger of bytes that a step must read over the rate of a large copy (bytes read plus written),
+and its operations over the rate of a large matrix product, both measured in the same run, as a share of the step's
+time. Weights that fit into a processor's cache can exceed 100%.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, NamedTuple, NoReturn
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmark import attention, roofline
+from benchmark.subjects import SHAPES, Subject, make, published
+from benchmark.timing import Run, attempt, compiled_graphs, peak_bytes, race, reset_peak, seconds, synchronise
+from config import ModelConfig
+from engine import Engine, Request
+from kvcache import KVCache, LayerCache
+from model import Block, Transformer
+from policies import tokens as token_policies
+from policies.layers import LayerPolicy, Plan
+from scripts.record import origin
+
+GIB = 2**30
+SWITCHES = 20  # random plans of the stage `switch`
+COMPILED_PEER_LAYERS = 12  # transformers compiles all layers as one graph: on a CPU minutes for more than that
+
+Row = dict[str, Any]
+
+
+class Sizes(NamedTuple):
+    """What a stage runs. budget: slots per layer, or a share of the sequence. memory: bytes that it may use."""
+
+    shape: str
+    prompt: int = 512
+    new: int = 128
+    batches: tuple[int, ...] = (1,)
+    rounds: int = 3
+    budget: float = 0.2
+    memory: int | None = None
+    profile: Path | None = None
+
+
+# ---- stages: each yields rows
+
+
+def decode(subject: Subject, sizes: Sizes) -> Iterator[Row]:
+    """Step time of one request, and of a small batch on CUDA, against transformers."""
+    caches = {"full": ("full", "uniform", None)}
+    caches |= {f"{policy} x squeeze": (policy, "squeeze", sizes.budget) for policy in ("h2o", "streaming")}
+    engines = {"full, eager": Engine(subject.model)}
+    engines |= {f"{name}, compiled": Engine(subject.model, *cache, compile=True) for name, cache in caches.items()}
+    for batch in sizes.batches:
+        prompts = subject.prompts(batch, sizes.prompt)
+        peers = {"transformers generate": "generate", "transformers eager": "eager"}
+        if subject.device == "cuda" or subject.config.n_layers <= COMPILED_PEER_LAYERS:
+            peers["transformers static, compiled"] = "static"
+        contestants = {name: partial(theirs, subject, way, prompts, sizes.new) for name, way in peers.items()}
+        contestants |= {name: partial(ours, engine, prompts, sizes.new) for name, engine in engines.items()}
+        runs = race(f"decode {sizes.shape} x {batch}", contestants, sizes.rounds)
+        yield from compared([row(subject, name, prompts, sizes.new, these) for name, these in runs.items()], [*peers])
+    if sizes.profile is not None:
+        yield profile(engines["streaming x squeeze, compiled"], subject.prompts(1, sizes.prompt)[0], sizes.profile)
+
+
+def throughput(subject: Subject, sizes: Sizes) -> Iterator[Row]:
+    """Tokens per second over the batch: full against uniform against squeeze, up to the largest batch that fits."""
+    caches = {
+        "full": ("full", "uniform", None),
+        "uniform": ("streaming", "uniform", sizes.budget),
+        "squeeze": ("streaming", "squeeze", sizes.budget),
+    }
+    largest = {name: largest_batch(Engine(subject.model, *cache), subject, sizes) for name, cache in caches.items()}
+    engines = {name: Engine(subject.model, *cache, compile=True) for name, cache in caches.items()}
+    points: dict[int, list[str]] = {}  # batch -> contestants
+    for name, most in largest.items():  # up to the largest, and one beyond it, to see that it is the largest
+        ends = set() if most is None else {most, most + max(1, most // 8)}
+        for batch in {batch for batch in sizes.batches if most is None or batch < most} | ends - {0}:
+            points.setdefault(batch, []).append(name)
+
+    best: dict[str, Row] = {}
+    while points:
+        batch, names = min(points), points.pop(min(points))
+        prompts = subject.prompts(batch, sizes.prompt)
+        contestants = {name: partial(ours, engines[name], prompts, sizes.new) for name in names}
+        runs = race(f"throughput {sizes.shape} x {batch}", contestants, sizes.rounds)
+        rows = compared([row(subject, name, prompts, sizes.new, these) for name, these in runs.items()], ["full"])
+        yield from rows
+        for each in rows:
+            name = each["what"]
+            if "failed" not in each:
+                best[name] = each
+            elif batch == largest[name] > 1:  # computed too high
+                largest[name] = batch * 9 // 10
+                points.setdefault(largest[name], []).append(name)
+    if sizes.memory is not None:
+        keys = ("batch", "prompt_tokens", "new_tokens", "tokens_per_s", "tokens_per_s_with_prefill")
+        rows = [{"what": f"{name}, largest batch"} | {key: row[key] for key in keys} for name, row in best.items()]
+        yield from compared(rows, ["full, largest batch"])
+
+
+def largest_batch(engine: Engine, subject: Subject, sizes: Sizes) -> int | None:
+    """Rows that fit into `sizes.memory` by what prefill and first steps of 1 and 3 rows take; None: no limit."""
+    if sizes.memory is None:
+        return None
+    one, three = (
+        ours(engine, subject.prompts(rows, sizes.prompt), sizes.new, stop_after=3).peak_bytes for rows in (1, 3)
+    )
+    return max(0, 1 + (sizes.memory - one) // max(1, (three - one) // 2))
+
+
+def prefill(subject: Subject, sizes: Sizes) -> Iterator[Row]:
+    """Prompt tokens per second and time to the first token, and what measuring importance costs of it."""
+    streaming = Engine(subject.model, "streaming", "squeeze", sizes.budget)
+    given = Engine(subject.model, "streaming", plan=ours(streaming, subject.prompts(1, sizes.prompt), 1).plan)
+
+    def without(prompts: list[list[int]]) -> Run:
+        with patch("model.importance", lambda before, after, lengths: torch.zeros_like(before[:, 0, 0])):
+            return ours(given, prompts, 1)
+
+    for batch in sizes.batches:
+        prompts = subject.prompts(batch, sizes.prompt)
+        h2o = Engine(subject.model, "h2o", "squeeze", sizes.budget)
+        contestants = {
+            "transformers eager": partial(theirs, subject, "eager", prompts, 1),
+            "full": partial(ours, Engine(subject.model), prompts, 1),
+            "h2o x squeeze": partial(ours, h2o, prompts, 1),
+            "streaming x squeeze": partial(ours, streaming, prompts, 1),
+            "plan given": partial(ours, given, prompts, 1),
+            "plan given, no importance": partial(without, prompts),
+        }
+        runs = race(f"prefill {sizes.shape} x {batch}", contestants, sizes.rounds)
+        least = roofline.prefill_operations(subject.model, batch, sizes.prompt)
+        least /= roofline.matmul_rate(subject.device, subject.config.dtype)
+        rows = []
+        for name, these in runs.items():
+            rows.append(dict(what=name, batch=batch, prompt_tokens=sizes.prompt))
+            if isinstance(these, str):
+                rows[-1] |= dict(failed=these)
+                continue
+            times = [run.prefill_s for run in these[1:]]
+            rows[-1] |= dict(first_token_ms=1e3 * median(times), ms_min=1e3 * min(times), ms_max=1e3 * max(times))
+            rows[-1] |= dict(tokens_per_s=batch * sizes.prompt / median(times), of_matmul_rate=least / median(times))
+            rows[-1] |= dict(peak_bytes=these[-1].peak_bytes)
+        yield from compared(rows, ["transformers eager"])
+        pair = [runs[name] for name in ("plan given", "plan given, no importance")]
+        if not any(isinstance(these, str) for these in pair):
+            turns = [(with_it.prefill_s, less.prefill_s) for with_it, less in zip(*pair, strict=True)][1:]
+            share = median((with_it - less) / with_it for with_it, less in turns)
+            yield dict(what="importance", batch=batch, prompt_tokens=sizes.prompt, of_prefill=share)
+
+
+class Given(LayerPolicy):
+    """The plan that it holds at the moment."""
+
+    name: ClassVar[str] = "given"
+
+    def __init__(self, plan: list[int]):
+        self.plan = plan
+
+    def allocate(self, signals: Sequence[float], budget: int, caps: Sequence[int], floor: int) -> Plan:
+        return Plan([min(slots, cap) for slots, cap in zip(self.plan, caps, strict=True)])
+
+
+def switch(subject: Subject, sizes: Sizes) -> Iterator[Row]:
+    """What a request pays for a plan never seen before: its time less that of the same request again."""
+    rng, prompts, (slots, plans) = random.Random(0), subject.prompts(1, sizes.prompt), plans_of(subject, sizes)
+    layers = Given([slots] * subject.config.n_layers)
+    engine = Engine(subject.model, "streaming", layers, slots, compile=True)
+
+    def timed(plan: list[int]) -> float:
+        layers.plan = plan
+        started = time.perf_counter()
+        ours(engine, prompts, sizes.new)
+        return time.perf_counter() - started
+
+    warm_s, graphs = timed(layers.plan) + timed(plans(rng)), compiled_graphs()
+    costs = []
+    for plan in tqdm([plans(rng) for _ in range(SWITCHES)], f"switch {sizes.shape}", leave=False):
+        costs.append(1e3 * (timed(plan) - timed(plan)))
+    yield dict(
+        what=f"{SWITCHES} random plans",
+        recompilations=compiled_graphs() - graphs,
+        ms_median=median(costs),
+        ms_min=min(costs),
+        ms_max=max(costs),
+        warm_up_s=warm_s,
+    )
+
+
+def plans_of(subject: Subject, sizes: Sizes) -> tuple[int, Callable[[random.Random], list[int]]]:
+    """Slots per layer of a uniform plan, and what draws random plans of as many in the mean."""
+    slots = max(32, int(sizes.budget * (sizes.prompt + sizes.new)))
+    return slots, partial(random_plan, layers=subject.config.n_layers, slots=slots)
+
+
+def random_plan(rng: random.Random, layers: int, slots: int) -> list[int]:
+    """`slots` per layer in the mean, at least 8 in each and mostly different."""
+    spare = layers * (slots - 8)
+    cuts = sorted(rng.randrange(spare + 1) for _ in range(layers - 1))
+    return [8 + end - start for start, end in zip([0, *cuts], [*cuts, spare], strict=True)]
+
+
+def compiling(subject: Subject, sizes: Sizes) -> Iterator[Row]:
+    """One compiled block for all layers, as in the engine, against one graph of the whole step."""
+    model, config = subject.model, subject.config
+    policy, rotary = token_policies.make("streaming"), model.rotary(sizes.prompt + sizes.new)
+    seen = torch.full((1,), sizes.prompt, device=subject.device)
+    tokens = torch.ones_like(seen)
+
+    def step(block: Callable, head: Callable, layers: list[LayerCache]) -> Tensor:
+        x = model.embedded(tokens[:, None], seen[:, None])
+        for layer, frequencies, cache in zip(model.layers, rotary, layers, strict=True):
+            x = block(layer, x, frequencies, cache, seen, policy)
+        return head(model, x[:, 0])
+
+    def measured(call: Callable, plan: list[int]) -> tuple[float, float]:
+        cache = KVCache(plan, 1, config.n_kv_heads, config.head_dim, config.dtype, subject.device, policy.scored)
+        if len(set(plan)) > 1:  # one graph for all lengths
+            for arena in (arena for layer in cache.layers for arena in (layer.k, layer.v)):
+                torch._dynamo.maybe_mark_dynamic(arena, 2)
+        with torch.inference_mode():
+            started = time.perf_counter()
+            call(cache.layers)
+            synchronise(subject.device)
+            return time.perf_counter() - started, 1e3 * seconds(partial(call, cache.layers), subject.device)
+
+    rng, (slots, plans) = random.Random(0), plans_of(subject, sizes)
+    uneven = [plans(rng) for _ in range(2)]
+    # Only what a call can bring is guarded, in both: the other guards would be asked once per layer by the one block.
+    guards = {"guard_filter_fn": lambda all_: [guard.guard_type in ("TENSOR_MATCH", "SHAPE_ENV") for guard in all_]}
+    compiled = partial(torch.compile, fullgraph=True, options=guards)
+    ways = {"one block": partial(step, compiled(Block.decode), compiled(Transformer.logits))}
+    ways["whole step"] = compiled(partial(step, Block.decode, Transformer.logits))
+    for name, call in ways.items():
+        torch._dynamo.reset()
+        result = attempt(lambda call=call: [measured(call, plan) for plan in ([slots] * config.n_layers, *uneven)])
+        if isinstance(result, str):
+            yield dict(what=name, layers=config.n_layers, failed=result)
+            continue
+        firsts, steps = zip(*result, strict=True)
+        times = dict(first_plan_s=firsts[0], first_uneven_plan_s=firsts[1], next_uneven_plan_s=firsts[2])
+        yield dict(what=name, layers=config.n_layers, **times, ms_per_step=steps[0], ms_per_step_uneven=steps[2])
+
+
+def attending(subject: Subject, sizes: Sizes) -> Iterator[Row]:
+    for batch in sizes.batches:
+        yield from attention.measure(subject.config, subject.device, batch)
+
+
+STAGES: dict[str, Callable[[Subject, Sizes], Iterator[Row]]] = {
+    "decode": decode,
+    "throughput": throughput,
+    "long": throughput,
+    "prefill": prefill,
+    "switch": switch,
+    "compile": compiling,
+    "attention": attending,
+}
+NAMED_ONLY = {"cpu": ("long", "attention"), "cuda": ()}  # stages that do not run by themselves
+JOBS: dict[str, list[tuple[str, Sizes]]] = {
+    "cpu": [
+        ("decode", Sizes("embedded", 256, 256, rounds=5, budget=0.25)),
+        ("decode", Sizes("smollm-135m", 32, 32, rounds=2, budget=0.25)),
+        ("decode", Sizes("smollm-135m:bf16", 8, 8, rounds=2, budget=0.5)),  # slow without instructions for it
+        ("throughput", Sizes("embedded", batches=(1, 4, 16, 32), rounds=2)),
+        ("long", Sizes("embedded", 1536, batches=(1, 4), rounds=1, budget=192)),
+        ("prefill", Sizes("embedded", batches=(1, 8), rounds=5)),
+        ("switch", Sizes("embedded", new=16)),
+        ("compile", Sizes("embedded")),
+        ("attention", Sizes("embedded", batches=(1, 16))),
+    ],
+    "cuda": [
+        ("decode", Sizes("llama-3.1-8b", 256, 256, batches=(1, 16), budget=0.25)),
+        ("throughput", Sizes("mistral-7b", new=1024, batches=(1, 32), rounds=1)),
+        ("long", Sizes("mistral-7b", 8192, 512, batches=(), rounds=1, budget=1024)),
+        ("prefill", Sizes("mistral-7b", 2048, batches=(1, 8), rounds=10)),
+        ("switch", Sizes("mistral-7b", new=16)),
+        ("compile", Sizes("mistral-7b")),
+        ("attention", Sizes("mistral-7b", batches=(1, 32, 128, 256))),
+    ],
+}
+
+
+# ---- what they share
+
+
+def ours(engine: Engine, prompts: list[list[int]], new: int, stop_after: int | None = None) -> Run:
+    stop = None if stop_after is None else lambda tokens: len(tokens) >= stop_after
+    requests = [Request(ids, new, stop=stop) for ids in prompts]
+    reset_peak(engine.device.type)
+    done = {id(completion.request): completion for completion in engine.generate(requests)}
+    completions = [done[id(request)] for request in requests]
+    figures = completions[0].figures
+    step_s = figures.decode_s * len(prompts) / figures.decode_tokens if figures.decode_tokens else math.nan
+    tokens, peak = [completion.tokens for completion in completions], peak_bytes(engine.device.type)
+    return Run(figures.prefill_s, figures.compile_s, step_s, tokens, figures.plan, figures.kv_bytes, peak)
+
+
+def theirs(subject: Subject, way: str, prompts: list[list[int]], new: int) -> Run:
+    return getattr(subject.peer, way)(prompts, new)
+
+
+def row(subject: Subject, what: str, prompts: list[list[int]], new: int, runs: list[Run] | str) -> Row:
+    """What the tables say about the runs of one contestant; the first one is the warm-up."""
+    batch, prompt = len(prompts), len(prompts[0])
+    names = dict(what=what, batch=batch, prompt_tokens=prompt, new_tokens=new)
+    timed = [] if isinstance(runs, str) else [run for run in runs[1:] if not math.isnan(run.step_s)]
+    if not timed:
+        return names | dict(failed=runs if isinstance(runs, str) else "it compiles in every turn")
+    steps, first = [1e3 * run.step_s for run in timed], median(run.prefill_s for run in timed)
+    step = median(steps) / 1e3
+    slots = roofline.valid_slots(timed[-1].plan, prompt, new)
+    least, read = (f(subject.model, batch, slots) for f in (roofline.step_seconds, roofline.step_bytes))
+    return names | dict(
+        ms_per_step=1e3 * step,
+        ms_min=min(steps),
+        ms_max=max(steps),
+        tokens_per_s=batch / step,
+        tokens_per_s_with_prefill=batch * new / (first + step * (new - 1)),
+        first_token_ms=1e3 * first,
+        compile_s=sum(run.compile_s for run in runs),
+        slots=sum(timed[-1].plan),
+        kv_bytes=timed[-1].kv_bytes,
+        peak_bytes=max((run.peak_bytes for run in timed if run.peak_bytes is not None), default=None),
+        roofline_ms=1e3 * least,
+        of_roofline=least / step,
+        of_copy_rate=read / step / roofline.copy_rate(subject.device),
+    )
+
+
+def compared(rows: list[Row], bases: list[str], key: str = "tokens_per_s") -> list[Row]:
+    """Adds to each row how many times as fast it is as each of `bases`."""
+    speeds = {base["what"]: base[key] for base in rows if base["what"] in bases and key in base}
+    return [row | ({"times": {b: row[key] / s for b, s in speeds.items()}} if key in row else {}) for row in rows]
+
+
+def profile(engine: Engine, ids: list[int], file: Path, steps: int = 16) -> Row:
+    """Writes the operators of `steps` warm decode steps by time; the share of those that are neither matrix products
+    nor attention, as far as their names tell."""
+    stream = iter(engine.stream(ids, max_new_tokens=2 * steps + 1))
+    cuda = engine.device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+    for _ in zip(range(steps), stream, strict=False):
+        pass
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in stream:
+            pass
+    averages = profiler.key_averages()
+    key = "self_device_time_total" if cuda else "self_cpu_time_total"
+    file.write_text(averages.table(sort_by=key, row_limit=60, max_name_column_width=90) + "\n")
+    kernels = [(e.key.lower(), getattr(e, key)) for e in averages if e.device_type == torch.autograd.DeviceType.CUDA]
+    outside = sum(time_ for name, time_ in kernels if not any(word in name for word in MATRIX_OR_ATTENTION))
+    total = sum(time_ for _, time_ in kernels)  # none on a CPU, where the compiled loops have no telling names
+    return dict(what="profile", steps=steps, outside_products_and_attention=outside / total if total else None)
+
+
+MATRIX_OR_ATTENTION = "gemm gemv mm nvjet cutlass cublas linear matmul attention attend softmax flash fmha".split()
+
+
+# ---- the command
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        run(parse(argv))
+        return 0
+    except (ValueError, OSError, ModuleNotFoundError, torch.OutOfMemoryError) as error:
+        print(f"bench.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see --help)")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--stage", action="append", choices=STAGES, help="what to measure (default: all); may be repeated")
+    add("--shape", action="append", metavar="NAME[:DTYPE]", help=f"embedded, {', '.join(SHAPES)} or a config.json")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--prompt", type=count, metavar="N", help="prompt tokens")
+    add("--new", type=count, metavar="N", help="new tokens")
+    add("--batches", type=counts, metavar="1,8,32")
+    add("--rounds", type=count, metavar="N", help="timed turns after the one to warm up")
+    add("--max-memory", type=float, metavar="GIB", help="throughput on CUDA: what the largest batch has to fit into")
+    add("--out", type=Path, metavar="F.json", help="write the results there; stages that it already holds stay")
+    add("--plot", type=Path, metavar="F.png", help="throughput: draw tokens per second over the batch")
+    add("--profile", type=Path, metavar="F.txt", help="decode: write the operators of a step by time")
+    args = parser.parse_args(argv)
+    args.stage = args.stage or [name for name in STAGES if name not in NAMED_ONLY[args.device]]
+    for option, stages in {"plot": THROUGHPUT, "profile": ("decode",), "max_memory": THROUGHPUT}.items():
+        if getattr(args, option) is not None and not set(stages) & set(args.stage):
+            raise ValueError(f"--{option.replace('_', '-')} belongs to --stage {' or '.join(stages)}")
+    for file in (args.out, args.plot, args.profile):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ValueError(f"{file}: that folder does not exist; make it first")
+    if args.max_memory is not None and not (0 < args.max_memory < math.inf and args.device == "cuda"):
+        raise ValueError(f"--max-memory must be positive, and needs --device cuda, not {args.max_memory}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' is not available; there is cpu")
+    return args
+
+
+THROUGHPUT = ("throughput", "long")
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
+    return int(text)
+
+
+def counts(text: str) -> tuple[int, ...]:
+    return tuple(count(part) for part in text.split(","))
+
+
+def chosen(args: argparse.Namespace) -> list[tuple[str, Sizes]]:
+    """The jobs that the command asks for. ValueError for what cannot be, before anything runs."""
+    jobs = [(stage, sizes) for stage, sizes in JOBS[args.device] if stage in args.stage]
+    if args.shape:
+        first = dict(reversed(jobs))
+        jobs = [(stage, first[stage]._replace(shape=shape)) for stage in dict(jobs) for shape in args.shape]
+    given = {key: getattr(args, key) for key in ("prompt", "new", "batches", "rounds", "profile")}
+    given = {key: value for key, value in given.items() if value is not None}
+    jobs = [(stage, sizes._replace(**given)) for stage, sizes in jobs]
+    for _, sizes in jobs:
+        limit = ModelConfig.from_hf(published(sizes.shape)[0]).max_positions
+        if sizes.prompt + sizes.new > limit:
+            wanted = f"{sizes.prompt} prompt + {sizes.new} new tokens"
+            raise ValueError(f"{wanted} exceed the {limit} positions of {sizes.shape}; shorten them")
+    return jobs
+
+
+def run(args: argparse.Namespace) -> None:
+    jobs, result = chosen(args), {"stages": {}}
+    if args.out is not None and args.out.exists():
+        result = json.loads(args.out.read_text())
+    done: Row = {}
+    # Contestants share the code that is compiled; an empty cache makes first compilations what they are.
+    with (
+        TemporaryDirectory(ignore_cleanup_errors=True) as cache,
+        patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache),
+        torch._dynamo.config.patch(recompile_limit=64),
+    ):
+        for stage, sizes in jobs:
+            started, rate = time.perf_counter(), roofline.copy_rate(args.device)
+            record = done.setdefault(
+                stage, {**origin(args.device), "seconds": 0.0, "copy_bytes_per_s": rate, "rows": []}
+            )
+            subject = make(sizes.shape, args.device)
+            dtype = str(subject.config.dtype).removeprefix("torch.")
+            torch._dynamo.reset()
+            for each in rows_of(stage, subject, sizes._replace(memory=memory(args))):
+                record["rows"].append({"shape": sizes.shape.split(":")[0], "dtype": dtype} | rounded(each))
+                tqdm.write(f"{stage:10} {sizes.shape:16} {readable(each)}")
+            rates = record.setdefault("matmul_operations_per_s", {})
+            rates[dtype] = roofline.matmul_rate(args.device, subject.config.dtype)
+            record["seconds"] += time.perf_counter() - started
+            result["stages"][stage] = rounded(record)
+            if args.out is not None:
+                args.out.write_text(json.dumps(result, indent=1) + "\n")
+            del subject  # before the next one is made
+    if args.plot is not None:
+        plot(result["stages"], args.plot)
+    print(json.dumps(result))
+
+
+def rows_of(stage: str, subject: Subject, sizes: Sizes) -> Iterator[Row]:
+    """The rows of a stage; an error outside of its contestants ends the stage with a row, but not the run."""
+    rows = STAGES[stage](subject, sizes)
+    while (each := attempt(lambda: next(rows, None))) is not None:
+        yield dict(what=stage, failed=each) if isinstance(each, str) else each
+
+
+def memory(args: argparse.Namespace) -> int | None:
+    """Bytes that may be used, and no more from now on; None on a CPU."""
+    if args.device != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info()
+    free = int(0.98 * (free + torch.cuda.memory_reserved()))  # what the driver and fragments take
+    limit = free if args.max_memory is None else min(free, int(args.max_memory * GIB))
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+    return limit
+
+
+def readable(row: Row) -> str:
+    parts = []
+    for name, value in row.items():
+        if isinstance(value, dict):
+            parts += [f"{number(times)} x {what}" for what, times in value.items()]
+        elif name == "what":
+            parts.append(f"{value:30}")
+        elif value is not None:
+            parts.append(f"{name} {number(value)}")
+    return "  ".join(parts)
+
+
+def number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def rounded(value: Any) -> Any:
+    """Five digits, which is more than any of this is good for."""
+    if isinstance(value, dict):
+        return {name: rounded(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def plot(stages: dict[str, Any], file: Path) -> None:
+    """Tokens per second over the batch, one picture per stage and shape; a cross where memory ran out."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    pictures: dict[str, list[Row]] = {}
+    for name in THROUGHPUT:
+        for row in stages.get(name, {"rows": []})["rows"]:
+            if "batch" in row and "largest" not in row["what"]:
+                title = f"{row['shape']}, {row['dtype']}, {row['prompt_tokens']} + {row['new_tokens']} tokens"
+                pictures.setdefault(title, []).append(row)
+    if not pictures:
+        return
+    figure, axes = plt.subplots(1, len(pictures), figsize=(6 * len(pictures), 4), squeeze=False, layout="constrained")
+    for axis, (title, rows) in zip(axes[0], pictures.items(), strict=True):
+        for what in dict.fromkeys(row["what"] for row in rows):
+            own = sorted((row for row in rows if row["what"] == what), key=lambda row: row["batch"])
+            fits = [row for row in own if "failed" not in row]
+            speeds = [row["tokens_per_s"] for row in fits]
+            (drawn,) = axis.plot([row["batch"] for row in fits], speeds, "o-", label=what)
+            failed = [row["batch"] for row in own if row.get("failed") == "out of memory"]
+            axis.plot(failed, [speeds[-1] if speeds else 0] * len(failed), "X", color=drawn.get_color(), markersize=10)
+        axis.set(title=title, xlabel="batch (X: out of memory)", ylabel="tokens/s")
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0)
+        axis.legend()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

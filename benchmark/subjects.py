@@ -1,0 +1,101 @@
+"""The models that are measured: published shapes with random weights, and the embedded checkpoint."""
+
+import json
+import random
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import checkpoint
+from config import ModelConfig
+from model import Transformer
+
+EMBEDDED = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
+
+
+def _config(model_type: str, vocab: int, dim: int, ffn: int, layers: int, heads: str, limit: int, **more: Any) -> dict:
+    """A config.json; heads: "query heads/key-value heads"."""
+    queries, keys = map(int, heads.split("/"))
+    sizes = dict(vocab_size=vocab, hidden_size=dim, intermediate_size=ffn, num_hidden_layers=layers)
+    sizes |= dict(num_attention_heads=queries, num_key_value_heads=keys, max_position_embeddings=limit)
+    common = dict(hidden_act="silu", rms_norm_eps=1e-5, rope_theta=1e4, tie_word_embeddings=False, sliding_window=None)
+    return dict(model_type=model_type) | sizes | common | more
+
+
+LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LLAMA3_ROPE |= dict(original_max_position_embeddings=8192)
+QWEN3 = dict(head_dim=128, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=True)
+SHAPES: dict[str, dict[str, Any]] = {  # as in the config.json of the published checkpoints; tiny is for trying out
+    "tiny": _config("llama", 512, 64, 160, 4, "4/2", 16384),
+    "smollm-135m": _config("llama", 49152, 576, 1536, 30, "9/3", 2048, tie_word_embeddings=True),
+    "qwen3-0.6b": _config("qwen3", 151936, 1024, 3072, 28, "16/8", 40960, **QWEN3),
+    "llama-2-7b": _config("llama", 32000, 4096, 11008, 32, "32/32", 4096),
+    "mistral-7b": _config("mistral", 32768, 4096, 14336, 32, "32/8", 32768, rope_theta=1e6),  # v0.3
+    "llama-3.1-8b": _config("llama", 128256, 4096, 14336, 32, "32/8", 131072, rope_theta=5e5, rope_scaling=LLAMA3_ROPE),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A shape with weights on a device."""
+
+    raw: dict[str, Any]
+    model: Transformer
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def device(self) -> str:
+        return self.model.embed.weight.device.type
+
+    @cached_property
+    def peer(self) -> Any:
+        """transformers on the same weights: a `benchmark.peers.Peer`."""
+        from benchmark.peers import Peer
+
+        return Peer(self.model, self.raw)
+
+    def prompts(self, batch: int, length: int) -> list[list[int]]:
+        rng = random.Random(0)
+        return [[rng.randrange(1, self.config.vocab_size) for _ in range(length)] for _ in range(batch)]
+
+
+def published(shape: str) -> tuple[dict[str, Any], torch.dtype | None]:
+    """config.json of NAME[:DTYPE], and the dtype if one is named. ValueError if there is no such thing."""
+    name, _, dtype = shape.partition(":")
+    if dtype and dtype not in checkpoint.DTYPES:
+        raise ValueError(f"dtype {dtype!r} of --shape {shape} is not supported; use {', '.join(checkpoint.DTYPES)}")
+    if name in SHAPES:
+        raw = SHAPES[name]
+    else:
+        file = EMBEDDED / "config.json" if name == "embedded" else Path(name)
+        if not file.is_file():
+            raise ValueError(f"shape {name!r} is neither a file nor one of embedded, {', '.join(SHAPES)}")
+        try:
+            raw = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file}: not JSON ({error})") from None
+    return raw, checkpoint.DTYPES[dtype] if dtype else None
+
+
+def make(shape: str, device: str) -> Subject:
+    """The shape with random weights made on the device, or the embedded checkpoint with its own."""
+    raw, dtype = published(shape)
+    dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
+    if shape.partition(":")[0] == "embedded":
+        return Subject(raw, checkpoint.load(EMBEDDED, device, dtype)[0])
+    with torch.device("meta"):
+        model = Transformer(replace(ModelConfig.from_hf(raw), dtype=dtype)).to(dtype)
+    model.to_empty(device=device).requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:  # keeps the size of what it is multiplied with
+            parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    return Subject(raw, model.eval())

@@ -1,0 +1,266 @@
+"""The benchmark: its limits against independent counts, its peer, its JSON, and one clear line for what is wrong."""
+
+import json
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+import kvcache
+import model as model_file
+from benchmark import attention, roofline, subjects
+from benchmark.timing import Run, attempt, race
+from config import ModelConfig
+from engine import Engine
+from model import Transformer
+
+ROOT = Path(__file__).resolve().parent.parent
+PARAMETERS = {  # as published with the checkpoints
+    "smollm-135m": 134_515_008,
+    "qwen3-0.6b": 596_049_920,
+    "llama-2-7b": 6_738_415_616,
+    "mistral-7b": 7_248_023_552,
+    "llama-3.1-8b": 8_030_261_248,
+}
+SMALL = "--device cpu --shape tiny --prompt 40 --new 6 --rounds 1 --batches 1,3".split()
+
+
+@pytest.fixture(scope="module")
+def tiny() -> subjects.Subject:
+    return subjects.make("tiny", "cpu")
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    monkeypatch.setattr("engine._compile", lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_shapes_have_the_published_sizes(name):
+    with torch.device("meta"):
+        model = Transformer(ModelConfig.from_hf(subjects.SHAPES[name]))
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", subjects.SHAPES)
+def test_the_peer_has_the_same_weights_and_no_copy(name, tmp_path):
+    small = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, vocab_size=101, head_dim=8)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(subjects.SHAPES[name] | small | dict(num_attention_heads=6, num_key_value_heads=2)))
+    subject = subjects.make(f"{file}:float32", "cpu")  # in float64 transformers' rotary angles are still float32
+    ids = torch.tensor(subject.prompts(2, 30))
+    hf = subject.peer.hf
+    with torch.inference_mode():
+        logits, own = hf(ids).logits, subject.model(ids)
+    assert (logits - own).abs().max() < 1e-5 * own.abs().max()
+    ours, theirs = subject.model.layers[1].attention.wqkv.weight, hf.model.layers[1].self_attn.k_proj.weight
+    assert ours.untyped_storage().data_ptr() == theirs.untyped_storage().data_ptr()
+
+
+def test_all_contestants_give_the_same_tokens(tiny, uncompiled):
+    prompts = tiny.prompts(2, 20)
+    runs = [run(prompts, 9) for run in (tiny.peer.generate, tiny.peer.eager, tiny.peer.static)]
+    runs += [bench.ours(Engine(tiny.model), prompts, 9)]
+    assert all(run.tokens == runs[0].tokens and run.plan == [29] * 4 for run in runs)
+    assert len(set(map(tuple, runs[0].tokens))) == 2 and all(len(row) == 9 for row in runs[0].tokens)
+
+
+def test_bytes_of_a_step_are_weights_and_filled_slots(tiny):
+    run = bench.ours(Engine(tiny.model, "streaming", "squeeze", 12), tiny.prompts(3, 40), 4)
+    weights = sum(t.nbytes for name, t in tiny.model.state_dict().items() if name != "embed.weight")
+    rows = 3 * 64 * 4  # of the embedding
+    assert roofline.step_bytes(tiny.model, 3, sum(run.plan)) == weights + rows + run.kv_bytes
+
+    embedded = subjects.make("embedded", "cpu").model  # its tied table is read as the head
+    stored = sum(tensor.nbytes for tensor in load_file(subjects.EMBEDDED / "model.safetensors").values())
+    assert roofline.step_bytes(embedded, 1, 0) == stored + 128 * 4
+
+
+def test_filled_slots_are_those_that_attention_is_told(tiny, monkeypatch):
+    told = []
+
+    def attend(q, k, v, valid, *rest):
+        told.append(min(int(valid[0]), k.shape[2]))
+        return kvcache.attend(q, k, v, valid, *rest)
+
+    monkeypatch.setattr(model_file, "attend", attend)
+    plan = [6, 9, 12, 40]
+    bench.ours(Engine(tiny.model, "window", plan=plan), tiny.prompts(1, 7), 6)
+    assert len(told) == 5 * len(plan) and roofline.valid_slots(plan, 7, 6) == sum(told) / 5
+
+
+@pytest.mark.parametrize("shape", ["tiny", "embedded"])
+def test_operations_are_those_that_torch_counts(shape):
+    subject = subjects.make(shape, "cpu")
+    config, batch, slots = subject.config, 2, 10
+
+    def counted(new: int) -> int:
+        with FlopCounterMode(display=False) as counter:
+            bench.ours(Engine(subject.model, "window", plan=[slots] * config.n_layers), subject.prompts(batch, 30), new)
+        return counter.get_total_flops()
+
+    attention = 4 * batch * config.n_layers * slots * config.n_heads * config.head_dim
+    assert counted(3) - counted(2) == 2 * batch * roofline.matrix_elements(subject.model) + attention
+    pairs = batch * config.n_layers * config.n_heads * 30 * 31 / 2  # torch does not count the fused attention
+    assert counted(1) == roofline.prefill_operations(subject.model, batch, 30) - 4 * pairs * config.head_dim
+
+
+def test_a_contestant_that_fails_is_out_and_the_others_go_on(monkeypatch):
+    monkeypatch.setattr("gc.collect", lambda: None)  # takes seconds beside transformers
+    calls = []
+
+    def run(name: str, *errors: Exception) -> int:
+        calls.append(name)
+        if len(errors) >= calls.count(name):
+            raise errors[calls.count(name) - 1]
+        return len(calls)
+
+    contestants = {"a": lambda: run("a"), "b": lambda: run("b", KeyError("no\nway")), "c": lambda: run("c")}
+    assert race("", contestants, 2) == {"a": [1, 4, 6], "b": "'no\\nway'", "c": [3, 5, 7]}
+    assert attempt(lambda: run("d", torch.OutOfMemoryError("of 80 GiB"))) == "out of memory"
+    assert (
+        attempt(lambda: run("e", RuntimeError("one\ntwo"))) == "one"
+        and attempt(lambda: run("f", OSError())) == "OSError"
+    )
+
+
+def test_random_plans():
+    plans = [bench.random_plan(random.Random(seed), 8, 40) for seed in range(20)]
+    assert all(sum(plan) == 320 and min(plan) >= 8 for plan in plans) and len(set(map(tuple, plans))) == 20
+
+
+def test_jobs_are_chosen_in_their_order():
+    def jobs(*args: str) -> list[tuple]:
+        return [(stage, *sizes[:4]) for stage, sizes in bench.chosen(bench.parse(["--device", "cpu", *args]))]
+
+    assert {stage for stage, *_ in jobs()} == set(bench.STAGES) - {"long", "attention"}
+    assert jobs("--stage", "switch", "--stage", "decode", "--shape", "tiny", "--shape", "embedded", "--new", "3") == [
+        ("decode", "tiny", 256, 3, (1,)),
+        ("decode", "embedded", 256, 3, (1,)),
+        ("switch", "tiny", 512, 3, (1,)),
+        ("switch", "embedded", 512, 3, (1,)),
+    ]
+
+
+def run_json(capsys, *args: str) -> dict:
+    assert bench.main([*SMALL, *args]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_decode_and_prefill_rows(capsys, uncompiled):
+    stages = run_json(capsys, "--stage", "decode", "--stage", "prefill")["stages"]
+    decode, prefill = stages["decode"], stages["prefill"]
+    assert decode["copy_bytes_per_s"] > 0 and decode["matmul_operations_per_s"]["float32"] > 0
+    assert {"device", "date", "torch", "command", "seconds"} <= set(decode)
+    assert len(decode["rows"]) == 2 * (3 + 4)
+    for row in decode["rows"]:
+        assert (row["shape"], row["dtype"]) == ("tiny", "float32") and "failed" not in row, row
+        assert row["ms_min"] <= row["ms_per_step"] <= row["ms_max"] and row["of_roofline"] > 0
+        assert row["times"][row["what"]] == 1 if "transformers" in row["what"] else len(row["times"]) == 3
+        assert row["tokens_per_s"] == pytest.approx(1e3 * row["batch"] / row["ms_per_step"], rel=1e-3)
+    (importance,) = (row for row in prefill["rows"] if row["what"] == "importance" and row["batch"] == 3)
+    assert importance["of_prefill"] < 1
+
+
+def test_throughput_marks_what_does_not_fit(tiny, monkeypatch, tmp_path):
+    """Memory as on a GPU: 100 bytes, and a little for each slot of a row; a tenth less than it has is usable."""
+    monkeypatch.setattr("gc.collect", lambda: None)  # takes seconds beside transformers
+    real = bench.ours
+
+    def ours(engine, prompts, new, stop_after=None) -> Run:
+        taken = real(engine, prompts, new, stop_after)
+        needed = 100 + len(prompts) * sum(taken.plan)
+        if needed > 1100:
+            raise torch.OutOfMemoryError
+        return taken._replace(peak_bytes=needed, step_s=1.0)
+
+    monkeypatch.setattr(bench, "ours", ours)
+    monkeypatch.setattr(bench, "Engine", lambda *args, compile=False: Engine(*args))
+    sizes = bench.Sizes("tiny", 40, 6, batches=(1, 3, 30), rounds=1, memory=1100)
+    rows = list(bench.throughput(tiny, sizes))
+    points = {what: {r["batch"]: r.get("failed") for r in rows if r["what"] == what} for what in ("full", "squeeze")}
+    assert points["full"] == {1: None, 3: None, 5: None, 6: "out of memory"}  # 4 layers of 46 slots
+    slots = next(row["slots"] for row in rows if row["what"] == "squeeze")
+    most = 1000 // slots
+    assert points["squeeze"] == {1: None, 3: None, most: None, most + most // 8: "out of memory"}
+    (summary,) = (row for row in rows if row["what"] == "squeeze, largest batch")
+    assert summary["batch"] == most and summary["times"]["full, largest batch"] == most / 5
+
+    monkeypatch.setattr(bench, "largest_batch", lambda *args: 8)  # too high: it goes down until a batch fits
+    rows_of_full = [row for row in bench.throughput(tiny, sizes) if row["what"] == "full"]
+    assert [row["batch"] for row in rows_of_full if "failed" in row] == [8, 7, 6, 9]
+    named = [row | dict(shape="tiny", dtype="float32") for row in rows]
+    bench.plot({"throughput": {"rows": named}}, tmp_path / "r.png")
+    assert (tmp_path / "r.png").stat().st_size > 1000
+
+
+def test_stages_go_into_one_file(capsys, uncompiled, tmp_path):
+    out = ["--out", str(tmp_path / "r.json"), "--new", "2"]
+    assert set(run_json(capsys, "--stage", "prefill", *out)["stages"]) == {"prefill"}
+    assert set(run_json(capsys, "--stage", "switch", *out)["stages"]) == {"prefill", "switch"}
+    assert set(json.loads((tmp_path / "r.json").read_text())["stages"]) == {"prefill", "switch"}
+
+
+def test_an_error_of_a_stage_is_a_row(capsys, monkeypatch):
+    def broken(subject, sizes):
+        yield {"what": "first"}
+        raise RuntimeError("no\nmore")
+
+    monkeypatch.setitem(bench.STAGES, "switch", broken)
+    rows = run_json(capsys, "--stage", "switch")["stages"]["switch"]["rows"]
+    assert [(row["what"], row.get("failed")) for row in rows] == [("first", None), ("switch", "no")]
+
+
+def test_attention_names_what_a_back_end_refuses(capsys, monkeypatch):
+    def refuses(q, k, v, valid):
+        raise RuntimeError("no such kernel\nat all")
+
+    names = ("attend", "bmm", "sdpa flash, gqa", "sdpa flash, mask", "sdpa math")
+    some = {name: attention.CONTESTANTS[name] for name in names} | {"other": refuses}
+    monkeypatch.setattr(attention, "CONTESTANTS", some)
+    monkeypatch.setattr(attention, "seconds", lambda call, device: call() and 1.0)
+    monkeypatch.setattr(attention, "SLOTS", {"cpu": (16, 50)})
+    rows = run_json(capsys, "--stage", "attention")["stages"]["attention"]["rows"]
+    assert {row["failed"] for row in rows if row["what"] == "other"} == {"no such kernel"}
+    assert all(row["error"] < 1e-5 and row["us"] > 0 for row in rows if row["what"] != "other")
+    assert len(rows) == 6 * 2 * len(attention.SLOTS["cpu"])
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--stage", "dance"], "invalid choice: 'dance'"),
+        (["--shape", "gpt-5"], "shape 'gpt-5' is neither a file nor one of embedded, tiny"),
+        (["--shape", "tiny:int4"], "dtype 'int4'"),
+        (["--shape", "README.md"], "not JSON"),
+        (["--prompt", "0"], "'0' is no positive integer"),
+        (["--batches", "1,x"], "'x' is no positive integer"),
+        (["--max-memory", "1"], "needs --device cuda, not 1.0"),
+        (["--stage", "decode", "--max-memory", "8"], "--max-memory belongs to --stage throughput or long"),
+        (["--stage", "prefill", "--plot", "x.png"], "--plot belongs to --stage throughput or long"),
+        (["--stage", "prefill", "--profile", "x.txt"], "--profile belongs to --stage decode"),
+        (["--out", "nowhere/x.json"], "folder does not exist"),
+        (["--stage", "decode", "--shape", "tiny", "--prompt", "20000"], "exceed the 16384 positions of tiny"),
+    ],
+    ids=" ".join,
+)
+def test_bad_input(capsys, monkeypatch, args, words):
+    monkeypatch.chdir(ROOT)
+    assert bench.main(["--device", "cpu", *args]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.splitlines()[-1].startswith("bench.py: error: ") and words in err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_the_gpu_suite_runs_without_a_gpu(tmp_path):
+    stages = "tests decode switch prefill throughput throughput_llama2 long compile attention".split()
+    subprocess.run(["bash", ROOT / "scripts" / "gpu_suite.sh", tmp_path, *stages], check=True, timeout=900)
+    (file,) = tmp_path.glob("bench_*.json")
+    assert set(json.loads(file.read_text())["stages"]) == set(bench.STAGES)
+    assert all((tmp_path / f"{stage}.log").stat().st_size for stage in stages[1:])
