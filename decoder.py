@@ -65,7 +65,7 @@ class Decoder:
     ):
         self.model, self.code, self.cache, self.rotary = model, code, cache, rotary
         self.policies, self.sampler = policies, sampler
-        batch, device = cache.k.shape[0], cache.k.device
+        batch, device = cache.batch, cache.device
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         self.seen = torch.zeros(batch, dtype=torch.int64, device=device)
         if code.compiled and len(set(cache.plan)) > 1:

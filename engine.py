@@ -516,6 +516,7 @@ class Conversation:
         self._decoder: Decoder | None = None
         self._figures: Figures | None = None
         self._stream: Stream | None = None
+        self._unfed: list[int] = []  # the last token before the latest turn, not yet fed when that began
 
     @property
     def seen(self) -> int:
@@ -530,14 +531,14 @@ class Conversation:
         stop: Callable[[list[int]], bool] | None = None,
     ) -> Stream:
         """The answer to one more turn. It ends the turn before. ValueError, with nothing changed, if it cannot run."""
-        unfed: list[int] = []
-        if self._decoder and self._stream.completion.finish_reason != "eos":
-            unfed = self._stream.completion.tokens[-1:]
+        unfed = self._unfed
+        if self._stream and (said := self._stream.completion.tokens):  # else nobody listened to the turn before
+            unfed = said[-1:] if self._stream.completion.finish_reason != "eos" else []
         completion = Completion(Request([*unfed, *ids], max_new_tokens, self.sampling, eos_ids, stop))
         self.engine.check(completion.request, self.seen, self._limit)
         if self._stream:
             self._stream.close()
-        self._stream = Stream(self._answer(completion), completion)
+        self._stream, self._unfed = Stream(self._answer(completion), completion), unfed
         return self._stream
 
     @property

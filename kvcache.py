@@ -1,4 +1,4 @@
-"""The KV cache: one arena, of which each layer owns a slice of slots, and attention of one new token over a slice.
+"""The KV cache: one arena, of which each layer owns its slots, and attention of one new token over them.
 
 Shapes as in model.py. Keys and values are stored once per key-value head. The filled slots of a row are always a
 prefix, `min(seen, slots)` of them, so evicting a token means that the next one overwrites it and a full layer needs no
@@ -7,7 +7,6 @@ mask.
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -58,8 +57,11 @@ class Prompt:
         at = positions
         if self.positions is not None:  # entries behind the end of a row may be gone: any others do
             at = torch.searchsorted(self.positions, positions.contiguous()).clamp(max=self.positions.shape[2] - 1)
-        at = at[..., None].expand(*self.k.shape[:2], -1, self.k.shape[3])
-        return self.k.gather(2, at), self.v.gather(2, at)
+        rows, heads, length, size = self.k.shape
+        first = torch.arange(rows * heads, device=at.device).view(rows, heads, 1) * length
+        at = (first + at).flatten()  # whole rows of D elements: many times faster on a CPU than `gather`
+        k, v = (part.reshape(-1, size).index_select(0, at) for part in (self.k, self.v))
+        return k.view(rows, heads, -1, size), v.view(rows, heads, -1, size)
 
 
 class Memory:
@@ -71,16 +73,19 @@ class Memory:
     def fits(self, name: str, size: int) -> bool:
         return name in self._flat and self._flat[name].numel() >= size
 
-    def arena(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-        size = math.prod(shape)
+    def arena(self, name: str, size: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         if not self.fits(name, size):
             # Zeros, not garbage: slots not yet filled are masked, but 0 * NaN would still be NaN.
             self._flat[name] = torch.zeros(size, dtype=dtype, device=device)
-        return self._flat[name][:size].view(shape)
+        return self._flat[name][:size]
 
 
 class KVCache:
-    """Arenas [B, K, sum(plan), D] for K and V, and [B, K, sum(plan)] for a policy's scores and positions."""
+    """One arena for K and one for V, and one each for a policy's scores and positions, if it keeps any.
+
+    Layer l owns a contiguous stretch of each, B * K * plan[l] * D elements long: attention reads it as it lies. (As
+    slices of [B, K, sum(plan), D] the same reads took 1.3 times as long on a CPU at batch 64.)
+    """
 
     def __init__(
         self,
@@ -93,26 +98,26 @@ class KVCache:
         scored: bool = False,
         memory: Memory | None = None,
     ):
-        self.plan, memory = list(plan), memory or Memory()
-        slots = (batch, kv_heads, sum(plan))
-        arenas = [memory.arena(name, (*slots, head_dim), dtype, device) for name in ("k", "v")]
+        self.plan, self.batch, self.device, memory = list(plan), batch, device, memory or Memory()
         wide = torch.promote_types(dtype, torch.float32)
-        if scored:
-            arenas += [memory.arena("score", slots, wide, device), memory.arena("position", slots, torch.int64, device)]
-        self.k, self.v, *self.state = arenas
-        bases = accumulate(plan, initial=0)
-        self.layers = [
-            LayerCache(*(arena[:, :, base : base + own] for arena in arenas))
-            for base, own in zip(bases, plan, strict=False)
-        ]
+        arenas = [("k", dtype, (head_dim,)), ("v", dtype, (head_dim,))]
+        arenas += [("score", wide, ()), ("position", torch.int64, ())] * scored
+        self.arenas: dict[str, Tensor] = {}
+        views = []
+        for name, kind, tail in arenas:
+            sizes = [batch * kv_heads * slots * math.prod(tail) for slots in plan]
+            self.arenas[name] = memory.arena(name, sum(sizes), kind, device)
+            parts = zip(self.arenas[name].split(sizes), plan, strict=True)
+            views.append([part.view(batch, kv_heads, slots, *tail) for part, slots in parts])
+        self.layers = [LayerCache(*own) for own in zip(*views, strict=True)]
 
     @property
     def kv_bytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
+        return sum(self.arenas[name].nbytes for name in ("k", "v"))
 
     @property
     def state_bytes(self) -> int:
-        return sum(arena.nbytes for arena in self.state)
+        return sum(arena.nbytes for arena in self.arenas.values()) - self.kv_bytes
 
     def fill(self, index: int, rows: Tensor, prompt: Prompt, positions: Tensor) -> None:
         """Copy the chosen tokens of some rows' prompts into layer `index`.
@@ -122,6 +127,7 @@ class KVCache:
         layer, n = self.layers[index], positions.shape[2]
         k, v = prompt.gather(positions)
         layer.k[rows, :, :n], layer.v[rows, :, :n] = k, v
+        layer.v[rows, :, n:] = 0  # what an earlier request left: it is masked, but 0 * inf would be NaN
         if layer.score is not None:
             positions = positions.expand(*k.shape[:3])
             layer.score[rows, :, :n] = prompt.scores.gather(2, positions)

@@ -37,7 +37,7 @@ def tiny() -> subjects.Subject:
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    monkeypatch.setattr("engine._compile", lambda function: function)
+    monkeypatch.setattr("decoder._compile", lambda function: function)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 

@@ -101,6 +101,14 @@ def test_a_turn_may_be_cut_short(model):
     assert token == model(torch.tensor([TURNS[1] + made + TURNS[2]]))[0, -1].argmax()
 
 
+def test_a_turn_nobody_listens_to_was_never_said(model):
+    heard, other = Engine(model).conversation(), Engine(model).conversation()
+    for conversation in (heard, other):
+        say(conversation, TURNS[1])
+    other.stream(TURNS[3])
+    assert say(other, TURNS[2]) == say(heard, TURNS[2])
+
+
 @pytest.mark.parametrize("policy", BOUNDED)
 def test_memory_and_plan_stay(model, policy):
     conversation = Engine(model, policy, "squeeze", budget=24).conversation()
@@ -110,7 +118,7 @@ def test_memory_and_plan_stay(model, policy):
         list(stream)
         figures = stream.completion.figures
         sizes.add((figures.kv_bytes, figures.state_bytes, tuple(figures.plan), tuple(figures.importance)))
-        addresses.add(conversation._decoder.cache.k.data_ptr())
+        addresses.add(conversation._decoder.cache.arenas["k"].data_ptr())
         full.append(figures.kv_bytes_full)
     assert len(sizes) == len(addresses) == 1
     assert full == sorted(set(full)) and full[-1] > figures.kv_bytes
