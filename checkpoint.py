@@ -162,7 +162,7 @@ def load(
 
     ValueError, in one line that names the culprit, for whatever is missing, broken, unsupported or does not fit.
     """
-    device = _device(device)
+    device = find_device(device)
     folder = resolve(path)
     model, found = _matched(folder, dtype)
     config = model.config
@@ -176,6 +176,12 @@ def load(
         module, _, kind = name.rpartition(".")
         setattr(model.get_submodule(module), kind, nn.Parameter(parameter, requires_grad=False))
     return model.eval(), config
+
+
+def skeleton(path: str | Path, dtype: str | torch.dtype = "auto") -> Transformer:
+    """The model without its weights, on the meta device: what `load` would give, and the same ValueErrors."""
+    model, _ = _matched(resolve(path), dtype)
+    return model.to(model.config.dtype)
 
 
 def report(path: str | Path, dtype: str = "auto", tokens: int = 4096, memory: float = 24, budget: float = 0.2) -> str:
@@ -378,7 +384,7 @@ def _reading(file: Path) -> Iterator[None]:
         raise ValueError(f"{file} cannot be read: {_line(error)}") from error
 
 
-def _device(name: str | torch.device) -> torch.device:
+def find_device(name: str | torch.device) -> torch.device:
     known = ["cpu"]
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator().type

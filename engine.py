@@ -20,13 +20,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import islice
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from decoder import Code, Decoder, Store, compiled_graphs
 from kvcache import KVCache, Memory, Prompt
-from model import Transformer
+from memory import Needs
+from model import PROMPT_CHUNK, Transformer
 from policies import layers as layer_policies
 from policies import tokens as token_policies
 from policies.layers import LayerPolicy, Plan
@@ -159,7 +161,12 @@ class Engine:
         return Conversation(self, sampling)
 
     def generate(
-        self, requests: Iterable[Request], batch_size: int | None = None, max_length: int | None = None
+        self,
+        requests: Iterable[Request],
+        batch_size: int | None = None,
+        max_length: int | None = None,
+        samplings: Collection[Sampling] | None = None,
+        apart: bool = False,
     ) -> Iterator[Completion]:
         """Run the requests, `batch_size` rows at a time; yields each one's completion when it ends.
 
@@ -167,11 +174,15 @@ class Engine:
         `batch_size` prompts, or given to the engine. max_length, the most tokens of a prompt and its answer, fixes the
         arena. By default a sequence of requests is one batch, as long as the longest that can run; other iterables,
         which are read as rows get free, need both. A request that cannot run yields a completion with its `error`.
+
+        samplings: all ways in which the requests sample, if that is known of such an iterable: no step computes more.
+        apart: what a request gets must not depend on the others, not even in the last bits. Prompts are read one by
+        one and there are always `batch_size` rows. It needs a plan or a layer policy that does not read the prompts;
+        see `plan_for`.
         """
-        samplings = None
         if isinstance(requests, Sequence):
             samplings = [request.sampling for request in requests]
-            lengths = [len(r.ids) + r.max_new_tokens for r in requests if not self._refusal(r)]
+            lengths = [len(r.ids) + r.max_new_tokens for r in requests if not self.refusal(r)]
             batch_size = max(len(lengths), 1) if batch_size is None else batch_size
             max_length = max_length or max(lengths, default=0)
         if batch_size is None or max_length is None:
@@ -179,21 +190,60 @@ class Engine:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         if max_length:  # else nothing can run
-            self._budget_slots(max_length)
-        for updated in self._serve(map(Completion, requests), batch_size, max_length, samplings):
+            known = self._plan(None, self._budget_slots(max_length), max_length)
+            if apart and known is None:
+                raise ValueError(f"requests that run apart need a plan; {self.layer_policy.name} makes it from prompts")
+        for updated in self._serve(map(Completion, requests), batch_size, max_length, samplings, apart):
             yield from (completion for completion in updated if completion.finish_reason)
+
+    @torch.inference_mode()
+    def plan_for(self, requests: Iterable[Request], max_length: int) -> tuple[Plan, list[float]]:
+        """The plan, and the importance of each layer, for sequences of `max_length` tokens that begin with these.
+
+        Prompts are read one by one, and nothing is kept of them.
+        """
+        rotary, policies = self.model.rotary(max_length), self._policies(max_length)
+        signals = []
+        for request in requests:
+            signals.append(self._prefill(*self._padded([request]), rotary, policies, lambda *_: None)[1])
+        importance = [fmean(layer) for layer in zip(*signals, strict=True)]
+        return self._plan(importance, self._budget_slots(max_length), max_length), importance
+
+    def needs(self, max_length: int, longest_prompt: int | None = None) -> Needs:
+        """Bytes for sequences of `max_length` tokens, before anything is allocated. The model may be on meta."""
+        c, caps = self.model.config, self._caps(max_length)
+        slots = min(self._budget_slots(max_length) * len(caps), sum(caps)) if self.plan is None else sum(self.plan)
+        item = self.model.embed.weight.element_size()
+        wide = max(4, item)
+        heads, groups = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+        # Of one layer, all at once: the residual stream and its normed copies, what is projected and turned, what the
+        # feed-forward holds; and what a policy that scores looks at.
+        prompt = max_length if longest_prompt is None else longest_prompt
+        experts = max(1, c.experts_per_token)
+        read = prompt * (2 * (item + wide) * (c.dim + heads + 2 * groups) + 3 * item * experts * c.ffn_dim)
+        if type(self.policy).score_prompt is not TokenPolicy.score_prompt or c.attention_softcap is not None:
+            read += 4 * wide * c.n_heads * min(prompt, PROMPT_CHUNK) * prompt
+        # Of one row in a step: the logits with what sampling sorts, and one layer's scores and probabilities.
+        step = c.vocab_size * (item + 5 * wide) + 4 * wide * c.n_heads * max(caps)
+        return Needs(
+            weights=sum(parameter.numel() for parameter in self.model.parameters()) * item,
+            row=slots * c.n_kv_heads * (2 * c.head_dim * item + (wide + 8) * self.policy.scored),
+            row_full=self._full_bytes(max_length),
+            step=step,
+            prefill=read + c.vocab_size * (item + wide),
+        )
 
     def check(self, request: Request, seen: int = 0, limit: int | None = None) -> None:
         """ValueError, in one line, if the request cannot run.
 
         In a conversation it comes after `seen` tokens, and the cache is made for `limit` tokens.
         """
-        if refusal := self._refusal(request, seen):
+        if refusal := self.refusal(request, seen):
             raise ValueError(refusal)
         self._budget_slots(limit or seen + len(request.ids) + request.max_new_tokens)
 
-    def _refusal(self, request: Request, seen: int = 0) -> str | None:
-        """Why the request cannot run under any budget, in one line."""
+    def refusal(self, request: Request, seen: int = 0) -> str | None:
+        """Why the request cannot run whatever the budget, in one line."""
         config, length = self.model.config, seen + len(request.ids) + request.max_new_tokens
         if not len(request.ids):
             return "the prompt is empty; give at least one token"
@@ -247,7 +297,12 @@ class Engine:
 
     @torch.inference_mode()
     def _serve(
-        self, queue: Iterator[Completion], batch: int, length: int, samplings: Sequence[Sampling] | None
+        self,
+        queue: Iterator[Completion],
+        batch: int,
+        length: int,
+        samplings: Collection[Sampling] | None,
+        apart: bool = False,
     ) -> Iterator[list[Completion]]:
         """Yields after each step the completions that got a token; ends when all have finished."""
         refused: list[Completion] = []
@@ -256,15 +311,17 @@ class Engine:
             running = list(islice(queue, batch))
             if running:
                 requests = [completion.request for completion in running]
-                decoder, figures = self._start(requests, length, later=samplings, stack=stack)
-                yield from self._decode(decoder, figures, running, queue, refused, self.lag)
+                rows = batch if apart else len(requests)
+                decoder, figures = self._start(requests, length, later=samplings, stack=stack, rows=rows, apart=apart)
+                running += [None] * (rows - len(running))
+                yield from self._decode(decoder, figures, running, queue, refused, self.lag, apart)
         if refused:
             yield refused
 
     def _fitting(self, queue: Iterator[Completion], length: int, refused: list[Completion]) -> Iterator[Completion]:
         for completion in queue:
             request = completion.request
-            completion.error = self._refusal(request)
+            completion.error = self.refusal(request)
             if not completion.error and len(request.ids) + request.max_new_tokens > length:
                 completion.error = (
                     f"{len(request.ids)} prompt + {request.max_new_tokens} new tokens exceed max-length {length}"
@@ -283,6 +340,7 @@ class Engine:
         queue: Iterator[Completion],
         refused: list[Completion],
         lag: int,
+        apart: bool = False,
     ) -> Iterator[list[Completion]]:
         """Steps until all that is running, and all in the queue, has finished; their first tokens are chosen."""
         started = time.perf_counter()
@@ -300,7 +358,7 @@ class Engine:
             return [row for row, completion in owned if waited[row] < completion.request.max_new_tokens]
 
         try:
-            for completion in running:
+            for completion in filter(None, running):
                 completion.figures = figures
             ask(range(len(running)))
             stepped, graphs = False, compiled_graphs()
@@ -337,7 +395,7 @@ class Engine:
                     rows = free[: len(newcomers)]
                     for row, completion in zip(rows, newcomers, strict=True):
                         running[row], waited[row], completion.figures = completion, 0, figures
-                    self._refill(decoder, rows, [completion.request for completion in newcomers])
+                    self._refill(decoder, rows, [completion.request for completion in newcomers], apart)
                     figures.prefill_tokens += sum(len(completion.request.ids) for completion in newcomers)
                     ask(rows)
                     figures.prefill_s += time.perf_counter() - started
@@ -354,33 +412,38 @@ class Engine:
         endless: bool = False,
         later: Sequence[Sampling] | None = (),
         stack: ExitStack | None = None,
+        rows: int | None = None,
+        apart: bool = False,
     ) -> tuple[Decoder, Figures]:
         """Prefill, plan and compact a batch; its first tokens are chosen.
 
         length: the most tokens of any row, by default the longest prompt + new ones; what is `endless` goes on beyond.
         later: how requests that come later sample, None for any way. stack: until it is closed the decoder is borrowed
-        from the store; without it, it is the caller's own.
+        from the store; without it, it is the caller's own. rows: of the decoder, if more than there are requests.
+        apart: prompts are read one by one.
         """
         started = time.perf_counter()
         length = length or max(len(request.ids) + request.max_new_tokens for request in requests)
         budget_slots = self._budget_slots(length)
-        ids, lengths = self._padded(requests)
-        rows, samplings = torch.arange(len(requests), device=self.device), [request.sampling for request in requests]
+        samplings = [request.sampling for request in requests]
         rotary, policies = self.model.rotary(length), self._policies(math.inf if endless else length)
 
         plan = self._plan(None, budget_slots, length)
         if plan is not None:
-            decoder, made = self._decoder(plan, rotary, policies, samplings, later, stack)
-            logits, importance = self._prefill(ids, lengths, rotary, policies, decoder.keeper(rows, lengths))
+            idle = [GREEDY] * ((rows or len(requests)) - len(requests))
+            decoder, made = self._decoder(plan, rotary, policies, samplings + idle, later, stack)
+            importance = self._refill(decoder, range(len(requests)), requests, apart)
         else:
+            ids, lengths = self._padded(requests)
+            at = torch.arange(len(requests), device=self.device)
             waiting = _Waiting(self, lengths, policies, budget_slots, length)
             logits, importance = self._prefill(ids, lengths, rotary, policies, waiting.keep)
             plan = self._plan(importance, budget_slots, length)
             decoder, made = self._decoder(plan, rotary, policies, samplings, later, stack)
-            keep = decoder.keeper(rows, lengths)
+            keep = decoder.keeper(at, lengths)
             while waiting.prompts:
                 keep(len(waiting.prompts) - 1, None, waiting.prompts.pop())
-        decoder.begin(rows, lengths, logits, samplings)
+            decoder.begin(at, lengths, logits, samplings)
         return decoder, Figures(
             plan=plan.slots,
             groups=plan.groups,
@@ -389,7 +452,7 @@ class Engine:
             kv_bytes=decoder.cache.kv_bytes,
             state_bytes=decoder.cache.state_bytes,
             kv_bytes_full=sum(self._full_bytes(len(request.ids) + request.max_new_tokens) for request in requests),
-            prefill_tokens=int(lengths.sum()),
+            prefill_tokens=sum(len(request.ids) for request in requests),
             prefill_s=time.perf_counter() - started - decoder.capture_s * made,
             compile_s=decoder.capture_s * made,
         )
@@ -466,12 +529,19 @@ class Engine:
             frequencies.copy_(new)
         return decoder, made
 
-    def _refill(self, decoder: Decoder, rows: list[int], requests: Sequence[Request]) -> None:
-        """Put new requests into rows that are free."""
+    def _refill(
+        self, decoder: Decoder, rows: Sequence[int], requests: Sequence[Request], apart: bool = False
+    ) -> list[float]:
+        """Put new requests into rows that are free, and return every layer's importance, the mean over the rows."""
+        if apart:
+            each = [self._refill(decoder, [row], [request]) for row, request in zip(rows, requests, strict=True)]
+            return [fmean(layer) for layer in zip(*each, strict=True)]
         ids, lengths = self._padded(requests)
         at = torch.tensor(rows, device=self.device)
-        logits, _ = self._prefill(ids, lengths, decoder.rotary, decoder.policies, decoder.keeper(at, lengths))
+        keep = decoder.keeper(at, lengths)
+        logits, importance = self._prefill(ids, lengths, decoder.rotary, decoder.policies, keep)
         decoder.begin(at, lengths, logits, [request.sampling for request in requests])
+        return importance
 
     def _full_bytes(self, length: int) -> int:
         """K and V of a full cache for one sequence of `length` tokens."""

@@ -5,16 +5,19 @@
     python generate.py --policy h2o --layers squeeze --p 0.4 --budget 0.2 --prompt-file long.txt
     python generate.py --policy streaming --budget 256 --sinks 4 --json --prompt - < long.txt
     python generate.py --checkpoint Qwen/Qwen3-0.6B --interactive --squeeze --budget 1024
+    python generate.py --input prompts.jsonl --output results.jsonl --batch-size 8 --squeeze --resume
 
 Two choices make a cache: --policy says which tokens a layer keeps in its slots (full, window, streaming, h2o,
 h2o-mean, tova, snapkv, knorm, keydiff), and --layers how many slots each layer gets (uniform, squeeze, mix, pyramid).
 --squeeze is --layers squeeze with a policy and a budget that suit it. The text streams to standard output, then a
 short report; --json prints one object instead. --chat wraps the prompt in the checkpoint's own template; --interactive
-reads a turn a line and goes on over one cache.
+reads a turn a line and goes on over one cache. --input and --output take many prompts from a file, --batch-size at a
+time; see batch.py for the lines.
 """
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -24,11 +27,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from tqdm import tqdm
 
 import chat
 import checkpoint
+import memory
 import tokenizer as tokenizers
-from engine import Completion, Conversation, Engine, Figures, Stream, check_budget
+from batch import Job, Summary
+from engine import Completion, Conversation, Engine, Figures, Request, Stream, check_budget
+from memory import size
 from policies import layers as layer_policies
 from policies import tokens as token_policies
 from sampling import Sampling
@@ -56,8 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def complain(error: Exception) -> None:
-    print(f"generate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+def complain(error: Exception | str) -> None:
+    tqdm.write(f"generate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,6 +86,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--system", metavar="TEXT", help="the system message of a chat")
     add("--interactive", action="store_true", help="go on, a turn a line, over one cache that keeps its size")
+    add("--input", metavar="F", help="a file of prompts, a JSON object a line")
+    add("--output", metavar="F", help="where the results go, a line each when it is done")
+    add("--resume", action="store_true", help="go on with what is in --output, if anything is")
+    add("--strict", action="store_true", help="end at the first bad line of --input (default: report it and go on)")
+    add("--batch-size", type=rows, metavar="N|auto", help="rows at a time (default auto: what fits into memory)")
+    add("--max-length", type=int, metavar="N", help="tokens of a prompt and its answer (default: the longest line)")
+    add("--max-memory", type=float, metavar="GIB", help="refuse what may need more (default: what is free)")
     add("--max-new-tokens", type=int, default=128, metavar="N")
     add("--policy", help=f"tokens a layer keeps: {', '.join(token_policies.TOKEN_POLICIES)} (default: full)")
     add("--layers", help=f"slots per layer: {', '.join(layer_policies.LAYER_POLICIES)} (default: uniform)")
@@ -110,29 +124,163 @@ def run(args: argparse.Namespace) -> int:
         check_budget(args.budget)
     if args.save_plan is not None and not Path(args.save_plan).parent.is_dir():
         raise ValueError(f"--save-plan {args.save_plan}: that folder does not exist; make it first")
+    if args.max_memory is not None and not 0 < args.max_memory < math.inf:
+        raise ValueError(f"--max-memory must be a positive number of GiB, not {args.max_memory}")
     folder = checkpoint.resolve(args.checkpoint)
     tokenizer = tokenizers.load(folder)
     turns = Turns(tokenizer, chosen_template(args, folder, tokenizer), args.system)
     if args.prompt_ids is not None:
         ids = parse_ids(args.prompt_ids)
-    elif not args.interactive:
+    elif not args.interactive and args.input is None:
         ids = turns.ids(prompt_text(args))
     text = TextSoFar(tokenizer, args.stop)
-
-    model, _ = checkpoint.load(folder, args.device, args.dtype)
-    compiled = args.compile if args.compile is not None else model.embed.weight.device.type == "cuda"
-    engine = Engine(model, policy, layers, args.budget, plan, compiled)
     eos_ids = frozenset() if args.ignore_eos else tokenizers.eos_ids(folder)
-    if args.interactive:
-        return interact(args, engine.conversation(sampling), turns, eos_ids)
-    stream = engine.stream(ids, sampling, args.max_new_tokens, eos_ids, text.push)
-    completion = follow(stream, text, echo=not args.json)
+    device = checkpoint.find_device(args.device)
+    limit = memory.free(device) if args.max_memory is None else int(args.max_memory * 2**30)
+
+    def load(plan: list[int] | None = plan) -> Engine:
+        model, _ = checkpoint.load(folder, device, args.dtype)
+        compiled = args.compile if args.compile is not None else device.type == "cuda"
+        return Engine(model, policy, layers, args.budget, plan, compiled)
+
+    dry = Engine(checkpoint.skeleton(folder, args.dtype), policy, layers, args.budget, plan)
+    if args.input is not None:
+        default = Request((), args.max_new_tokens, sampling, eos_ids)
+        job = Job(
+            Path(args.input),
+            Path(args.output),
+            asked(args, folder, plan, dry),
+            default,
+            turns.ids if tokenizer else no_tokenizer,
+            lambda: TextSoFar(tokenizer, args.stop),
+            args.resume,
+        )
+        return run_job(args, job, dry, limit, load)
+    length = dry.model.config.max_positions if args.interactive else len(ids) + args.max_new_tokens
+    if not args.interactive:
+        dry.check(Request(ids, args.max_new_tokens))
+    needs = dry.needs(length)
+    if args.max_memory is not None:
+        needs.check(1, limit)
+    with needs.explained(1, limit):
+        engine = load()
+        if args.interactive:
+            return interact(args, engine.conversation(sampling), turns, eos_ids)
+        stream = engine.stream(ids, sampling, args.max_new_tokens, eos_ids, text.push)
+        completion = follow(stream, text, echo=not args.json)
     save_plan(args, engine, completion.figures)
     if args.json:
         print(json.dumps(report_json(args, engine, completion, text.text)))
     else:
         print(report(engine, completion))
     return 0
+
+
+def asked(args: argparse.Namespace, folder: Path, plan: list[int] | None, dry: Engine) -> dict[str, Any]:
+    """The settings on which the results of a job depend. Its batch size does not count: who runs out of memory may
+    go on with a smaller one.
+    """
+    names = """policy layers squeeze budget p sinks max_length max_new_tokens temperature top_k top_p seed stop
+    ignore_eos chat system device compile""".split()
+    settings = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
+    dtype = str(dry.model.embed.weight.dtype).removeprefix("torch.")
+    return {"--checkpoint": str(folder.resolve()), **settings, "--plan": plan, "--dtype": dtype}
+
+
+def no_tokenizer(_: str) -> NoReturn:
+    raise ValueError("the checkpoint has no tokenizer; give prompt_ids")
+
+
+def run_job(
+    args: argparse.Namespace, job: Job, dry: Engine, limit: int, load: Callable[[list[int] | None], Engine]
+) -> int:
+    def bad(number: int, error: ValueError) -> None:
+        if args.strict:
+            raise ValueError(f"{args.input} line {number}: {error}")
+        complain(f"{args.input} line {number}: {error}")
+
+    survey = job.survey(dry, args.max_length, bad)
+    length = args.max_length or survey.longest
+    needs = dry.needs(length, survey.longest_prompt)
+    share = 1 if args.max_memory is not None else memory.SHARE
+    rows = args.batch_size or job.state.get("batch_size") or needs.rows(survey.count, int(share * limit))
+    needs.check(rows, limit)
+    file, done = job.begin()
+    summary, engine = Summary(before=len(done)), dry
+    try:
+        with file, needs.explained(rows, limit):
+            if len(done) < survey.count:
+                engine = load(job.state["plan"] if job.state else dry.plan)
+                job.decide(engine, survey, rows, length)
+                engine.plan = job.state["plan"]
+                for summary in job.run(engine, survey, file, done):  # noqa: B007
+                    pass
+    except KeyboardInterrupt:
+        print(f"generate.py: interrupted; {args.output} is whole, --resume goes on with it", file=sys.stderr)
+        return 130
+    except ValueError as error:
+        raise ValueError(f"{error}; {args.output} is whole, --resume goes on with it") from error
+    if summary.figures:
+        save_plan(args, engine, summary.figures)
+    result = job_json(args, engine, survey.bad, rows, length, needs.row_full * rows, summary)
+    print(json.dumps(result) if args.json else job_report(result, summary))
+    return 2 if survey.bad else 0
+
+
+def job_json(
+    args: argparse.Namespace,
+    engine: Engine,
+    bad: dict[int, str],
+    rows: int,
+    length: int,
+    kv_bytes_full: int,
+    summary: Summary,
+) -> dict[str, Any]:
+    figures = {}
+    if summary.figures:
+        names = """budget_slots plan importance groups kv_bytes state_bytes prefill_s compile_s decode_s
+        decode_tokens_per_s""".split()
+        figures = {name: getattr(summary.figures, name) for name in names}
+    return {
+        "output": args.output,
+        "done": summary.done,
+        "done_before": summary.before,
+        "bad_lines": bad,
+        "prompt_tokens": summary.prompt_tokens,
+        "new_tokens": summary.tokens,
+        "seconds": summary.seconds,
+        "tokens_per_s": summary.tokens_per_s,
+        "batch_size": rows,
+        "max_length": length,
+        "policy": engine.policy.name,
+        "layers": engine.layer_policy.name,
+        "budget": args.budget,
+        "kv_bytes_full": kv_bytes_full,
+        **figures,
+        "device": args.device,
+        "dtype": str(engine.model.embed.weight.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+    }
+
+
+def job_report(result: dict[str, Any], summary: Summary) -> str:
+    bad = f", {len(result['bad_lines'])} bad lines" if result["bad_lines"] else ""
+    before = f", {summary.before} before" if summary.before else ""
+    lines = [f"requests {summary.done} done{before}{bad}: {result['output']}"]
+    if summary.figures:
+        kv, full = result["kv_bytes"], result["kv_bytes_full"]
+        lines = [
+            *layer_table(summary.figures),
+            "",
+            *lines,
+            f"cache    {result['policy']} x {result['layers']}, {result['budget_slots']} slots per layer, "
+            f"{result['batch_size']} rows of {result['max_length']} tokens",
+            f"KV       {size(kv)} of {size(full)} ({kv / full:.0%} of the full cache), "
+            f"policy state {size(result['state_bytes'])}",
+            f"speed    {summary.tokens_per_s:,.1f} new tokens/s over all ({summary.prompt_tokens:,} read, "
+            f"{summary.tokens:,} new, {summary.seconds:.1f} s)",
+        ]
+    return "\n".join(lines)
 
 
 def save_plan(args: argparse.Namespace, engine: Engine, figures: Figures) -> None:
@@ -150,6 +298,15 @@ def choose_policies(args: argparse.Namespace) -> tuple[token_policies.TokenPolic
         raise ValueError("--squeeze has nothing to squeeze with --policy full; use another, such as streaming")
     options = {name: {} if value is None else {name: value} for name, value in (("p", args.p), ("sinks", args.sinks))}
     return token_policies.make(policy, **options["sinks"]), layer_policies.make(layers, **options["p"])
+
+
+def rows(text: str) -> int | None:
+    """None for auto."""
+    if text == "auto":
+        return None
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1 or auto, not {text}")
+    return int(text)
 
 
 def number(text: str) -> int | float:
@@ -179,11 +336,19 @@ def chosen_template(
         raise ValueError(f"give one of {' and '.join(sources)}, not both")
     if args.prompt_ids is not None and (args.chat or args.interactive):
         raise ValueError(f"--prompt-ids are taken as they are; {'--chat' if args.chat else '--interactive'} needs text")
+    if args.input is not None and (sources or args.interactive):
+        other = sources[0] if sources else "--interactive"
+        raise ValueError(f"--input brings the prompts; it does not go with {other}")
+    if (args.input is None) != (args.output is None):
+        raise ValueError("--input and --output go together")
+    only = [name for name in ("resume", "strict", "batch_size", "max_length") if getattr(args, name)]
+    if args.input is None and only:
+        raise ValueError(f"--{only[0].replace('_', '-')} is for a file of prompts; give --input and --output")
     if args.interactive and args.json:
         raise ValueError("--interactive prints text as it comes; it has no --json")
     if args.interactive and args.prompt == "-":
         raise ValueError("--interactive reads its turns from standard input; the first one can be a --prompt-file")
-    if tokenizer is None and args.prompt_ids is None:
+    if tokenizer is None and args.prompt_ids is None and args.input is None:
         raise ValueError(f"{args.checkpoint} has no tokenizer; give the prompt as --prompt-ids")
     template = chat.load(folder, tokenizer) if args.chat or args.interactive and args.chat is None else None
     if args.chat and template is None:
@@ -253,6 +418,10 @@ class TextSoFar:
         if self.stream:
             self.text += self.stream.push(tokens[-1])
         return bool(self.stream and self.stream.stopped)
+
+    def end(self) -> None:
+        if self.stream:
+            self.text += self.stream.flush()
 
     def print(self, last: bool = False) -> None:
         sys.stdout.write(self.text[self.printed :] + "\n" * last)
@@ -338,8 +507,7 @@ def follow(stream: Stream, text: TextSoFar, echo: bool) -> Completion:
         if stream.completion.figures is None:
             raise
         stream.completion.finish_reason = stream.completion.finish_reason or "interrupted"
-    if text.stream:
-        text.text += text.stream.flush()
+    text.end()
     if echo:
         text.print(last=True)
     return stream.completion
@@ -402,14 +570,6 @@ def summary(engine: Engine, completion: Completion) -> list[str]:
         f"prefill  {figures.prefill_tokens / figures.prefill_s:,.0f} tokens/s ({figures.prefill_s:.3f} s)",
         f"decode   {decode}" + (f", compiled in {figures.compile_s:.1f} s" if figures.compile_s else ""),
     ]
-
-
-def size(amount: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if amount < 1024:
-            return f"{amount:.4g} {unit}"
-        amount /= 1024
-    return f"{amount:.4g} GiB"
 
 
 if __name__ == "__main__":
