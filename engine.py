@@ -345,13 +345,13 @@ class Engine:
         """Steps until all that is running, and all in the queue, has finished; their first tokens are chosen."""
         started = time.perf_counter()
         waited = [0] * len(running)  # tokens of each row that have been asked for
-        asked: deque[tuple[list[Completion | None], Callable[[], list[int]]]] = deque()
+        asked: deque[tuple[list[Completion | None], Callable[[], list[int]], bool]] = deque()
 
-        def ask(rows: Iterable[int]) -> None:
+        def ask(rows: Iterable[int], stepped: bool) -> None:
             owners = [None] * len(running)
             for row in rows:
                 owners[row], waited[row] = running[row], waited[row] + 1
-            asked.append((owners, decoder.read()))
+            asked.append((owners, decoder.read(), stepped))
 
         def wanting() -> list[int]:
             owned = [(row, completion) for row, completion in enumerate(running) if completion]
@@ -360,15 +360,14 @@ class Engine:
         try:
             for completion in filter(None, running):
                 completion.figures = figures
-            ask(range(len(running)))
-            stepped, graphs = False, compiled_graphs()
+            ask(range(len(running)), stepped=False)
+            graphs = compiled_graphs()
             while asked or wanting():
                 if len(asked) <= lag and (rows := wanting()) and not (asked and lag == 0):
                     decoder.step()
-                    ask(rows)
-                    stepped = True
+                    ask(rows, stepped=True)
                     continue
-                owners, tokens = asked.popleft()
+                owners, tokens, stepped = asked.popleft()
                 if all(owner is None or owner.finish_reason for owner in owners):
                     continue  # it ran ahead of their ends: nobody waits for it
                 updated = []
@@ -385,7 +384,7 @@ class Engine:
                     figures.compile_s += elapsed
                 else:
                     figures.decode_s += elapsed
-                    figures.decode_tokens += sum(len(completion.tokens) > 1 for completion in updated)
+                    figures.decode_tokens += len(updated)
                 graphs = compiled_graphs()
                 yield [*updated, *refused]
                 refused.clear()
@@ -397,7 +396,7 @@ class Engine:
                         running[row], waited[row], completion.figures = completion, 0, figures
                     self._refill(decoder, rows, [completion.request for completion in newcomers], apart)
                     figures.prefill_tokens += sum(len(completion.request.ids) for completion in newcomers)
-                    ask(rows)
+                    ask(rows, stepped=False)
                     figures.prefill_s += time.perf_counter() - started
                     started = time.perf_counter()
         finally:

@@ -94,6 +94,22 @@ def first() -> str:
     )
 
 
+def batch() -> str:
+    record = result("batch_cpu.json")
+    head = f"| {record['prompts']} prompts | new tokens/s | times one by one | times transformers | KV bytes | first compile |"
+    lines = [head, "|---" * 6 + "|"]
+    for row in record["rows"]:
+        kv_bytes = f"{row['kv_bytes']:,}" if row["kv_bytes"] else "-"
+        compiled = f"{row['compile_s']} s" if row["compile_s"] else "-"
+        lines.append(
+            f"| {row['what']} | {row['tokens_per_s']:.0f} | {row['times_one_by_one']:.1f} "
+            f"| {row['times_transformers']:.1f} | {kv_bytes} | {compiled} |"
+        )
+    counts = f"{record['prompts']} prompts, {record['prompt_tokens']:,} tokens, {record['new_tokens']:,} new ones"
+    same = f"the full cache gave the tokens of transformers for {record['same_as_transformers']} of them"
+    return "\n".join([*lines, "", f"{counts}; {same}; {provenance(record, 'batch_cpu.json')}"])
+
+
 def chat() -> str:
     record = result("chat_cpu.json")
     talk, read, limit = record["talk"], record["read"], record["trained_positions"]
@@ -128,6 +144,7 @@ SECTIONS = {
     "first": first,
     "decode": decode,
     "throughput": throughput,
+    "batch": batch,
     "quality": quality,
     "chat": chat,
     "families": families,
