@@ -96,8 +96,8 @@ def first() -> str:
 
 def batch() -> str:
     record = result("batch_cpu.json")
-    head = f"| {record['prompts']} prompts | new tokens/s | times one by one | times transformers | KV bytes | first compile |"
-    lines = [head, "|---" * 6 + "|"]
+    heads = "new tokens/s | times one by one | times transformers | KV bytes | first compile"
+    lines = [f"| {record['prompts']} prompts | {heads} |", "|---" * 6 + "|"]
     for row in record["rows"]:
         kv_bytes = f"{row['kv_bytes']:,}" if row["kv_bytes"] else "-"
         compiled = f"{row['compile_s']} s" if row["compile_s"] else "-"
