@@ -238,7 +238,7 @@ def test_rows_apart_do_not_know_each_other(policy):
 
 def test_rows_apart_need_a_plan(model):
     requests = [Request(random_ids(9), 4)]
-    with pytest.raises(ValueError, match="squeeze makes it from all of them"):
+    with pytest.raises(ValueError, match="need a plan; squeeze makes it from prompts"):
         next(Engine(model, "window", "squeeze", 8).generate(iter(requests), 2, 20, apart=True))
     engine = Engine(model, "window", "squeeze", 8)
     plan, importance = engine.plan_for(requests, 20)
