@@ -73,7 +73,11 @@ def copy_rate(device: str) -> float:
 
 @lru_cache
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """Operations per second of a large matrix product (a multiply and an add each)."""
+    """Operations per second of a large matrix product (a multiply and an add each).
+
+    At least that of float32: where a processor has no fast product in half precision, a step may compute in float32.
+    """
     size = 8192 if device == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / seconds(lambda: a @ b, device)
+    rate = 2 * size**3 / seconds(lambda: a @ b, device)
+    return rate if dtype == torch.float32 or device == "cuda" else max(rate, matmul_rate(device, torch.float32))
