@@ -168,6 +168,8 @@ def evaluate(args: argparse.Namespace) -> int:
     check_all(model, tasks, cells, args.batch)
     record = origin(args.device)
     settings = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
+    if folder.is_relative_to(HERE):  # results say the same wherever the project lies
+        settings["checkpoint"] = str(folder.relative_to(HERE))
     log = Log(args.out / "predictions.jsonl", settings, args.resume)
     run(model, tasks, cells, log, args.batch)
 
