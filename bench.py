@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -38,6 +38,7 @@ from tqdm import tqdm
 from benchmark import attention, roofline
 from benchmark.subjects import SHAPES, Subject, make, published
 from benchmark.timing import Run, attempt, compiled_graphs, peak_bytes, race, reset_peak, seconds, synchronise
+from commandline import Parser
 from config import ModelConfig
 from engine import Engine, Request
 from kvcache import KVCache, LayerCache
@@ -393,11 +394,6 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ModuleNotFoundError, torch.OutOfMemoryError) as error:
         print(f"bench.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see --help)")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -22,12 +22,13 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 import checkpoint
 import tokenizer as tokenizers
+from commandline import Parser, number
 from evaluation import standard, summary
 from evaluation.cells import Cell, grid
 from evaluation.fidelity import Fidelity
@@ -92,11 +93,6 @@ def main(argv: list[str] | None = None) -> int:
     return 2
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see --help)")
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -146,13 +142,6 @@ def listed(kind: Callable[[str], Any]) -> Callable[[str], list]:
 
     parse_list.__name__ = f"list of {kind.__name__}s"
     return parse_list
-
-
-def number(text: str) -> int | float:
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
 
 
 def evaluate(args: argparse.Namespace) -> int:

@@ -34,6 +34,7 @@ import checkpoint
 import memory
 import tokenizer as tokenizers
 from batch import Job, Summary
+from commandline import Parser, number
 from engine import Completion, Conversation, Engine, Figures, Request, Stream, check_budget
 from memory import size
 from policies import layers as layer_policies
@@ -65,11 +66,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def complain(error: Exception | str) -> None:
     tqdm.write(f"generate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see --help)")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -309,13 +305,6 @@ def rows(text: str) -> int | None:
     return int(text)
 
 
-def number(text: str) -> int | float:
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
-
-
 def read_plan(path: Path) -> list[int]:
     try:
         plan = json.loads(path.read_bytes())
@@ -432,7 +421,7 @@ class TextSoFar:
 def interact(args: argparse.Namespace, conversation: Conversation, turns: Turns, eos_ids: frozenset[int]) -> int:
     """A turn a line until the input ends. Text goes to standard output, and what it cost to standard error."""
     code = 0
-    for number, said in enumerate(lines(args), 1):
+    for turn, said in enumerate(lines(args), 1):
         try:
             figures = answer(args, conversation, turns, said, eos_ids)
         except ERRORS as error:  # the conversation is as it was: another turn may fit
@@ -440,7 +429,7 @@ def interact(args: argparse.Namespace, conversation: Conversation, turns: Turns,
             code = 2
         else:
             print(
-                f"[turn {number}: {conversation.seen:,} tokens so far; KV {size(figures.kv_bytes)}, "
+                f"[turn {turn}: {conversation.seen:,} tokens so far; KV {size(figures.kv_bytes)}, "
                 f"{size(figures.kv_bytes_full)} in full; {figures.decode_tokens_per_s:,.1f} tokens/s]",
                 file=sys.stderr,
             )

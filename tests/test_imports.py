@@ -19,6 +19,7 @@ FLOORS = {
     "chat": 1,
     "model": 1,
     "config": 0,
+    "commandline": 0,
     "kvcache": 0,
     "memory": 0,
     "policies": 0,
