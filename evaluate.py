@@ -74,6 +74,8 @@ SUITES = {
         "layers": ["uniform", "squeeze"],
         "budgets": [0.1, 0.2, 0.3, 0.4, 0.5, 0.7],
         "tasks": ["fidelity", "recall"],
+        "texts": 1024,
+        "read": 16,
         "questions": 1024,
         "batch": 64,
     },

@@ -20,8 +20,8 @@ ALLOWED = 0.01  # relative loss that a cut of memory may cost
 DEFINITION = (
     "Largest cut: the smallest budget of the grid at which, and at all larger ones, the loss relative to the full "
     "cache is at most 1% (perplexity: ratio - 1; others: 1 - ratio of the means). Estimate: of the measured loss. "
-    "Sure: of the upper end of its 95% interval (paired bootstrap over the rows; at least 3 / n, what n rows without "
-    "one difference leave open). A cut is 1 - KV of the full cache."
+    "Sure, where that differs: of the upper end of its 95% interval (paired bootstrap over the rows; at least 3 / n, "
+    "what n rows without one difference leave open). A cut is 1 - KV of the full cache."
 )
 
 
@@ -188,14 +188,21 @@ def conclusions(summary: dict) -> str:
             count = sum(map(len, worse.values()))
             told = f"- {plan}, {task}: better in {better} of {len(own)}, worse in {count}"
             lines.append(f"{told} ({where})" if where else told)
-    lines += [
-        "",
-        f"| largest cut at 1% loss | {' | '.join(summary['tasks'])} |",
-        "|---" * (1 + len(summary["tasks"])) + "|",
-    ]
-    for row in summary["cuts"]:
-        cuts = ["none" if c["estimate"] is None else f"{c['estimate']:.0%}" for c in row["cut"].values()]
-        sure = ["none" if c["sure"] is None else f"{c['sure']:.0%}" for c in row["cut"].values()]
-        cells = [f"{a} (sure: {b})" for a, b in zip(cuts, sure, strict=True)]
-        lines.append(f"| {row['policy']} x {plan_name(row)} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", summary["definition"]])
+    return "\n".join([*lines, "", *cuts(summary), "", summary["definition"]])
+
+
+def cuts(summary: dict) -> list[str]:
+    """The largest cuts, a line per token policy, a column per task and layer policy. Markdown."""
+    plans = list(dict.fromkeys(map(plan_name, summary["cuts"])))
+    judged = {task: "perplexity" if about["metric"] == "kl" else task for task, about in summary["tasks"].items()}
+    titles = [f"{name}: {plan}" for name in judged.values() for plan in plans]
+    lines = [f"| largest cut at 1% loss | {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|"]
+    for policy in dict.fromkeys(row["policy"] for row in summary["cuts"]):
+        own = {plan_name(row): row["cut"] for row in summary["cuts"] if row["policy"] == policy}
+        lines.append(f"| {policy} | {' | '.join(_cut(**own[plan][task]) for task in judged for plan in plans)} |")
+    return lines
+
+
+def _cut(estimate: float | None, sure: float | None) -> str:
+    estimated, safe = ("none" if share is None else f"{share:.0%}" for share in (estimate, sure))
+    return estimated if estimated == safe else f"{estimated} (sure: {safe})"
