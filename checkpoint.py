@@ -11,7 +11,6 @@ memory-mapped and read tensor by tensor into the parameter each belongs to, so t
 more than one tensor in memory. Nothing is guessed: every tensor is used, ignored by name, or an error.
 """
 
-import argparse
 import json
 import os
 import re
@@ -28,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from commandline import Parser, guarded
 from config import ModelConfig
 from model import Transformer
 
@@ -391,7 +391,10 @@ def find_device(name: str | torch.device) -> torch.device:
         known += [kind, *(f"{kind}:{i}" for i in range(torch.accelerator.device_count()))]
     if str(name) not in known:
         raise ValueError(f"device {str(name)!r} is not available; there is {', '.join(known)}")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # streams, events and captures are made on the current one
+    return device
 
 
 def _dtype(name: str | torch.dtype) -> torch.dtype | None:
@@ -411,21 +414,21 @@ def _line(error: Exception) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="What is in a checkpoint, and what fits into memory with it.")
+    parser = Parser(description="What is in a checkpoint, and what fits into memory with it.")
     parser.add_argument("path", help="a Hugging Face folder or hub id")
     parser.add_argument("--dtype", default="auto", help="of weights and cache (default: the config's)")
     parser.add_argument("--tokens", type=int, default=4096, help="length of a sequence (default 4096)")
     parser.add_argument("--memory", type=float, default=24, help="in GiB (default 24)")
     parser.add_argument("--budget", type=float, default=0.2, help="share that a squeezed cache keeps (default 0.2)")
-    arguments = parser.parse_args(argv)
-    try:
+
+    def call() -> int:
+        arguments = parser.parse_args(argv)
         if arguments.tokens < 1 or not 0 < arguments.budget <= 1 or not 0 < arguments.memory < float("inf"):
             raise ValueError("tokens must be at least 1, memory positive, and budget in (0, 1]")
         print(report(**vars(arguments)))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return guarded("checkpoint.py", call)
 
 
 if __name__ == "__main__":

@@ -33,17 +33,17 @@ class CudaGraphs:
     """Captures steps by hand, all in one memory pool."""
 
     def __init__(self):
-        self.pool = torch.cuda.graph_pool_handle()
+        # One stream for all captures: cuBLAS keeps a workspace for every stream that it has worked on.
+        self.pool, self.side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what is compiled or chosen at first use must not be captured
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):  # what is compiled or chosen at first use must not be captured
             step()
             step()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self.side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.side):
             step()
         return graph.replay
 
@@ -179,8 +179,9 @@ class Store:
             self.busy = False
 
 
-# Guards that ask, for every layer of every step, whether somebody has patched the code since it was compiled: half of a
-# step's time on a CPU. All that a call can bring (tensors, shapes, settings, types) stays guarded.
+# Guards that ask, for every layer of every step, whether somebody has patched the code since it was compiled: a large
+# part of a small model's step on a CPU. All that a call can bring (tensors, shapes, settings, types) stays guarded, as
+# long as modules and policies hold no functions.
 _PATCH_GUARDS = {
     "BUILTIN_MATCH",
     "CLOSURE_MATCH",
@@ -193,6 +194,8 @@ _PATCH_GUARDS = {
 
 
 def _compile(function: Callable) -> Callable:
+    # Every policy, and every kind of model, adds its own graphs to the same code: the default limit allows 8 in all.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
     options = {"guard_filter_fn": lambda guards: [guard.guard_type not in _PATCH_GUARDS for guard in guards]}
     return torch.compile(function, fullgraph=True, options=options)
 

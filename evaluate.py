@@ -28,7 +28,7 @@ import torch
 
 import checkpoint
 import tokenizer as tokenizers
-from commandline import Parser, number
+from commandline import Parser, guarded, number
 from evaluation import standard, summary
 from evaluation.cells import Cell, grid
 from evaluation.fidelity import Fidelity
@@ -83,16 +83,7 @@ SUITES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        return evaluate(parse(argv))
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"evaluate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-    except ModuleNotFoundError as error:
-        print(f"evaluate.py: error: {error}; see requirements-dev.txt (lm_eval: an extra)", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("evaluate.py: interrupted; --resume goes on from here", file=sys.stderr)
-        return 130
-    return 2
+    return guarded("evaluate.py", lambda: evaluate(parse(argv)), "interrupted; --resume goes on from here")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

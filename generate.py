@@ -23,18 +23,19 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from tqdm import tqdm
 
 import chat
 import checkpoint
+import commandline
 import memory
 import tokenizer as tokenizers
 from batch import Job, Summary
-from commandline import Parser, number
+from commandline import Parser, guarded, number
 from engine import Completion, Conversation, Engine, Figures, Request, Stream, check_budget
 from memory import size
 from policies import layers as layer_policies
@@ -45,27 +46,22 @@ HERE = Path(__file__).resolve().parent
 EMBEDDED = HERE / "checkpoints" / "tiny"
 DEMO_PROMPT = EMBEDDED / "demo_prompt.txt"
 SQUEEZE_POLICY = "streaming"  # what a bare --squeeze runs inside each layer
-ERRORS = (ValueError, OSError, torch.OutOfMemoryError)  # what a user can put right
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        code = run(parse(argv))
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # the reader has gone; nothing more to say, also not at shutdown
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except ERRORS as error:
-        complain(error)
-        return 2
-    except KeyboardInterrupt:
-        print("generate.py: interrupted before the first token", file=sys.stderr)
-        return 130
+    def call() -> int:
+        try:
+            code = run(parse(argv))
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:  # the reader has gone; nothing more to say, also not at shutdown
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+
+    return guarded("generate.py", call)
 
 
-def complain(error: Exception | str) -> None:
-    tqdm.write(f"generate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+complain = partial(commandline.complain, "generate.py")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -120,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
         check_budget(args.budget)
     if args.save_plan is not None and not Path(args.save_plan).parent.is_dir():
         raise ValueError(f"--save-plan {args.save_plan}: that folder does not exist; make it first")
+    if args.save_plan is not None and Path(args.save_plan).is_dir():
+        raise ValueError(f"--save-plan {args.save_plan} is a folder; name a file")
     if args.max_memory is not None and not 0 < args.max_memory < math.inf:
         raise ValueError(f"--max-memory must be a positive number of GiB, not {args.max_memory}")
     folder = checkpoint.resolve(args.checkpoint)
@@ -424,7 +422,7 @@ def interact(args: argparse.Namespace, conversation: Conversation, turns: Turns,
     for turn, said in enumerate(lines(args), 1):
         try:
             figures = answer(args, conversation, turns, said, eos_ids)
-        except ERRORS as error:  # the conversation is as it was: another turn may fit
+        except ValueError as error:  # the conversation is as it was: another turn may fit
             complain(error)
             code = 2
         else:

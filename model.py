@@ -267,13 +267,14 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.activation, self.gate = ACTIVATIONS[config.activation], config.ffn_gate
+        self.activation, self.gate = config.activation, config.ffn_gate
         width = (2 if self.gate else 1) * config.ffn_dim  # gate and up, fused; without a gate only up
         self.w13 = Linear(config.dim, width, bias=config.ffn_bias)
         self.w2 = Linear(config.ffn_dim, config.dim, bias=config.ffn_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(gated(self.w13(x), self.activation) if self.gate else self.activation(self.w13(x)))
+        hidden = self.w13(x)
+        return self.w2(gated(hidden, self.activation) if self.gate else ACTIVATIONS[self.activation](hidden))
 
 
 class Experts(nn.Module):
@@ -285,7 +286,7 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.experts, self.top = config.experts, config.experts_per_token
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = config.activation
         self.router = Linear(config.dim, self.experts, bias=False)
         self.w13 = Linear(config.dim, self.experts * 2 * config.ffn_dim, bias=False)
         self.w2 = Linear(config.ffn_dim, self.experts * config.dim, bias=False)
@@ -318,9 +319,9 @@ class Experts(nn.Module):
         return torch.zeros_like(rows, dtype=weights.dtype).index_add_(0, own, out * weights.flatten()[order, None])
 
 
-def gated(x: Tensor, activation: Any) -> Tensor:
+def gated(x: Tensor, activation: str) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
-    return activation(gate) * up
+    return ACTIVATIONS[activation](gate) * up
 
 
 def _matvec(weight: Tensor, x: Tensor) -> Tensor:

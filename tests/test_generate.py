@@ -231,7 +231,7 @@ def test_interrupt_before_the_first_token(capsys, monkeypatch):
 
     monkeypatch.setattr(generate.checkpoint, "load", interrupted)
     assert generate.main(["--prompt", "import os"]) == 130
-    assert capsys.readouterr() == ("", "generate.py: interrupted before the first token\n")
+    assert capsys.readouterr() == ("", "generate.py: interrupted\n")
 
 
 def linked(tmp_path: Path, template: str | None = None) -> Path:
