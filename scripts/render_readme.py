@@ -10,6 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 EVALUATED = "eval_slow/summary.json"
+SHOWN = (0.2, 0.4)  # budgets of it that the README has room for
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from evaluation.summary import conclusions  # noqa: E402
@@ -57,26 +58,33 @@ def quality() -> str:
 
 def quality_of(record: dict, file: str) -> str:
     """Recall and KL at equal totals, the largest cuts, and where squeeze does not help, from a summary.json."""
-    cells = {(row["policy"], row["layers"], row["budget"]): row for row in record["cells"]}
+    cells = {(row["policy"], row["layers"], row["budget"]): row["scores"] for row in record["cells"]}
     policies = list(dict.fromkeys(policy for policy, _, budget in cells if budget))
-    budgets = [budget for budget in sorted({budget for *_, budget in cells if budget}) if budget <= 0.6][:4]
     recall = next(name for name in record["tasks"] if name.startswith("recall"))
-    lines = []
-    for title, task, metric, form in ((recall, recall, "exact", ".0%"), ("KL, nats", "fidelity", "kl", ".3f")):
-        heads = [f"{layers} {budget:.0%}" for budget in budgets for layers in ("uniform", "squeeze")]
-        lines += [f"| {title} | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
-        for policy in policies:
-            rows = [cells[policy, layers, budget] for budget in budgets for layers in ("uniform", "squeeze")]
-            lines.append(f"| {policy} | {' | '.join(format(r['scores'][task][metric][0], form) for r in rows)} |")
-        lines.append("")
+    shown = [("recall", recall, "exact", ".0%"), ("KL", "fidelity", "kl", ".3f")]
+    have = sorted({budget for *_, budget in cells if budget})
+    budgets = dict.fromkeys(min(have, key=lambda budget: abs(budget - wanted)) for wanted in SHOWN)
+    columns = [(budget, *kind, layers) for budget in budgets for kind in shown for layers in ("uniform", "squeeze")]
+    heads = [f"{title} at {budget:.0%}: {layers}" for budget, title, *_, layers in columns]
+    lines = [f"| policy | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for policy in policies:
+        scores = [
+            format(cells[policy, layers, budget][task][metric][0], form)
+            for budget, _, task, metric, form, layers in columns
+        ]
+        lines.append(f"| {policy} | {' | '.join(scores)} |")
     full = record["cells"][0]["scores"]
+    rows = {name: f"{record['tasks'][name]['rows']:,}" for name in (recall, "fidelity")}
+    folder = Path(file).parent
     lines += [
-        f"Full cache: recall {full[recall]['exact'][0]:.1%}, perplexity {full['fidelity']['perplexity'][0]:.2f}. "
-        f"{record['tasks'][recall]['rows']:,} questions, {record['tasks']['fidelity']['rows']} texts.",
+        "",
+        f"Full cache: recall {full[recall]['exact'][0]:.1%} of {rows[recall]} questions, perplexity "
+        f"{full['fidelity']['perplexity'][0]:.2f} on {rows['fidelity']} texts. All budgets: "
+        f"[table.md](results/{folder}/table.md).",
         "",
         conclusions(record),
         "",
-        f"![quality over memory](results/{Path(file).parent}/frontier.png)",
+        f"![quality over memory](results/{folder}/frontier.png)",
         "",
         provenance(record, file),
     ]
