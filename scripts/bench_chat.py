@@ -5,7 +5,7 @@
 Talk: 20,000 tokens with the streaming policy on the embedded checkpoint, in turns of 32 tokens of text and 96 answered
 ones. Read: 20,000 tokens of unseen source, each predicted from a cache of the same slots, through the same code that
 appends a turn (for these policies equal to single decode steps). `full` keeps everything; its position limit is lifted
-for this measurement. --only does one of the two and keeps the other from --out.
+for this measurement.
 """
 
 import argparse
@@ -39,7 +39,6 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=4, help="how many texts to read")
     parser.add_argument("--slots", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", choices=("talk", "read"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
@@ -48,19 +47,15 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(EMBEDDED / "tokenizer.json"))
     text = tokenizer.encode("".join(data.read(file) for file in data.source_files()[1])).ids
 
-    before = json.loads(args.out.read_text()) if args.only and args.out and args.out.exists() else {}
-    result = {**before, **origin(), "tokens": args.tokens, "slots": args.slots}
-    result["trained_positions"] = config.max_positions
-    if args.only != "read":
-        result["talk"] = talk(Engine(model, "streaming", budget=args.slots, compile=True), text, args.tokens)
-        print(json.dumps({name: value for name, value in result["talk"].items() if name != "ms_per_token"}))
-    if args.only != "talk":
-        model.config = dataclasses.replace(config, max_positions=args.tokens + 1)
-        result["read"] = {}
-        for policy in ("streaming", "window", "full"):
-            engine = Engine(model, policy, budget=None if policy == "full" else args.slots)
-            result["read"][policy] = read(engine, text, args)
-            print(policy, result["read"][policy])
+    result = {**origin(), "tokens": args.tokens, "slots": args.slots, "trained_positions": config.max_positions}
+    result["talk"] = talk(Engine(model, "streaming", budget=args.slots, compile=True), text, args.tokens)
+    print(json.dumps({name: value for name, value in result["talk"].items() if name != "ms_per_token"}))
+    model.config = dataclasses.replace(config, max_positions=args.tokens + 1)
+    result["read"] = {}
+    for policy in ("streaming", "window", "full"):
+        engine = Engine(model, policy, budget=None if policy == "full" else args.slots)
+        result["read"][policy] = read(engine, text, args)
+        print(policy, result["read"][policy])
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
