@@ -88,8 +88,7 @@ class Decoder:
 
     def begin(self, rows: Tensor, lengths: Tensor, logits: Tensor, samplings: Sequence[Sampling]) -> None:
         """rows [R] have new requests: their prompts of `lengths` [R] are in the cache, logits [R, vocab] follow."""
-        for row, sampling in zip(rows.tolist(), samplings, strict=True):
-            self.sampler.set(row, sampling)
+        self.sampler.set(rows, samplings)
         self.seen[rows] = lengths
         self.tokens[rows] = self.sampler(logits, rows)
 

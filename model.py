@@ -194,7 +194,10 @@ class Attention(nn.Module):
         """
         length = q.shape[2]
         if self.softcap is None and (self.window is None or length <= self.window):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
+            if q.is_cuda and q.dtype == torch.float32:  # its one fused kernel there wants as many keys as queries
+                k, v = (part.repeat_interleave(self.heads // self.kv_heads, 1) for part in (k, v))
+            grouped = k.shape[1] != self.heads
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
         chunks = []
         for start in range(0, length, PROMPT_CHUNK):
             end = min(start + PROMPT_CHUNK, length)

@@ -61,16 +61,18 @@ class Sampler:
         self.top_k, self.seed, self.drawn = (
             torch.zeros(rows, 1, dtype=torch.int64, device=device) for _ in ("top_k", "seed", "drawn")
         )
-        for row, sampling in enumerate(samplings):
-            self.set(row, sampling)
+        self.set(torch.arange(rows, device=device), samplings)
 
-    def set(self, row: int, sampling: Sampling) -> None:
-        """From now on `row` is another request's."""
-        self.temperature[row] = sampling.temperature
-        self.top_p[row] = sampling.top_p
-        self.top_k[row] = sampling.top_k or 2**31
-        self.seed[row] = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        self.drawn[row] = 0
+    def set(self, rows: Tensor, samplings: Sequence[Sampling]) -> None:
+        """From now on rows [R] are other requests'."""
+        for buffer, values in (
+            (self.temperature, [sampling.temperature for sampling in samplings]),
+            (self.top_p, [sampling.top_p for sampling in samplings]),
+            (self.top_k, [sampling.top_k or 2**31 for sampling in samplings]),
+            (self.seed, [secrets.randbits(63) if s.seed is None else s.seed for s in samplings]),
+        ):
+            buffer[rows] = torch.tensor(values, dtype=buffer.dtype)[:, None].to(buffer.device)
+        self.drawn[rows] = 0
 
     def __call__(self, logits: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
         """logits [R, vocab] of some rows, by default of all -> token ids [R]."""
