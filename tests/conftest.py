@@ -3,6 +3,8 @@ import torch
 
 from model import ModelConfig, Transformer
 
+torch.set_num_threads(1)  # the tensors are small, and threads that wait for each other slow down on a busy machine
+
 
 @pytest.fixture(autouse=True)
 def _reproducible():

@@ -37,7 +37,11 @@ def refused(capsys, *args) -> str:
 
 def process(*args: str, **options) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "generate.py"), *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # In a shell's background job Ctrl-C is ignored, and children inherit that.
+    return subprocess.Popen(
+        command, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options
+    )
 
 
 def test_squeeze_json(capsys, tmp_path):
