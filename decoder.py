@@ -72,9 +72,13 @@ class Decoder:
             # One graph for all lengths from the start. Where all are equal a static one is faster.
             for arena in (arena for layer in cache.layers for arena in layer if arena is not None):
                 torch._dynamo.maybe_mark_dynamic(arena, 2)
-        started, self.step = time.perf_counter(), self._step
-        if code.capture:  # while there is nothing in the cache that the warm-up could spoil
-            self.step = code.capture(self._step)
+        started, self.replay = time.perf_counter(), None
+        if code.capture:
+            # The warm-up feeds positions 0, 1, 2 of all rows. In these slots prompts may wait for their place.
+            held = [(part[:, :, :3], part[:, :, :3].clone()) for layer in cache.layers for part in (layer.k, layer.v)]
+            self.replay = code.capture(self._step)
+            for part, before in held:
+                part.copy_(before)
         self.capture_s = time.perf_counter() - started
 
     def keeper(self, rows: Tensor, lengths: Tensor) -> Callable[[int, Tensor | None, Prompt], None]:
@@ -92,8 +96,11 @@ class Decoder:
         self.seen[rows] = lengths
         self.tokens[rows] = self.sampler(logits, rows)
 
-    def _step(self) -> None:
+    def step(self) -> None:
         """Run `tokens` through the model, put the next ones in their place and advance `seen`."""
+        (self.replay or self._step)()
+
+    def _step(self) -> None:
         self.tokens.copy_(self.sampler(self.logits()))
 
     def logits(self) -> Tensor:
@@ -154,28 +161,33 @@ class Store:
         self.memory, self.busy = Memory(), False
 
     @contextmanager
-    def decoder(self, key: Hashable, size: int, make: Callable[[Memory], Decoder]) -> Iterator[tuple[Decoder, bool]]:
-        """A decoder for `key`, whose K arena has `size` elements, and whether it was made for this."""
+    def lend(self, size: int) -> Iterator[Memory]:
+        """Memory for a K arena of `size` elements, and what goes with it."""
         if self.busy:
-            yield make(Memory()), True
+            yield Memory()
             return
         self.busy = True
         try:
             if not self.memory.fits("k", size):  # let go of the smaller one before the larger one is made
                 self.idle.clear()
                 self.memory = Memory()
-            made = key not in self.idle
-            if made:
-                self.idle[key] = make(self.memory)
-                if len(self.idle) > self.SIZE:
-                    self.idle.popitem(last=False)
-            self.idle.move_to_end(key)
-            yield self.idle[key], made
-        except Exception:  # nobody knows what state it is in
-            self.idle.pop(key, None)
+            yield self.memory
+        except Exception:  # nobody knows what state they are in
+            self.idle.clear()
             raise
         finally:
             self.busy = False
+
+    def decoder(self, key: Hashable, memory: Memory, make: Callable[[], Decoder]) -> tuple[Decoder, bool]:
+        """A decoder for `key` in the memory that was lent, or any other, and whether it was made for this."""
+        if memory is not self.memory:
+            return make(), True
+        if made := key not in self.idle:
+            self.idle[key] = make()
+            if len(self.idle) > self.SIZE:
+                self.idle.popitem(last=False)
+        self.idle.move_to_end(key)
+        return self.idle[key], made
 
 
 # Guards that ask, for every layer of every step, whether somebody has patched the code since it was compiled: a large

@@ -32,8 +32,10 @@ from model import PROMPT_CHUNK, Transformer
 from policies import layers as layer_policies
 from policies import tokens as token_policies
 from policies.layers import LayerPolicy, Plan
+from policies.layers.base import total_slots
 from policies.tokens import TokenPolicy
 from sampling import GREEDY, Sampler, Sampling
+from waiting import Waiting
 
 DEFAULT_BUDGET = 0.3  # of the sequence, for a bounded policy without a budget
 SMALLEST_DEFAULT = 64  # slots: below that there is nothing to gain
@@ -209,10 +211,13 @@ class Engine:
         importance = [fmean(layer) for layer in zip(*signals, strict=True)]
         return self._plan(importance, self._budget_slots(max_length), max_length), importance
 
-    def needs(self, max_length: int, longest_prompt: int | None = None) -> Needs:
-        """Bytes for sequences of `max_length` tokens, before anything is allocated. The model may be on meta."""
-        c, caps = self.model.config, self._caps(max_length)
-        slots = min(self._budget_slots(max_length) * len(caps), sum(caps)) if self.plan is None else sum(self.plan)
+    def needs(self, max_length: int, longest_prompt: int | None = None, apart: bool = False) -> Needs:
+        """Bytes for sequences of `max_length` tokens, before anything is allocated. The model may be on meta.
+
+        apart: as in `generate`; prompts are read one by one and none waits for the plan.
+        """
+        c, caps, budget_slots = self.model.config, self._caps(max_length), self._budget_slots(max_length)
+        slots = min(budget_slots * len(caps), sum(caps)) if self.plan is None else sum(self.plan)
         item = self.model.embed.weight.element_size()
         wide = max(4, item)
         heads, groups = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
@@ -221,7 +226,12 @@ class Engine:
         prompt = max_length if longest_prompt is None else longest_prompt
         experts = max(1, c.experts_per_token)
         read = prompt * (2 * (item + wide) * (c.dim + heads + 2 * groups) + 3 * item * experts * c.ffn_dim)
-        if type(self.policy).score_prompt is not TokenPolicy.score_prompt or c.attention_softcap is not None:
+        scoring = type(self.policy).score_prompt is not TokenPolicy.score_prompt
+        if not apart and self._plan(None, budget_slots, max_length) is None:  # what waits, in the arena and outside
+            waiting = self.layer_policy.most_waiting(budget_slots, caps, self.policy.floor)
+            read += groups * 2 * item * max(0, waiting - slots)
+            read += c.n_kv_heads * (8 * waiting + wide * scoring * prompt * len(caps))  # positions and scores
+        if scoring or c.attention_softcap is not None:
             read += 4 * wide * c.n_heads * min(prompt, PROMPT_CHUNK) * prompt
         # Of one row in a step: the logits with what sampling sorts, and one layer's scores and probabilities.
         step = c.vocab_size * (item + 5 * wide) + 4 * wide * c.n_heads * max(caps)
@@ -231,6 +241,7 @@ class Engine:
             row_full=self._full_bytes(max_length),
             step=step,
             prefill=read + c.vocab_size * (item + wide),
+            together=not apart,
         )
 
     def check(self, request: Request, seen: int = 0, limit: int | None = None) -> None:
@@ -427,21 +438,34 @@ class Engine:
         samplings = [request.sampling for request in requests]
         rotary, policies = self.model.rotary(length), self._policies(math.inf if endless else length)
 
-        plan = self._plan(None, budget_slots, length)
+        plan, caps, floor = self._plan(None, budget_slots, length), self._caps(length), self.policy.floor
+        rows = rows or len(requests)
+        slots = sum(plan.slots) if plan else total_slots(budget_slots, caps, floor)
+        memory = Memory()
+        if stack:
+            config = self.model.config
+            memory = stack.enter_context(self.store.lend(rows * config.n_kv_heads * config.head_dim * slots))
+
         if plan is not None:
-            idle = [GREEDY] * ((rows or len(requests)) - len(requests))
-            decoder, made = self._decoder(plan, rotary, policies, samplings + idle, later, stack)
+            idle = [GREEDY] * (rows - len(requests))
+            decoder, made = self._decoder(plan, rotary, policies, samplings + idle, later, memory)
             importance = self._refill(decoder, range(len(requests)), requests, apart)
         else:
             ids, lengths = self._padded(requests)
-            at = torch.arange(len(requests), device=self.device)
-            waiting = _Waiting(self, lengths, policies, budget_slots, length)
+            at = torch.arange(rows, device=self.device)
+            self._cache([slots], rows, memory)  # the arena, before it is divided
+            waiting = Waiting(
+                memory,
+                lengths,
+                policies,
+                lambda signals: self.layer_policy.upper_bound(signals, len(caps), budget_slots, caps, floor),
+            )
             logits, importance = self._prefill(ids, lengths, rotary, policies, waiting.keep)
             plan = self._plan(importance, budget_slots, length)
-            decoder, made = self._decoder(plan, rotary, policies, samplings, later, stack)
+            decoder, made = self._decoder(plan, rotary, policies, samplings, later, memory)
             keep = decoder.keeper(at, lengths)
-            while waiting.prompts:
-                keep(len(waiting.prompts) - 1, None, waiting.prompts.pop())
+            for layer, prompt in enumerate(waiting.prompts):
+                keep(layer, None, prompt)
             decoder.begin(at, lengths, logits, samplings)
         return decoder, Figures(
             plan=plan.slots,
@@ -499,6 +523,10 @@ class Engine:
             importance = [0.0] * len(caps)
         return self.layer_policy.allocate(importance, budget_slots, caps, self.policy.floor)
 
+    def _cache(self, slots: Sequence[int], batch: int, memory: Memory) -> KVCache:
+        c, dtype = self.model.config, self.model.embed.weight.dtype
+        return KVCache(slots, batch, c.n_kv_heads, c.head_dim, dtype, self.device, self.policy.scored, memory)
+
     def _decoder(
         self,
         plan: Plan,
@@ -506,24 +534,18 @@ class Engine:
         policies: list[TokenPolicy],
         samplings: Sequence[Sampling],
         later: Sequence[Sampling] | None,
-        stack: ExitStack | None,
+        memory: Memory,
     ) -> tuple[Decoder, bool]:
-        """A decoder for this, from the store or new, and whether it is new."""
-        c, batch = self.model.config, len(samplings)
-        dtype = self.model.embed.weight.dtype
-        sampler = Sampler(samplings, self.device, later)
+        """A decoder for this, and whether it is new: from the store, if that lent the memory."""
+        batch, sampler = len(samplings), Sampler(samplings, self.device, later)
 
-        def make(memory: Memory | None = None) -> Decoder:
-            shape = (batch, c.n_kv_heads, c.head_dim, dtype, self.device)
-            cache = KVCache(plan.slots, *shape, self.policy.scored, memory)
+        def make() -> Decoder:
+            cache = self._cache(plan.slots, batch, memory)
             return Decoder(self.model, self.code, cache, rotary, policies, sampler)
 
-        if stack is None:
-            return make(), True
         windowed = tuple(policy is not self.policy for policy in policies)
         key = (tuple(plan.slots), batch, sampler.greedy, sampler.restricted, windowed)
-        size = batch * c.n_kv_heads * c.head_dim * sum(plan.slots)
-        decoder, made = stack.enter_context(self.store.decoder(key, size, make))
+        decoder, made = self.store.decoder(key, memory, make)
         for frequencies, new in zip(decoder.rotary, rotary, strict=True):
             frequencies.copy_(new)
         return decoder, made
@@ -546,31 +568,6 @@ class Engine:
         """K and V of a full cache for one sequence of `length` tokens."""
         c = self.model.config
         return 2 * c.n_kv_heads * c.head_dim * self.model.embed.weight.element_size() * sum(self._caps(length))
-
-
-class _Waiting:
-    """Prompts of layers that wait for the plan, each cut to the most that the layer can still get.
-
-    After each layer its signal is known, and with it how high the signals of those before rank: they are cut again.
-    """
-
-    def __init__(
-        self, engine: Engine, lengths: Tensor, policies: Sequence[TokenPolicy], budget_slots: int, length: int
-    ):
-        self.engine, self.lengths, self.policies = engine, lengths, policies
-        self.budget_slots, self.caps = budget_slots, engine._caps(length)
-        self.signals: list[float] = []
-        self.prompts: list[Prompt] = []
-
-    def keep(self, layer: int, signal: Tensor, prompt: Prompt) -> None:
-        self.signals.append(signal.mean().item())
-        self.prompts.append(prompt)
-        bounds = self.engine.layer_policy.upper_bound(
-            self.signals, len(self.caps), self.budget_slots, self.caps, self.engine.policy.floor
-        )
-        for prompt, policy, slots in zip(self.prompts, self.policies, bounds, strict=False):
-            if slots < prompt.k.shape[2]:
-                prompt.cut(policy.select(self.lengths, slots, prompt.scores))
 
 
 class Conversation:

@@ -195,7 +195,7 @@ def run_job(
 
     survey = job.survey(dry, args.max_length, bad)
     length = args.max_length or survey.longest
-    needs = dry.needs(length, survey.longest_prompt)
+    needs = dry.needs(length, survey.longest_prompt, apart=True)
     share = 1 if args.max_memory is not None else memory.SHARE
     rows = args.batch_size or job.state.get("batch_size") or needs.rows(survey.count, int(share * limit))
     needs.check(rows, limit)

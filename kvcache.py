@@ -52,6 +52,14 @@ class Prompt:
         self.k, self.v = self.gather(positions)
         self.positions = positions
 
+    def put(self, k: Tensor, v: Tensor) -> None:
+        """Move into k, v, flat parts of an arena that hold nothing of it yet."""
+        self.k, self.v = k.view(self.k.shape).copy_(self.k), v.view(self.v.shape).copy_(self.v)
+
+    def lift(self) -> None:
+        """Move out of an arena into tensors of its own."""
+        self.k, self.v = self.k.clone(), self.v.clone()
+
     def gather(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values [R, K, n, D] at these positions."""
         at = positions
@@ -78,6 +86,10 @@ class Memory:
             # Zeros, not garbage: slots not yet filled are masked, but 0 * NaN would still be NaN.
             self._flat[name] = torch.zeros(size, dtype=dtype, device=device)
         return self._flat[name][:size]
+
+    def whole(self, name: str) -> Tensor:
+        """All that there is of an arena."""
+        return self._flat[name]
 
 
 class KVCache:

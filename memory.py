@@ -13,17 +13,22 @@ MOST_ROWS = 256  # more of them give no more tokens per second, but later result
 
 
 class Needs(NamedTuple):
-    """Bytes: the weights; a row of the cache, and of the full one; a row in a step; a prompt while it is read."""
+    """Bytes: the weights; a row of the cache, and of the full one; a row in a step; a prompt while it is read.
+
+    together: the prompts of all rows are read at once.
+    """
 
     weights: int
     row: int
     row_full: int
     step: int
     prefill: int
+    together: bool = False
 
     def total(self, rows: int) -> int:
         """At the most. No step runs while a prompt is read."""
-        return self.weights + rows * self.row + max(rows * self.step, self.prefill)
+        read = self.prefill * (rows if self.together else 1)
+        return self.weights + rows * self.row + max(rows * self.step, read)
 
     def rows(self, most: int, limit: int) -> int:
         """The largest batch that fits, at least 1 and at most `most`."""

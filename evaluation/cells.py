@@ -12,7 +12,7 @@ from torch import Tensor
 
 from decoder import Decoder
 from engine import Engine, Request, check_budget
-from kvcache import Prompt
+from kvcache import Memory, Prompt
 from model import Transformer
 from policies import layers as layer_policies
 from policies import tokens as token_policies
@@ -86,7 +86,7 @@ class Batch:
         plan = engine._plan(self.importance, slots, self.length)
         self.plan, self.kv_share = plan.slots, sum(plan.slots) / sum(engine._caps(self.length))
         greedy, rows = [GREEDY] * len(self.requests), torch.arange(len(self.requests), device=engine.device)
-        decoder, _ = engine._decoder(plan, self.rotary, self.policies, greedy, (), None)
+        decoder, _ = engine._decoder(plan, self.rotary, self.policies, greedy, (), Memory())
         for layer, prompt in enumerate(self.prompts):
             decoder.keeper(rows, self.lengths)(layer, None, prompt)
         decoder.begin(rows, self.lengths, self.logits, greedy)

@@ -344,3 +344,15 @@ def test_one_process_compiles_more_than_the_default_limit(traced):
     for activation in ("silu", "gelu", "relu"):
         for policy in ("full", "streaming", "window", "h2o", "snapkv"):
             compiled_equals_eager(random_model(n_layers=2, activation=activation), policy)
+
+
+@pytest.mark.parametrize("policy", ["streaming", "h2o"])
+def test_a_capture_spares_the_prompts_that_wait_in_the_arena(model, policy):
+    """The plan is new while they are there already. One engine has no arena from before, the other a larger one."""
+    requests = [Request(random_ids(count, count), 12) for count in (70, 33, 9)]
+    want = [completion.tokens for completion in Engine(model, policy, "squeeze", 12).generate(requests)]
+    for first in ([], [Request(random_ids(90, 7), 12)] * 4):
+        engine, graphs = engine_of(model, policy, layers="squeeze", budget=12)
+        list(engine.generate(first))
+        assert [completion.tokens for completion in engine.generate(requests)] == want
+        assert graphs.captures == 1 + bool(first)

@@ -18,6 +18,7 @@ FLOORS = {
     "decoder": 2,
     "chat": 1,
     "model": 1,
+    "waiting": 1,
     "config": 0,
     "commandline": 0,
     "kvcache": 0,

@@ -304,6 +304,17 @@ def test_upper_bounds_never_grow(size, data, policy):
 
 
 @quick
+@given(sizes(min_layers=2, max_layers=9), st.data(), st.sampled_from(POLICIES))
+def test_no_more_slots_wait_than_it_says(size, data, policy):
+    budget, caps, floor = size
+    signals = data.draw(signals_of(len(caps)))
+    most = policy.most_waiting(budget, caps, floor)
+    assert most <= sum(caps)
+    for seen in range(1, len(caps)):
+        assert sum(policy.upper_bound(signals[:seen], len(caps), budget, caps, floor)) <= most
+
+
+@quick
 @given(sizes(min_layers=4, max_layers=40), st.floats(0.2, 1), st.data())
 def test_upper_bound_of_squeeze_is_reached(size, p, data):
     """j low signals in two clusters, all others squeezed: the highest of them end less than two granules below."""
@@ -337,6 +348,7 @@ def test_upper_bounds_of_squeeze_bound_the_peak():
         bounds = Squeeze(p).upper_bound(signals[:seen], layers, budget, [64000] * layers, 5)
         assert sum(bounds) <= layers * (budget * (p + (1 - p) * harmonic) + 16)
         assert bounds == sorted(bounds, reverse=True)
+    assert Squeeze(p).most_waiting(budget, [64000] * layers, 5) == sum(bounds)
 
 
 # --- errors ---

@@ -117,10 +117,13 @@ def test_a_plan_known_before_the_prompt_needs_no_cut(model, layers):
 DEEP, LONG, SHARE, P = 32, 4096, 0.2, 0.3
 LAYER_BYTES = 2 * 8 * 4 * LONG  # K and V of one layer's whole prompt: head_dim 8, fp32
 BUDGET = SHARE * DEEP * LAYER_BYTES
-# One layer's whole prompt, p + (1 - p) H_L budgets, and a granule a layer. For p of 0.7 or more that is less than two
-# budgets, which the arena and the cut prompts take together at the end. An engine that keeps an arena from a request
-# before has that on top.
-BOUND = LAYER_BYTES + BUDGET * (P + (1 - P) * sum(1 / rank for rank in range(1, DEEP + 1))) + DEEP * 16 * 2 * 8 * 4
+
+
+def bound(p: float, length: int = LONG) -> float:
+    """One layer's whole prompt, the arena or p + (1 - p) H_L budgets, a copy of one layer, and a granule a layer."""
+    harmonic, copied = sum(1 / rank for rank in range(1, DEEP + 1)), SHARE * min(1 / SHARE, p + (1 - p) * DEEP)
+    total = LAYER_BYTES * (1 + copied) + BUDGET * max(1, p + (1 - p) * harmonic)
+    return total * length / LONG + DEEP * 16 * 2 * 8 * 4
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +133,7 @@ def deep():
 
 
 class Ledger:
-    """The bytes of all K and V that are alive: prompts, what is gathered from them, and arenas."""
+    """The bytes of all K and V that are alive: prompts, what is gathered or moved from them, and arenas."""
 
     def __init__(self):
         self.known: dict[StorageWeakRef, int] = {}
@@ -143,7 +146,8 @@ class Ledger:
         self.peak = max(self.peak, sum(self.known.values()))  # it only rises when something is entered
 
     def __enter__(self):
-        self.patches, init, gather, arena = ExitStack(), Prompt.__init__, Prompt.gather, Memory.arena
+        self.patches, init, gather, lift = ExitStack(), Prompt.__init__, Prompt.gather, Prompt.lift
+        arena = Memory.arena
 
         def entering_init(prompt, k, v, scores):
             init(prompt, k, v, scores)
@@ -154,6 +158,10 @@ class Ledger:
             self.enter(*parts)
             return parts
 
+        def entering_lift(prompt):
+            lift(prompt)
+            self.enter(prompt.k, prompt.v)
+
         def entering_arena(memory, name, *arguments):
             made = arena(memory, name, *arguments)
             if name in ("k", "v"):
@@ -162,6 +170,7 @@ class Ledger:
 
         self.patches.enter_context(patch.object(Prompt, "__init__", entering_init))
         self.patches.enter_context(patch.object(Prompt, "gather", entering_gather))
+        self.patches.enter_context(patch.object(Prompt, "lift", entering_lift))
         self.patches.enter_context(patch.object(Memory, "arena", entering_arena))
         return self
 
@@ -180,36 +189,66 @@ class Sizes(TorchDispatchMode):
         return out
 
 
-def peak(model, policy: str, order: str, whole: bool = False) -> int:
-    """In bytes, from the prompt to the second token; nothing as large as an attention matrix is made."""
-    with ExitStack() as stack:
-        stack.enter_context(signals(ORDERS[order](DEEP)))
-        if whole:
-            stack.enter_context(all_at_once())
-        ledger, sizes = stack.enter_context(Ledger()), stack.enter_context(Sizes())
-        stream = Engine(model, policy, Squeeze(P), SHARE).stream(random_ids(LONG), max_new_tokens=2)
-        assert len(list(stream)) == 2
-    assert DEEP * int(SHARE * LONG) * 8 <= sizes.largest < LONG * LONG
-    return ledger.peak
+def peaks(model, policy: str, order: str, p: float = P, lengths: tuple = (LONG,), whole: bool = False) -> list[int]:
+    """In bytes, of one request after another on one engine, each from its prompt to its second token.
+
+    Nothing as large as an attention matrix is made.
+    """
+    engine, found = Engine(model, policy, Squeeze(p), SHARE), []
+    with Ledger() as ledger, Sizes() as sizes, all_at_once() if whole else nullcontext():
+        for length in lengths:
+            ledger.peak = 0
+            with signals(ORDERS[order](DEEP)):
+                assert len(list(engine.stream(random_ids(length), max_new_tokens=2))) == 2
+            found.append(ledger.peak)
+    assert DEEP * int(SHARE * max(lengths)) * 8 <= sizes.largest < LONG * LONG
+    return found
 
 
 @pytest.fixture(scope="module")
-def whole(deep):
+def no_attention():
+    """What attention gives does not matter here and takes most of the time."""
     with patch.object(model_module.Attention, "over_prompt", lambda self, q, k, v: q):
-        return peak(deep, "window", "random", whole=True)
+        yield
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_keys_and_values_stay_under_the_bound(deep, whole, order):
-    """The arena counts, too. What attention gives does not matter here and takes most of the time."""
-    with patch.object(model_module.Attention, "over_prompt", lambda self, q, k, v: q):
-        cut = peak(deep, "window", order)
-    assert 2 * BUDGET * 0.99 < cut < BOUND
-    assert whole > DEEP * LAYER_BYTES > 1.9 * cut
+@pytest.fixture(scope="module")
+def whole(deep, no_attention):
+    return peaks(deep, "window", "random", whole=True)[0]
+
+
+def quick(*cases):
+    """All shares and orders, of which only these are quick."""
+    every = [(p, order) for p in (0.1, 0.3, 0.7, 1.0) for order in ORDERS]
+    return [pytest.param(*case, marks=[] if case in cases else pytest.mark.slow) for case in every]
+
+
+@pytest.mark.parametrize(
+    ("p", "order"), quick((0.1, "descending"), (0.3, "ascending"), (0.3, "random"), (0.7, "random"), (1.0, "ascending"))
+)
+def test_keys_and_values_stay_under_the_bound(deep, whole, p, order):
+    """The arena counts, too."""
+    with cuts() as counted:
+        [cut] = peaks(deep, "window", order, p)
+    assert BUDGET * 0.99 < cut < bound(p)
+    assert sum(counted) > 0
+    engine = Engine(deep, "window", Squeeze(p), SHARE)
+    together, apart = (engine.needs(LONG + 2, LONG, apart) for apart in (False, True))
+    assert cut < together.row + together.prefill - apart.prefill + 2 * LAYER_BYTES  # its prompt, and a copy at most
+    assert whole > DEEP * LAYER_BYTES > 1.7 * cut
+
+
+@pytest.mark.parametrize(("p", "order"), quick((0.7, "descending")))
+def test_later_requests_stay_under_the_bound(deep, no_attention, p, order):
+    """A request finds the memory of the one before: as large, then larger than it needs, then too small."""
+    same, again, half, more = peaks(deep, "window", order, p, (LONG, LONG, LONG // 2, LONG + LONG // 4))
+    assert again == same < bound(p)
+    assert half < max(bound(p, LONG // 2), BUDGET + LAYER_BYTES * 1.01)
+    assert more < bound(p, LONG + LONG // 4)
 
 
 @pytest.mark.parametrize(
     "policy", [pytest.param(name, marks=[] if name == "snapkv" else pytest.mark.slow) for name in BOUNDED]
 )
 def test_no_attention_matrix(deep, policy):
-    assert peak(deep, policy, "random") < BOUND
+    assert peaks(deep, policy, "random")[0] < bound(P)

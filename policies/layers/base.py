@@ -41,6 +41,10 @@ class LayerPolicy:
             return list(caps[:seen])
         return self.allocate([0.0] * num_layers, budget, caps, floor).slots[:seen]
 
+    def most_waiting(self, budget: int, caps: Sequence[int], floor: int) -> int:
+        """The most slots that the upper bounds of all layers seen can add up to while a prompt is read."""
+        return sum(caps) if self.uses_signals else total_slots(budget, caps, floor)
+
 
 def fit(wishes: Sequence[float], budget: int, caps: Sequence[int], floor: int, granule: int | None = None) -> list[int]:
     """Integers closest to the wishes: multiples of the granule within [floor, cap], or exactly a cap.

@@ -58,6 +58,12 @@ class Squeeze(LayerPolicy):
             bounds.append(min(caps[layer], int(most) // granule * granule + granule))
         return bounds
 
+    def most_waiting(self, budget: int, caps: Sequence[int], floor: int) -> int:
+        """With equal caps p + (1 - p) H_L budgets and a granule a layer, at most: all but one layer, no two tied."""
+        if len(set(caps)) > 1:
+            return super().most_waiting(budget, caps, floor)
+        return sum(self.upper_bound([float(rank) for rank in range(len(caps) - 1)], len(caps), budget, caps, floor))
+
     def _wishes(self, squeezed: Sequence[bool], budget: int) -> list[float]:
         layers, few = len(squeezed), sum(squeezed)
         low, high = self.p * budget, budget * (layers - few * self.p) / (layers - few)

@@ -1,0 +1,59 @@
+"""Prompts that wait for the plan, inside the arena that the plan will divide.
+
+Until the last layer has been read nobody knows the plan; but all its slots together are known, and so is the most that
+each layer read so far can still get (`LayerPolicy.upper_bound`). Each is cut to that, and what is left of it waits in
+the arena, layer after layer: layer l's region begins where the bounds of the layers before it end. What would end
+behind the arena waits in tensors of its own. As later layers push the bounds down, layers are cut again and their
+regions move to the left, until all fit.
+
+Invariant: a bound never rises and is never below the plan. So every move, the last one into the plan's own stretches
+included, goes to the left, and ends before the next layer's region begins: in ascending order no layer is overwritten
+before it has moved. K and V take one layer's whole prompt, and the arena or all bounds together, whichever is more; to
+that comes what the first layer outside leaves free, and one layer's copy while it is cut or moved.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from kvcache import Memory, Prompt
+
+
+class Waiting:
+    """lengths [R] of the prompts; bounds(signals so far) are the most slots that each of these layers can get.
+
+    `memory` holds arenas k and v, large enough for the plan of R rows. It may be larger: all of it is used.
+    """
+
+    def __init__(
+        self, memory: Memory, lengths: Tensor, policies: Sequence[Any], bounds: Callable[[list[float]], list[int]]
+    ):
+        self.k, self.v = memory.whole("k"), memory.whole("v")
+        self.lengths, self.policies, self.upper_bounds = lengths, policies, bounds
+        self.signals: list[float] = []
+        self.prompts: list[Prompt] = []
+        self.bounds: list[int] = []  # in slots, as the regions lie
+        self.starts: list[int | None] = []  # of the regions, in slots; None: outside
+
+    def keep(self, layer: int, signal: Tensor, prompt: Prompt) -> None:
+        """Take in the next layer: its signal [R], and its prompt [R, K, S, D]."""
+        self.signals.append(signal.mean().item())
+        bounds = self.upper_bounds(self.signals)
+        self.prompts.append(prompt)
+        self.bounds.append(bounds[-1])
+        self.starts.append(None)
+        slot = prompt.k.numel() // prompt.k.shape[2]  # elements of one slot in all rows and heads
+        if sum(self.bounds) * slot > len(self.k):  # else the others stay as they are
+            self.bounds = list(map(min, self.bounds, bounds))
+        start = 0
+        for i, (prompt, policy, slots) in enumerate(zip(self.prompts, self.policies, self.bounds, strict=False)):
+            if cut := slots < prompt.k.shape[2]:  # into tensors of its own
+                prompt.cut(policy.select(self.lengths, slots, prompt.scores))
+            first, last = start * slot, start * slot + prompt.k.numel()
+            if last <= len(self.k) and (cut or start != self.starts[i]):
+                if not cut and self.starts[i] is not None:  # the old place and the new one may overlap
+                    prompt.lift()
+                prompt.put(self.k[first:last], self.v[first:last])
+                self.starts[i] = start
+            start += slots
