@@ -195,6 +195,11 @@ class ModelConfig:
         """How many tokens, itself included, a token of `layer` may attend to; None: all before it."""
         return self.sliding_window if layer in self.windowed else None
 
+    @property
+    def rope_by_length(self) -> bool:
+        """Whether the rotary frequencies of a request depend on how long it is."""
+        return any(rope["rope_type"] in ("dynamic", "longrope") for rope in (self.rope, self.local_rope or self.rope))
+
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> "ModelConfig":
         """Read a Hugging Face config.json (`raw`). ValueError names what is unsupported, missing or senseless."""

@@ -90,8 +90,21 @@ class Decoder:
 
         return keep
 
-    def begin(self, rows: Tensor, lengths: Tensor, logits: Tensor, samplings: Sequence[Sampling]) -> None:
-        """rows [R] have new requests: their prompts of `lengths` [R] are in the cache, logits [R, vocab] follow."""
+    def begin(
+        self,
+        rows: Tensor,
+        lengths: Tensor,
+        logits: Tensor,
+        samplings: Sequence[Sampling],
+        rotary: Sequence[Tensor],
+    ) -> None:
+        """rows [R] have new requests: their prompts of `lengths` [R] are in the cache, logits [R, vocab] follow.
+
+        rotary: the frequencies of each layer that their keys are turned by, as of `Transformer.rotary_of`.
+        """
+        for frequencies, own in zip(self.rotary, rotary, strict=True):
+            if own.dim() > 1:  # else they are everybody's
+                frequencies[rows] = own
         self.sampler.set(rows, samplings)
         self.seen[rows] = lengths
         self.tokens[rows] = self.sampler(logits, rows)

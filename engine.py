@@ -204,9 +204,9 @@ class Engine:
 
         Prompts are read one by one, and nothing is kept of them.
         """
-        rotary, policies = self.model.rotary(max_length), self._policies(max_length)
-        signals = []
+        policies, signals = self._policies(max_length), []
         for request in requests:
+            rotary = self._rotary([request])
             signals.append(self._prefill(*self._padded([request]), rotary, policies, lambda *_: None)[1])
         importance = [fmean(layer) for layer in zip(*signals, strict=True)]
         return self._plan(importance, self._budget_slots(max_length), max_length), importance
@@ -436,7 +436,7 @@ class Engine:
         length = length or max(len(request.ids) + request.max_new_tokens for request in requests)
         budget_slots = self._budget_slots(length)
         samplings = [request.sampling for request in requests]
-        rotary, policies = self.model.rotary(length), self._policies(math.inf if endless else length)
+        policies, own_length = self._policies(math.inf if endless else length), length if endless else None
 
         plan, caps, floor = self._plan(None, budget_slots, length), self._caps(length), self.policy.floor
         rows = rows or len(requests)
@@ -448,10 +448,10 @@ class Engine:
 
         if plan is not None:
             idle = [GREEDY] * (rows - len(requests))
-            decoder, made = self._decoder(plan, rotary, policies, samplings + idle, later, memory)
-            importance = self._refill(decoder, range(len(requests)), requests, apart)
+            decoder, made = self._decoder(plan, policies, samplings + idle, later, memory)
+            importance = self._refill(decoder, range(len(requests)), requests, apart, own_length)
         else:
-            ids, lengths = self._padded(requests)
+            (ids, lengths), rotary = self._padded(requests), self._rotary(requests, own_length)
             at = torch.arange(rows, device=self.device)
             self._cache([slots], rows, memory)  # the arena, before it is divided
             waiting = Waiting(
@@ -462,11 +462,11 @@ class Engine:
             )
             logits, importance = self._prefill(ids, lengths, rotary, policies, waiting.keep)
             plan = self._plan(importance, budget_slots, length)
-            decoder, made = self._decoder(plan, rotary, policies, samplings, later, memory)
+            decoder, made = self._decoder(plan, policies, samplings, later, memory)
             keep = decoder.keeper(at, lengths)
             for layer, prompt in enumerate(waiting.prompts):
                 keep(layer, None, prompt)
-            decoder.begin(at, lengths, logits, samplings)
+            decoder.begin(at, lengths, logits, samplings, rotary)
         return decoder, Figures(
             plan=plan.slots,
             groups=plan.groups,
@@ -487,6 +487,10 @@ class Engine:
         for row, request in enumerate(requests):
             ids[row, : lengths[row]] = torch.tensor(request.ids)
         return ids.to(self.device), torch.tensor(lengths, device=self.device)
+
+    def _rotary(self, requests: Sequence[Request], length: int | None = None) -> list[Tensor]:
+        """What turns each request's keys: fixed by its own length, or by this one."""
+        return self.model.rotary_of([length or len(request.ids) + request.max_new_tokens for request in requests])
 
     def _prefill(
         self,
@@ -530,7 +534,6 @@ class Engine:
     def _decoder(
         self,
         plan: Plan,
-        rotary: list[Tensor],
         policies: list[TokenPolicy],
         samplings: Sequence[Sampling],
         later: Sequence[Sampling] | None,
@@ -540,28 +543,33 @@ class Engine:
         batch, sampler = len(samplings), Sampler(samplings, self.device, later)
 
         def make() -> Decoder:
-            cache = self._cache(plan.slots, batch, memory)
+            cache, rotary = self._cache(plan.slots, batch, memory), self.model.rotary_of([1] * batch)
             return Decoder(self.model, self.code, cache, rotary, policies, sampler)
 
         windowed = tuple(policy is not self.policy for policy in policies)
         key = (tuple(plan.slots), batch, sampler.greedy, sampler.restricted, windowed)
-        decoder, made = self.store.decoder(key, memory, make)
-        for frequencies, new in zip(decoder.rotary, rotary, strict=True):
-            frequencies.copy_(new)
-        return decoder, made
+        return self.store.decoder(key, memory, make)
 
     def _refill(
-        self, decoder: Decoder, rows: Sequence[int], requests: Sequence[Request], apart: bool = False
+        self,
+        decoder: Decoder,
+        rows: Sequence[int],
+        requests: Sequence[Request],
+        apart: bool = False,
+        length: int | None = None,
     ) -> list[float]:
-        """Put new requests into rows that are free, and return every layer's importance, the mean over the rows."""
+        """Put new requests into rows that are free, and return every layer's importance, the mean over the rows.
+
+        length: what fixes the rotary frequencies, if it is not each request's own.
+        """
         if apart:
             each = [self._refill(decoder, [row], [request]) for row, request in zip(rows, requests, strict=True)]
             return [fmean(layer) for layer in zip(*each, strict=True)]
-        ids, lengths = self._padded(requests)
+        (ids, lengths), rotary = self._padded(requests), self._rotary(requests, length)
         at = torch.tensor(rows, device=self.device)
         keep = decoder.keeper(at, lengths)
-        logits, importance = self._prefill(ids, lengths, decoder.rotary, decoder.policies, keep)
-        decoder.begin(at, lengths, logits, [request.sampling for request in requests])
+        logits, importance = self._prefill(ids, lengths, rotary, decoder.policies, keep)
+        decoder.begin(at, lengths, logits, [request.sampling for request in requests], rotary)
         return importance
 
     def _full_bytes(self, length: int) -> int:

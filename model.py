@@ -10,6 +10,7 @@ Shapes, here and in kvcache.py, engine.py and policies/tokens:
 layer's slots. The cache is an argument, never a member.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,6 +65,13 @@ class Transformer(nn.Module):
         local = self._frequencies(c.local_rope, length) if c.local_rope else everywhere
         each = [local if layer in c.windowed else everywhere for layer in range(c.n_layers)]
         return [frequencies[:0] if layer in c.unturned else frequencies for layer, frequencies in enumerate(each)]
+
+    def rotary_of(self, lengths: Sequence[int]) -> list[Tensor]:
+        """The same for a batch of requests of these lengths: [B, 1, 1, R / 2], or [R / 2] where no length matters."""
+        if not self.config.rope_by_length:
+            return self.rotary(1)
+        each = [self.rotary(length) for length in lengths]
+        return [torch.stack(rows)[:, None, None] for rows in zip(*each, strict=True)]
 
     def _frequencies(self, rope: dict[str, Any], length: int) -> Tensor:
         """fp32, fp64 in an fp64 model. linear: arXiv 2306.15595; longrope: arXiv 2402.13753; dynamic NTK and llama3 as
@@ -172,7 +180,7 @@ class Attention(nn.Module):
         return (self.q_norm(q), self.k_norm(k), v) if self.qk_norm == "head" else (q, k, v)
 
     def turn(self, x: Tensor, positions: Tensor, rotary: Tensor) -> Tensor:
-        """x [B, heads, T, D], rotated to positions that broadcast to [B, heads, T]."""
+        """x [B, heads, T, D], rotated to positions that broadcast to [B, heads, T]; rotary as of `rotary_of`."""
         return rotate(x, *rotary_angles(positions, rotary, self.rope_scale))
 
     def prefill(self, x: Tensor, rotary: Tensor, lengths: Tensor | None, policy: Any):
@@ -257,7 +265,7 @@ class Attention(nn.Module):
             sinks = torch.arange(policy.sinks, device=x.device)
             turned = sinks + (positions + 1 - layer.k.shape[2]).clamp(min=0)[..., None]
             sink_keys = layer.k[:, :, None, : policy.sinks].expand(-1, -1, x.shape[1], -1, -1)
-            sink_keys = self.turn(sink_keys, turned, rotary)  # [B, K, T, sinks, D]
+            sink_keys = self.turn(sink_keys, turned, rotary.unsqueeze(-2))  # [B, K, T, sinks, D]
             logits[..., : policy.sinks] = (q[..., None, :] @ sink_keys[:, :, None].mT).squeeze(-2)
         logits = softcapped(logits.to(torch.promote_types(q.dtype, torch.float32)), self.softcap)
         visible = policy.visible(seen, x.shape[1], layer)[:, :, None]

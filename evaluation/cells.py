@@ -69,7 +69,7 @@ class Batch:
         self.requests = [Request(ids, new) for ids in rows]
         self.length = max(map(len, rows)) + new
         padded, self.lengths = engine._padded(self.requests)
-        self.rotary, self.policies = model.rotary(self.length), engine._policies(self.length)
+        self.rotary, self.policies = engine._rotary(self.requests), engine._policies(self.length)
         signals, self.prompts = [], []
 
         def keep(layer: int, signal: Tensor, prompt: Prompt) -> None:
@@ -86,10 +86,10 @@ class Batch:
         plan = engine._plan(self.importance, slots, self.length)
         self.plan, self.kv_share = plan.slots, sum(plan.slots) / sum(engine._caps(self.length))
         greedy, rows = [GREEDY] * len(self.requests), torch.arange(len(self.requests), device=engine.device)
-        decoder, _ = engine._decoder(plan, self.rotary, self.policies, greedy, (), Memory())
+        decoder, _ = engine._decoder(plan, self.policies, greedy, (), Memory())
         for layer, prompt in enumerate(self.prompts):
             decoder.keeper(rows, self.lengths)(layer, None, prompt)
-        decoder.begin(rows, self.lengths, self.logits, greedy)
+        decoder.begin(rows, self.lengths, self.logits, greedy, self.rotary)
         return decoder
 
     @torch.inference_mode()

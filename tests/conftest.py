@@ -43,3 +43,17 @@ def random_ids(count: int, seed: int = 2, vocab: int = 97) -> list[int]:
 @pytest.fixture(scope="session")
 def model() -> Transformer:
     return random_model()
+
+
+# Rotary parameters that depend on the length of a request; with max_positions=32 the threshold is 32 tokens.
+BY_LENGTH = [
+    {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 4.0},
+    {
+        "rope_theta": 1e4,
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 6,
+        "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
+        "original_max_position_embeddings": 32,
+        "attention_factor": 1.2,
+    },
+]

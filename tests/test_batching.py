@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import count, islice
 
 import pytest
-from conftest import random_ids, random_model
+from conftest import BY_LENGTH, random_ids, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -112,6 +112,20 @@ def test_refilled_rows_of_a_model_with_windows(policy):
     plan = [80] * 4 if policy == "full" else PLAN
     requests = [Request(random_ids(length, length), new) for length, new in ((20, 9), (61, 12), (33, 4), (17, 17))]
     check(list(Engine(model, policy, plan=plan).generate(requests, 2)), requests, policy, plan, model)
+
+
+@pytest.mark.parametrize("layers", ["plan", "squeeze"])
+@pytest.mark.parametrize("policy", ["streaming", "h2o", "full"])
+@pytest.mark.parametrize("rope", BY_LENGTH, ids=lambda rope: rope["rope_type"])
+def test_each_row_turns_by_its_own_length(rope, policy, layers):
+    """Prompt + new tokens on both sides of 32, in a first batch and in rows that are refilled, on one decoder twice."""
+    model = random_model(rope=rope, max_positions=32 if policy != "full" else 80)
+    requests = [Request(random_ids(length, length), 9) for length in (40, 12, 3, 61, 23, 24)]
+    plan = {"plan": [80] * 4 if policy == "full" else PLAN} if layers == "plan" else {}
+    engine = Engine(model, policy, "squeeze", None if plan or policy == "full" else 9, **plan)
+    for batch in (3, 2, 2):
+        done = list(engine.generate(requests, batch, max_length=80))
+        check(done, requests, policy, done[0].figures.plan, model)
 
 
 def test_rows_of_a_batch_that_goes_on_do_not_wait():

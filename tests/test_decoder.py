@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import random_ids, random_model
+from conftest import BY_LENGTH, random_ids, random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -241,21 +241,7 @@ def test_an_error_during_capture_leaves_the_store_usable(model, want):
     assert list(engine.stream(IDS, max_new_tokens=8)) == want() and graphs.captures == 1
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 4.0},
-        {
-            "rope_theta": 1e4,
-            "rope_type": "longrope",
-            "short_factor": [1.0] * 6,
-            "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
-            "original_max_position_embeddings": 32,
-            "attention_factor": 1.2,
-        },
-    ],
-    ids=lambda rope: rope["rope_type"],
-)
+@pytest.mark.parametrize("rope", BY_LENGTH, ids=lambda rope: rope["rope_type"])
 def test_a_reused_decoder_turns_by_the_new_length(rope):
     """The shorter and the longer request turn their keys at different speeds; the graph reads them from a buffer."""
     model = random_model(rope=rope, max_positions=32)
@@ -269,7 +255,7 @@ def test_a_reused_decoder_turns_by_the_new_length(rope):
     short, long = (model.rotary(length)[0] for length in (17, 108))
     assert not torch.equal(short, long)
     [decoder] = engine.store.idle.values()
-    assert all(torch.equal(frequencies, long) for frequencies in decoder.rotary)
+    assert all(torch.equal(frequencies[0, 0, 0], long) for frequencies in decoder.rotary)
 
 
 @pytest.mark.parametrize("lag", [1, 2, 5])

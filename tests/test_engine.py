@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import random_ids, random_model
+from conftest import BY_LENGTH, random_ids, random_model
 from naive import FROZEN, NaiveCache
 
 from decoder import Decoder
@@ -187,6 +187,21 @@ def test_plans_do_not_recompile(model, policy):
                 Engine(model, policy, plan=plan), random_ids(60), 4
             )
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == warm
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rope", BY_LENGTH, ids=lambda rope: rope["rope_type"])
+def test_lengths_do_not_recompile(rope):
+    """Rows that turn at speeds of their own, refilled, through the graphs of the first batch."""
+    torch._dynamo.reset()
+    model = random_model(rope=rope, max_positions=32)
+    compiled = Engine(model, "streaming", plan=PLAN, compile=True)
+    batches = [[Request(random_ids(n, n), 6) for n in lengths] for lengths in ((20, 50), (60, 5, 9, 41), (8, 9, 10))]
+    list(compiled.generate(batches[0], 2))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for requests in batches:
+            want = [(c.request.ids, c.tokens) for c in Engine(model, "streaming", plan=PLAN).generate(requests, 2)]
+            assert [(c.request.ids, c.tokens) for c in compiled.generate(requests, 2)] == want
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_k=5, top_p=0.9)], ids=["greedy", "sampled"])
