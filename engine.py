@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from itertools import islice
 from statistics import fmean
 
 import torch
@@ -175,7 +174,8 @@ class Engine:
         A row that ends takes the next request: shapes, addresses and the plan stay. The plan is made from the first
         `batch_size` prompts, or given to the engine. max_length, the most tokens of a prompt and its answer, fixes the
         arena. By default a sequence of requests is one batch, as long as the longest that can run; other iterables,
-        which are read as rows get free, need both. A request that cannot run yields a completion with its `error`.
+        which are read as rows get free, need both. A request that cannot run yields a completion with its `error`
+        as soon as it is read.
 
         samplings: all ways in which the requests sample, if that is known of such an iterable: no step computes more.
         apart: what a request gets must not depend on the others, not even in the last bits. Prompts are read one by
@@ -316,20 +316,18 @@ class Engine:
         apart: bool = False,
     ) -> Iterator[list[Completion]]:
         """Yields after each step the completions that got a token; ends when all have finished."""
-        refused: list[Completion] = []
-        queue = self._fitting(queue, length, refused)
+        queue, running = self._checked(queue, length), []
         with ExitStack() as stack:
-            running = list(islice(queue, batch))
+            yield from self._admit(queue, batch, running)
             if running:
                 requests = [completion.request for completion in running]
                 rows = batch if apart else len(requests)
                 decoder, figures = self._start(requests, length, later=samplings, stack=stack, rows=rows, apart=apart)
                 running += [None] * (rows - len(running))
-                yield from self._decode(decoder, figures, running, queue, refused, self.lag, apart)
-        if refused:
-            yield refused
+                yield from self._decode(decoder, figures, running, queue, self.lag, apart)
 
-    def _fitting(self, queue: Iterator[Completion], length: int, refused: list[Completion]) -> Iterator[Completion]:
+    def _checked(self, queue: Iterator[Completion], length: int) -> Iterator[Completion]:
+        """All of them; those that cannot run have an error."""
         for completion in queue:
             request = completion.request
             completion.error = self.refusal(request)
@@ -339,9 +337,16 @@ class Engine:
                 )
             if completion.error:
                 completion.finish_reason = "error"
-                refused.append(completion)
+            yield completion
+
+    @staticmethod
+    def _admit(queue: Iterator[Completion], count: int, admitted: list[Completion]) -> Iterator[list[Completion]]:
+        """Append the next `count` that can run to `admitted`. Those met before them that cannot are yielded at once."""
+        while len(admitted) < count and (completion := next(queue, None)):
+            if completion.error:
+                yield [completion]
             else:
-                yield completion
+                admitted.append(completion)
 
     def _decode(
         self,
@@ -349,7 +354,6 @@ class Engine:
         figures: Figures,
         running: list[Completion | None],
         queue: Iterator[Completion],
-        refused: list[Completion],
         lag: int,
         apart: bool = False,
     ) -> Iterator[list[Completion]]:
@@ -397,11 +401,12 @@ class Engine:
                     figures.decode_s += elapsed
                     figures.decode_tokens += len(updated)
                 graphs = compiled_graphs()
-                yield [*updated, *refused]
-                refused.clear()
-                started = time.perf_counter()
+                yield updated
                 free = [row for row, completion in enumerate(running) if completion is None]
-                if newcomers := list(islice(queue, len(free))):
+                newcomers: list[Completion] = []
+                yield from self._admit(queue, len(free), newcomers)
+                started = time.perf_counter()
+                if newcomers:
                     rows = free[: len(newcomers)]
                     for row, completion in zip(rows, newcomers, strict=True):
                         running[row], waited[row], completion.figures = completion, 0, figures
@@ -627,7 +632,7 @@ class Conversation:
         else:
             figures = self._append(completion.request)
         # No lag: what a step feeds cannot be taken back.
-        yield from self.engine._decode(self._decoder, figures, [completion], iter(()), [], lag=0)
+        yield from self.engine._decode(self._decoder, figures, [completion], iter(()), lag=0)
 
     def _append(self, request: Request) -> Figures:
         started, decoder = time.perf_counter(), self._decoder

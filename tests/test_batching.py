@@ -181,6 +181,23 @@ def test_requests_that_cannot_run_fail_alone(order, iterable):
         assert words in completion.error and completion.tokens == [] and completion.figures is None
 
 
+@pytest.mark.parametrize("good", [0, 3])
+def test_refused_requests_come_out_as_they_are_met(good):
+    """However many there are: none is kept while the next one is read, be it before the first batch or behind it."""
+    read, bad = [], Request([], 4)
+
+    def endless():
+        for number in count():
+            read.append(number)
+            yield Request(random_ids(9, number), 2 + number) if number < good else bad
+
+    completions = Engine(MODEL, "window", plan=PLAN).generate(endless(), batch_size=2, max_length=30)
+    for seen, completion in enumerate(islice(completions, 50), 1):
+        assert completion.finish_reason == ("error" if completion.request is bad else "length")
+        assert len(read) <= seen + 2
+    completions.close()
+
+
 @pytest.mark.parametrize("policy", ["full", "streaming"])
 def test_a_request_beyond_the_positions_does_not_size_the_arena(policy):
     """Nor does one with an empty prompt, however many tokens it asks for."""
