@@ -36,6 +36,7 @@ from policies.tokens import TokenPolicy
 from sampling import GREEDY, Sampler, Sampling
 from waiting import Waiting
 
+READ_TOKENS = 16384  # of all prompts of a batch, that go through a block at once: more take memory, not less time
 DEFAULT_BUDGET = 0.3  # of the sequence, for a bounded policy without a budget
 SMALLEST_DEFAULT = 64  # slots: below that there is nothing to gain
 
@@ -221,18 +222,21 @@ class Engine:
         item = self.model.embed.weight.element_size()
         wide = max(4, item)
         heads, groups = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-        # Of one layer, all at once: the residual stream and its normed copies, what is projected and turned, what the
-        # feed-forward holds; and what a policy that scores looks at.
+        # Of a prompt in one layer, all at once: the normed copies of the residual stream, what is projected and turned,
+        # what the feed-forward holds, and what a policy that scores looks at.
         prompt = max_length if longest_prompt is None else longest_prompt
         experts = max(1, c.experts_per_token)
         read = prompt * (2 * (item + wide) * (c.dim + heads + 2 * groups) + 3 * item * experts * c.ffn_dim)
-        scoring = type(self.policy).score_prompt is not TokenPolicy.score_prompt
-        if not apart and self._plan(None, budget_slots, max_length) is None:  # what waits, in the arena and outside
+        queries = max(self.policy.queries, PROMPT_CHUNK if c.attention_softcap is not None else 0)
+        read += 4 * wide * c.n_heads * min(prompt, queries) * prompt
+        # Of every prompt meanwhile: the residual stream; the layer's keys and values, and once more while they are
+        # joined or cut; what waits for the plan, in the arena and outside.
+        held = prompt * item * (c.dim + 4 * groups) + c.vocab_size * (item + wide)
+        if not apart and self._plan(None, budget_slots, max_length) is None:
             waiting = self.layer_policy.most_waiting(budget_slots, caps, self.policy.floor)
-            read += groups * 2 * item * max(0, waiting - slots)
-            read += c.n_kv_heads * (8 * waiting + wide * scoring * prompt * len(caps))  # positions and scores
-        if scoring or c.attention_softcap is not None:
-            read += 4 * wide * c.n_heads * min(prompt, PROMPT_CHUNK) * prompt
+            scoring = type(self.policy).score_prompt is not TokenPolicy.score_prompt
+            held += groups * 2 * item * max(0, waiting - slots)
+            held += c.n_kv_heads * (8 * waiting + wide * scoring * prompt * len(caps))  # positions and scores
         # Of one row in a step: the logits with what sampling sorts, and one layer's scores and probabilities.
         step = c.vocab_size * (item + 5 * wide) + 4 * wide * c.n_heads * max(caps)
         return Needs(
@@ -240,8 +244,9 @@ class Engine:
             row=slots * c.n_kv_heads * (2 * c.head_dim * item + (wide + 8) * self.policy.scored),
             row_full=self._full_bytes(max_length),
             step=step,
-            prefill=read + c.vocab_size * (item + wide),
-            together=not apart,
+            prefill=read + held if apart else read,
+            held=0 if apart else held,
+            at_once=1 if apart else rows_at_once(prompt),
         )
 
     def check(self, request: Request, seen: int = 0, limit: int | None = None) -> None:
@@ -510,13 +515,19 @@ class Engine:
         keep(layer, signal [R], prompt) is called after each layer: what it does not keep is gone before the next one.
         """
         x = self.model.embedded(ids, torch.arange(ids.shape[1], device=self.device)[None])
-        ragged = lengths if int(lengths.min()) < ids.shape[1] else None
+        size = rows_at_once(ids.shape[1])
+        chunks = [slice(start, start + size) for start in range(0, len(ids), size)]
+        ragged = [lengths[rows] if int(lengths.min()) < ids.shape[1] else None for rows in chunks]
         signals = []
         for layer, (block, frequencies, policy) in enumerate(zip(self.model.layers, rotary, policies, strict=True)):
-            x, signal, prompt = block.prefill(x, frequencies, ragged, policy)
+            own, parts = [frequencies[rows] if frequencies.dim() > 1 else frequencies for rows in chunks], []
+            for rows, turned, real in zip(chunks, own, ragged, strict=True):
+                x[rows], *part = block.prefill(x[rows], turned, real, policy)
+                parts.append(part)
+            signal, prompt = torch.cat([part[0] for part in parts]), Prompt.joined([part.pop() for part in parts])
             signals.append(signal.mean())
             keep(layer, signal, prompt)
-            del prompt
+            del prompt, part
         last = x[torch.arange(len(lengths), device=self.device), lengths - 1]
         return self.model.logits(last), torch.stack(signals).tolist()
 
@@ -641,6 +652,11 @@ class Conversation:
         full = self.engine._full_bytes(int(decoder.seen) + request.max_new_tokens)
         figures = replace(self._figures, prefill_tokens=len(request.ids), kv_bytes_full=full, compile_s=0.0)
         return replace(figures, prefill_s=time.perf_counter() - started, decode_s=0.0, decode_tokens=0)
+
+
+def rows_at_once(prompt: int) -> int:
+    """How many prompts of this many tokens go through a block at once."""
+    return max(1, READ_TOKENS // prompt)
 
 
 def check_budget(budget: float) -> None:

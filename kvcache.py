@@ -46,6 +46,17 @@ class Prompt:
         self.k, self.v, self.scores = k, v, scores
         self.positions: Tensor | None = None  # [R, 1 or K, n], ascending: what is left; None: all
 
+    @staticmethod
+    def joined(prompts: list["Prompt"]) -> "Prompt":
+        """The rows of all of them, none of which is cut, one after the other. The list is emptied."""
+        if len(prompts) == 1:
+            return prompts.pop()
+        scores = [prompt.scores for prompt in prompts if prompt.scores is not None]
+        k, v = ([getattr(prompt, name) for prompt in prompts] for name in ("k", "v"))
+        prompts.clear()  # so that no more than k and v of one layer and a half are there at any time
+        k = torch.cat(k)
+        return Prompt(k, torch.cat(v), torch.cat(scores) if scores else None)
+
     def cut(self, positions: Tensor) -> None:
         """Keep these positions [R, 1 or K, n] only."""
         positions = positions.sort(dim=2).values

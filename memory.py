@@ -13,9 +13,8 @@ MOST_ROWS = 256  # more of them give no more tokens per second, but later result
 
 
 class Needs(NamedTuple):
-    """Bytes: the weights; a row of the cache, and of the full one; a row in a step; a prompt while it is read.
-
-    together: the prompts of all rows are read at once.
+    """Bytes: the weights; a row of the cache, and of the full one; a row in a step; a prompt while it goes through a
+    block, `at_once` of them together; and what is held of each row's prompt meanwhile.
     """
 
     weights: int
@@ -23,11 +22,12 @@ class Needs(NamedTuple):
     row_full: int
     step: int
     prefill: int
-    together: bool = False
+    held: int = 0
+    at_once: int = 1
 
     def total(self, rows: int) -> int:
         """At the most. No step runs while a prompt is read."""
-        read = self.prefill * (rows if self.together else 1)
+        read = min(rows, self.at_once) * self.prefill + rows * self.held
         return self.weights + rows * self.row + max(rows * self.step, read)
 
     def rows(self, most: int, limit: int) -> int:

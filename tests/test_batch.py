@@ -271,7 +271,7 @@ def test_needs_are_what_is_allocated(policy):
 def test_rows_that_fit():
     needs = memory.Needs(weights=100, row=10, row_full=40, step=1, prefill=30)
     assert [needs.total(rows) for rows in (1, 3, 40)] == [140, 160, 540]
-    assert [needs._replace(together=True).total(rows) for rows in (1, 3)] == [140, 220]
+    assert [needs._replace(held=20, at_once=2).total(rows) for rows in (1, 3)] == [160, 250]
     assert needs.rows(1000, 159) == 2 and needs.rows(1000, 160) == 3 and needs.rows(2, 160) == 2
     assert needs.rows(1000, 10**9) == memory.MOST_ROWS and needs.rows(9, 1) == 1
     assert memory.free(torch.device("cpu")) > 2**20

@@ -5,13 +5,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import random_ids, random_model
+from conftest import BY_LENGTH, random_ids, random_model
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model as model_module
-from engine import Engine, Request
+from engine import READ_TOKENS, Engine, Request
 from kvcache import Memory, Prompt
 from policies.layers import LayerPolicy, make
 from policies.layers.squeeze import Squeeze
@@ -112,6 +112,26 @@ def test_a_plan_known_before_the_prompt_needs_no_cut(model, layers):
     with cuts() as counted, patch.object(LayerPolicy, "upper_bound", side_effect=AssertionError):
         list(Engine(model, "h2o", layers, 12).generate([Request(random_ids(60), 3)]))
     assert not counted
+
+
+@pytest.mark.parametrize("policy", ["full", "streaming", "h2o", "snapkv", "keydiff"])
+def test_rows_read_in_groups_are_those_read_at_once(policy, monkeypatch):
+    """Also where every request has rotary frequencies of its own."""
+    model = random_model(max_positions=128 if policy == "full" else 32, rope=BY_LENGTH[0])
+    requests = [Request(random_ids(length, length), 9) for length in (61, 7, 90, 33, 1)]
+    answers, sizes, prefill = [], [], model_module.Block.prefill
+
+    def counted(block, x, *rest):
+        sizes.append(len(x))
+        return prefill(block, x, *rest)
+
+    monkeypatch.setattr(model_module.Block, "prefill", counted)
+    for most in (READ_TOKENS, 200):
+        monkeypatch.setattr("engine.READ_TOKENS", most)
+        done = Engine(model, policy, "squeeze", None if policy == "full" else 20).generate(requests)
+        answers.append({requests.index(completion.request): completion.tokens for completion in done})
+    assert answers[0] == answers[1]
+    assert sizes == [5] * 4 + [2, 2, 1] * 4
 
 
 DEEP, LONG, SHARE, P = 32, 4096, 0.2, 0.3
@@ -233,8 +253,8 @@ def test_keys_and_values_stay_under_the_bound(deep, whole, p, order):
     assert BUDGET * 0.99 < cut < bound(p)
     assert sum(counted) > 0
     engine = Engine(deep, "window", Squeeze(p), SHARE)
-    together, apart = (engine.needs(LONG + 2, LONG, apart) for apart in (False, True))
-    assert cut < together.row + together.prefill - apart.prefill + 2 * LAYER_BYTES  # its prompt, and a copy at most
+    needs = engine.needs(LONG + 2, LONG)
+    assert cut < needs.row + needs.held
     assert whole > DEEP * LAYER_BYTES > 1.7 * cut
 
 

@@ -20,6 +20,7 @@ class TokenPolicy:
     scored: ClassVar[bool] = False  # keeps a score and a position in every slot
     sinks: int = 0  # leading slots that hold the first tokens for good, with keys turned to in-cache positions
     floor: int = 1  # fewest slots the policy can work in, the new token's included
+    queries: int = 0  # prompt queries whose attention `score_prompt` looks at at the same time
 
     def within_window(self, window: int) -> "TokenPolicy":
         """The policy for a layer that has a sliding window shorter than the request, and no more slots than that.

@@ -26,6 +26,7 @@ class H2O(Evicting):
     corrected: bool = False
     name: ClassVar[str] = "h2o"
     floor: ClassVar[int] = 2
+    queries: ClassVar[int] = QUERY_CHUNK
 
     def within_window(self, window: int) -> "H2O":
         return WindowedH2O(self.corrected, window=window)

@@ -23,6 +23,10 @@ KERNEL = 5  # neighbouring positions whose attention is averaged
 class SnapKV(Frozen):
     name: ClassVar[str] = "snapkv"
 
+    @property
+    def queries(self) -> int:
+        return self.recent
+
     def score_prompt(self, q: Tensor, k: Tensor, lengths: Tensor | None, probs: Callable) -> Tensor:
         received = from_last_queries(q, k, lengths, probs, self.recent)  # 0 in padding, like beyond the edges
         return F.avg_pool1d(received, KERNEL, stride=1, padding=KERNEL // 2)

@@ -19,6 +19,7 @@ from policies.tokens.scoring import from_last_queries
 @dataclass(frozen=True)
 class TOVA(Evicting):
     name: ClassVar[str] = "tova"
+    queries: ClassVar[int] = 1
 
     def within_window(self, window: int) -> "TOVA":
         return WindowedTOVA(window)
