@@ -178,6 +178,10 @@ class Engine:
         which are read as rows get free, need both. A request that cannot run yields a completion with its `error`
         as soon as it is read.
 
+        A row gets what it would get alone under the same plan, with one exception: in layers with a sliding window
+        max_length decides for all rows whether streaming and the policies that score the prompt once are plain rings
+        there (`TokenPolicy.within_window`), so that a request no longer than the window may differ in a longer batch.
+
         samplings: all ways in which the requests sample, if that is known of such an iterable: no step computes more.
         apart: what a request gets must not depend on the others, not even in the last bits. Prompts are read one by
         one and there are always `batch_size` rows. It needs a plan or a layer policy that does not read the prompts;

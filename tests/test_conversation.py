@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_ids, random_model
+from conftest import BY_LENGTH, random_ids, random_model
 from naive import NaiveCache
 
 import decoder as decoder_module
@@ -66,6 +66,18 @@ def test_rows_of_different_lengths(model, policy):
         both = decoder.append(more)
         for row, ids in enumerate(starts):
             alone, _ = Engine(model, policy, plan=plan)._start([Request(ids, 60)])
+            torch.testing.assert_close(alone.append(more[row : row + 1])[0], both[row])
+
+
+@pytest.mark.parametrize("rope", BY_LENGTH, ids=lambda rope: rope["rope_type"])
+def test_rows_that_turn_at_different_speeds(rope):
+    """A chunk, sinks included, on top of rows shorter and longer than what the model was trained on."""
+    model, more = random_model(rope=rope, max_positions=32), torch.tensor([random_ids(9, 5), random_ids(9, 6)])
+    requests = [Request(random_ids(12), 9), Request(random_ids(40), 9)]
+    with torch.inference_mode():
+        both = Engine(model, "streaming", plan=PLAN)._start(requests)[0].append(more)
+        for row, request in enumerate(requests):
+            alone, _ = Engine(model, "streaming", plan=PLAN)._start([request])
             torch.testing.assert_close(alone.append(more[row : row + 1])[0], both[row])
 
 
