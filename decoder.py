@@ -185,8 +185,9 @@ class Store:
                 self.idle.clear()
                 self.memory = Memory()
             yield self.memory
-        except Exception:  # nobody knows what state they are in
+        except Exception:  # nobody knows what state they are in, and memory may be what was short
             self.idle.clear()
+            self.memory = Memory()
             raise
         finally:
             self.busy = False

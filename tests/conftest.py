@@ -1,9 +1,13 @@
+import os
+
 import pytest
 import torch
 
 from model import ModelConfig, Transformer
 
-torch.set_num_threads(1)  # the tensors are small, and threads that wait for each other slow down on a busy machine
+# The tensors are small, and threads that wait for each other slow down on a busy machine; for what tests start, too.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)
