@@ -36,16 +36,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmark import attention, roofline
+from benchmark.record import origin
 from benchmark.subjects import SHAPES, Subject, make, published
-from benchmark.timing import Run, attempt, compiled_graphs, peak_bytes, race, reset_peak, seconds, synchronise
+from benchmark.timing import Run, attempt, peak_bytes, race, reset_peak, seconds, synchronise
 from commandline import Parser
 from config import ModelConfig
+from decoder import compiled_graphs
 from engine import Engine, Request
 from kvcache import KVCache, LayerCache
 from model import Block, Transformer
 from policies import tokens as token_policies
 from policies.layers import LayerPolicy, Plan
-from scripts.record import origin
 
 GIB = 2**30
 SWITCHES = 20  # random plans of the stage `switch`

@@ -28,19 +28,18 @@ import torch
 
 import checkpoint
 import tokenizer as tokenizers
+from benchmark.record import origin
+from benchmark.subjects import EMBEDDED
 from commandline import Parser, guarded, number
-from evaluation import standard, summary
+from evaluation import standard, summary, tiny_data
 from evaluation.cells import Cell, grid
 from evaluation.fidelity import Fidelity
 from evaluation.recall import Recall
 from evaluation.tasks import Log, Task, check_all, run
 from policies.layers import LAYER_POLICIES
 from policies.tokens import TOKEN_POLICIES
-from scripts import tiny_data
-from scripts.record import origin
 
 HERE = Path(__file__).resolve().parent
-EMBEDDED = HERE / "checkpoints" / "tiny"
 DEFAULTS = {
     "policies": ["streaming", "h2o"],
     "layers": ["uniform", "squeeze", "pyramid"],

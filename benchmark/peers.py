@@ -8,7 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache, logging
 
 import checkpoint
-from benchmark.timing import Run, compiled_graphs, peak_bytes, reset_peak
+from benchmark.timing import Run, peak_bytes, reset_peak
+from decoder import compiled_graphs
 from model import Transformer
 
 

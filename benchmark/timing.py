@@ -83,7 +83,3 @@ def reset_peak(device: str) -> None:
 def peak_bytes(device: str) -> int | None:
     """The most that was allocated since `reset_peak`."""
     return torch.cuda.max_memory_allocated() if device == "cuda" else None
-
-
-def compiled_graphs() -> int:
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]

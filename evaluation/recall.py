@@ -8,9 +8,9 @@ the question is its beginning: any model that can copy from its context can answ
 import random
 from collections.abc import Callable, Sequence
 
+from evaluation import tiny_data as data
 from evaluation.cells import Batch, Cell
 from evaluation.tasks import Row
-from scripts import tiny_data as data
 
 
 class Recall:

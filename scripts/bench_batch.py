@@ -19,12 +19,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
-from record import origin  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 import checkpoint  # noqa: E402
 from batch import Job  # noqa: E402
+from benchmark.record import origin  # noqa: E402
 from engine import Engine, Request  # noqa: E402
 from generate import EMBEDDED, TextSoFar  # noqa: E402
 
@@ -136,8 +136,9 @@ def theirs(peer, requests: list[dict]) -> tuple[float, dict[str, list[int]]]:
 
 
 def draw() -> None:
-    import tiny_data as data
     from tokenizers import Tokenizer
+
+    from evaluation import tiny_data as data
 
     tokenizer = Tokenizer.from_file(str(EMBEDDED / "tokenizer.json"))
     text = tokenizer.encode("".join(data.read(file) for file in data.source_files()[1])).ids

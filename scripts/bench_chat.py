@@ -17,15 +17,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import tiny_data as data  # noqa: E402
 import torch  # noqa: E402
-from record import origin  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import checkpoint  # noqa: E402
+from benchmark.record import origin  # noqa: E402
 from engine import Conversation, Engine, Request  # noqa: E402
+from evaluation import tiny_data as data  # noqa: E402
 from generate import EMBEDDED  # noqa: E402
 
 SAID, ANSWERED = 32, 96

@@ -15,9 +15,9 @@ import matplotlib  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from record import origin  # noqa: E402
 
 import generate  # noqa: E402
+from benchmark.record import origin  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 COLOURS = ["#1b6ca8", "#6aa84f", "#e69138"]

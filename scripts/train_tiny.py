@@ -3,8 +3,8 @@
     python scripts/train_tiny.py                       train, or go on where runs/tiny stopped; then export
     python scripts/train_tiny.py --export-only         write checkpoints/tiny from the newest state
 
-8 layers of a llama with 1.8M parameters learn to write Python and to recall facts from their context (tiny_data.py), on
-two CPU cores, in about an hour. Three things make recall appear that early:
+8 layers of a llama with 1.8M parameters learn to write Python and to recall facts from their context
+(evaluation/tiny_data.py), on two CPU cores, in about an hour. Three things make recall appear that early:
 
 - layers 0 and 1 start out with an induction circuit (`induction_circuit`): left to chance, its two halves wait for each
   other. Trials without it had no recall after 4M tokens; with it, lists of facts were recalled after 0.3M. This is no
@@ -28,7 +28,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import tiny_data as data  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
@@ -37,6 +36,7 @@ from torch import Tensor, nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import checkpoint  # noqa: E402
+from evaluation import tiny_data as data  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 
 EOS = 0

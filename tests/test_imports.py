@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
+    "scripts": 5,
     "bench": 4,
     "evaluate": 4,
     "generate": 4,
@@ -27,7 +28,7 @@ FLOORS = {
     "sampling": 0,
     "tokenizer": 0,
 }
-PACKAGES = ("benchmark", "evaluation", "policies")
+PACKAGES = ("benchmark", "evaluation", "policies", "scripts")
 FILES = sorted([*ROOT.glob("*.py"), *(file for package in PACKAGES for file in ROOT.glob(f"{package}/**/*.py"))])
 
 

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_data as data
 from tokenizers import Tokenizer
 
 import checkpoint
 import generate
 from engine import Engine, Request
+from evaluation import tiny_data as data
 
 ROOT = Path(__file__).resolve().parent.parent
 

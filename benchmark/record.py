@@ -34,4 +34,5 @@ def device_name(device: str) -> str:
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
     vector = next((flag for flag in ("avx512f", "avx2", "avx") if flag in flags), "no AVX")
-    return f"{model}, {torch.get_num_threads()} cores, {vector}"
+    threads = torch.get_num_threads()
+    return f"{model}, {threads} core{'s'[: threads > 1]}, {vector}"
