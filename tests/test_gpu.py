@@ -1,5 +1,6 @@
 """What needs a GPU: the same oracles on CUDA. Run with -m gpu (scripts/gpu_suite.sh does)."""
 
+import gc
 import json
 from contextlib import nullcontext
 
@@ -16,29 +17,7 @@ from sampling import GREEDY, Sampling
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
-
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("policy", ["full", *BOUNDED])
-def test_cuda_equals_cpu(policy, compiled):
-    torch._dynamo.reset()
-    model = random_model()
-    ids, following = random_ids(41), random_ids(40, seed=3)
-    plan = [81] * 4 if policy == "full" else PLAN
-    want = teacher_forced(Engine(model, policy, plan=plan), ids, following)
-    got = teacher_forced(Engine(model.cuda(), policy, plan=plan, compile=compiled), ids, following)
-    torch.testing.assert_close(got.cpu(), want, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("policy", BOUNDED)
-def test_ragged_batch_equals_single(policy):
-    model = random_model().cuda()
-    prompts = [random_ids(count, seed=count) for count in (2, 31, 8)]
-    singles = [run(Engine(model, policy, plan=PLAN), ids) for ids in prompts]
-    requests = [Request(ids, max_new_tokens=40) for ids in prompts]
-    done = {id(completion.request): completion for completion in Engine(model, policy, plan=PLAN).generate(requests)}
-    assert [done[id(request)].tokens for request in requests] == singles
-
-
+POLICIES = sorted(["full", *BOUNDED], key=["h2o", "streaming", "full"].__contains__, reverse=True)
 SAMPLED = Sampling(temperature=0.9, top_k=20, top_p=0.9, seed=3)
 REFILLED = [(20, 6, SAMPLED), (3, 5, GREEDY), (41, 4, GREEDY), (11, 9, SAMPLED), (30, 3, GREEDY)]
 
@@ -61,43 +40,12 @@ def counted(engine: Engine) -> list[int]:
     return replays
 
 
-@pytest.mark.parametrize("policy", ["full", *BOUNDED])
-def test_replayed_equals_eager(policy):
-    """Streams, greedy and sampled; a batch whose rows are refilled; a conversation. Each twice, from the store."""
-    torch._dynamo.reset()
-    model = random_model(max_positions=100).cuda()
-    answers = []
-    for compiled in (False, True):
-        engine = Engine(model, policy, plan=None if policy == "full" else PLAN, compile=compiled)
-        assert engine.lag == 2 and (engine.code.capture is not None) == compiled
-        replays = counted(engine) if compiled else []
-        tokens = []
-        for _ in range(2):
-            tokens += [list(engine.stream(random_ids(33), sampling, 12)) for sampling in (GREEDY, SAMPLED)]
-            requests = [Request(random_ids(length, length), new, sampling) for length, new, sampling in REFILLED]
-            done = {id(completion.request): completion for completion in engine.generate(requests, batch_size=2)}
-            tokens += [done[id(request)].tokens for request in requests]
-        conversation = engine.conversation(SAMPLED)
-        tokens += [list(conversation.stream(random_ids(count, count), 5)) for count in (9, 17, 4)]
-        answers.append(tokens)
-        assert len(replays) == (4 if compiled else 0) and all(replays)  # greedy, sampled, the batch, the conversation
-    assert answers[0] == answers[1]
-    assert answers[0][0] != answers[0][1]
+def test_the_command_line_on_cuda(capsys):
+    def tokens(*args: str) -> list[int]:
+        assert generate.main(["--json", "--squeeze", "--max-new-tokens", "24", "--ignore-eos", *args]) == 0
+        return json.loads(capsys.readouterr().out)["tokens"]
 
-
-@pytest.mark.parametrize("policy", ["full", *BOUNDED])
-def test_rows_that_are_refilled_equal_single_streams(policy):
-    """With steps that run ahead; some rows end by an end-of-sequence id at odd moments."""
-    model = random_model().cuda()
-    plan = [80] * 4 if policy == "full" else PLAN
-    requests = [Request(random_ids(n, n), new, sampling, range(8)) for n, new, sampling in REFILLED * 2]
-    engine, done = Engine(model, policy, plan=plan), {}
-    for completion in engine.generate(requests, batch_size=3):
-        done[id(completion.request)] = completion
-    for request in requests:
-        alone = Engine(model, policy, plan=plan).stream(request.ids, request.sampling, request.max_new_tokens, range(8))
-        assert done[id(request)].tokens == list(alone)
-        assert done[id(request)].finish_reason == alone.completion.finish_reason
+    assert tokens("--device", "cuda") == tokens("--device", "cpu")
 
 
 def test_two_plans_take_turns_in_one_memory():
@@ -115,10 +63,56 @@ def test_two_plans_take_turns_in_one_memory():
     assert len(replays) == 2 and min(replays) == 3 * 8
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "replayed"])
-@pytest.mark.parametrize("policy", ["full", "streaming", "h2o", "tova", "snapkv"])
-def test_no_step_waits_for_the_device(policy, compiled, sampling):
+def test_a_larger_arena_ends_all_captures_and_the_next_work():
+    """No graph of the engine is left at that moment, so nothing but the engine itself keeps their memory pool open."""
+    torch._dynamo.reset()
+    model = random_model().cuda()
+    engine = Engine(model, "h2o", compile=True)
+    replays = counted(engine)
+    for number, plan in enumerate((PLAN, [30] * 4, PLAN, [60] * 4)):
+        engine.plan = plan
+        assert run(engine, random_ids(33), 9) == run(Engine(model, "h2o", plan=plan), random_ids(33), 9)
+        assert len(replays) == number + 1 and len(engine.store.idle) == (1, 1, 2, 1)[number]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_cut_prompt_takes_less_memory(order):
+    """All that is allocated. A plan that is known from the start shows what the activations and one layer take."""
+    shape = {"dim": 128, "n_heads": 2, "n_kv_heads": 2, "head_dim": 64, "ffn_dim": 128, "max_positions": 2 * LONG}
+    model = random_model(torch.float32, n_layers=DEEP, **shape).cuda()
+    layer = 2 * 2 * 64 * 4 * LONG  # bytes of K and V
+    budget = SHARE * DEEP * layer
+
+    def peak(layers, whole: bool = False) -> int:
+        gc.collect()  # what earlier engines held is not freed in the middle of this
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with signals(ORDERS[order](DEEP)), all_at_once() if whole else nullcontext():
+            list(Engine(model, "window", layers, SHARE).stream(random_ids(LONG), max_new_tokens=2))
+        return torch.cuda.max_memory_allocated() - before
+
+    peak("uniform")  # what libraries allocate once
+    known, cut, whole = peak("uniform"), peak(Squeeze(P)), peak(Squeeze(P), whole=True)
+    harmonic = sum(1 / rank for rank in range(1, DEEP + 1))
+    assert cut < known + (P + (1 - P) * harmonic - 1) * budget + layer
+    assert whole > DEEP * layer and whole - cut > 10 * layer
+
+
+def test_bf16_runs_and_equal_seeds_give_equal_tokens():
+    model = random_model(torch.bfloat16).cuda()
+    sampling = Sampling(temperature=0.9, top_k=20, top_p=0.9, seed=3)
+    first, again = (list(Engine(model, "h2o", "squeeze", 16).stream(random_ids(50), sampling, 30)) for _ in range(2))
+    assert first == again and len(first) == 30
+
+
+@pytest.mark.parametrize(
+    ("policy", "compiled"),
+    [("h2o", True), *((policy, False) for policy in POLICIES)],
+    ids=lambda value: {True: "replayed", False: "eager"}.get(value, value),
+)
+def test_no_step_waits_for_the_device(policy, compiled, sampling=SAMPLED):
+    """Replayed as one of them: what waits could not have been captured."""
     model = random_model().cuda()
     engine = Engine(model, policy, plan=[80] * 4 if policy == "full" else PLAN, compile=compiled)
     requests = [Request(random_ids(length, length), 20, sampling) for length in (20, 5)]
@@ -141,39 +135,66 @@ def test_no_step_waits_for_the_device(policy, compiled, sampling):
     ]
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_a_cut_prompt_takes_less_memory(order):
-    """All that is allocated. A plan that is known from the start shows what the activations and one layer take."""
-    shape = {"dim": 128, "n_heads": 2, "n_kv_heads": 2, "head_dim": 64, "ffn_dim": 128, "max_positions": 2 * LONG}
-    model = random_model(torch.float32, n_layers=DEEP, **shape).cuda()
-    layer = 2 * 2 * 64 * 4 * LONG  # bytes of K and V
-    budget = SHARE * DEEP * layer
+@pytest.mark.parametrize("policy", POLICIES)
+def test_replayed_equals_eager(policy):
+    """A batch whose rows are refilled, and streams, greedy and sampled, twice: from the store. Then a conversation.
 
-    def peak(layers, whole: bool = False) -> int:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        with signals(ORDERS[order](DEEP)), all_at_once() if whole else nullcontext():
-            list(Engine(model, "window", layers, SHARE).stream(random_ids(LONG), max_new_tokens=2))
-        return torch.cuda.max_memory_allocated() - before
-
-    peak("uniform")  # what libraries allocate once
-    known, cut, whole = peak("uniform"), peak(Squeeze(P)), peak(Squeeze(P), whole=True)
-    harmonic = sum(1 / rank for rank in range(1, DEEP + 1))
-    assert cut < known + (P + (1 - P) * harmonic - 1) * budget + layer
-    assert whole > DEEP * layer and whole - cut > 10 * layer
-
-
-def test_bf16_runs_and_equal_seeds_give_equal_tokens():
-    model = random_model(torch.bfloat16).cuda()
-    sampling = Sampling(temperature=0.9, top_k=20, top_p=0.9, seed=3)
-    first, again = (list(Engine(model, "h2o", "squeeze", 16).stream(random_ids(50), sampling, 30)) for _ in range(2))
-    assert first == again and len(first) == 30
+    The batch is first: what needs a larger arena than there is ends the captures before it.
+    """
+    torch._dynamo.reset()
+    model = random_model(max_positions=100).cuda()
+    answers = []
+    for compiled in (False, True):
+        engine = Engine(model, policy, plan=None if policy == "full" else PLAN, compile=compiled)
+        assert engine.lag == 2 and (engine.code.capture is not None) == compiled
+        replays = counted(engine) if compiled else []
+        tokens = []
+        for _ in range(2):
+            requests = [Request(random_ids(length, length), new, sampling) for length, new, sampling in REFILLED]
+            done = {id(completion.request): completion for completion in engine.generate(requests, batch_size=2)}
+            tokens += [done[id(request)].tokens for request in requests]
+            streams = [list(engine.stream(random_ids(33), sampling, 12)) for sampling in (GREEDY, SAMPLED)]
+            assert streams[0] != streams[1]
+            tokens += streams
+        conversation = engine.conversation(SAMPLED)
+        tokens += [list(conversation.stream(random_ids(count, count), 5)) for count in (9, 17, 4)]
+        answers.append(tokens)
+        assert len(replays) == (4 if compiled else 0) and all(replays)  # the batch, greedy, sampled, the conversation
+    assert answers[0] == answers[1]
 
 
-def test_the_command_line_on_cuda(capsys):
-    def tokens(*args: str) -> list[int]:
-        assert generate.main(["--json", "--squeeze", "--max-new-tokens", "24", "--ignore-eos", *args]) == 0
-        return json.loads(capsys.readouterr().out)["tokens"]
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_cuda_equals_cpu(policy, compiled):
+    torch._dynamo.reset()
+    model = random_model()
+    ids, following = random_ids(41), random_ids(40, seed=3)
+    plan = [81] * 4 if policy == "full" else PLAN
+    want = teacher_forced(Engine(model, policy, plan=plan), ids, following)
+    got = teacher_forced(Engine(model.cuda(), policy, plan=plan, compile=compiled), ids, following)
+    torch.testing.assert_close(got.cpu(), want, rtol=0, atol=1e-9)
 
-    assert tokens("--device", "cuda") == tokens("--device", "cpu")
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_rows_that_are_refilled_equal_single_streams(policy):
+    """With steps that run ahead; some rows end by an end-of-sequence id at odd moments."""
+    model = random_model().cuda()
+    plan = [80] * 4 if policy == "full" else PLAN
+    requests = [Request(random_ids(n, n), new, sampling, range(8)) for n, new, sampling in REFILLED * 2]
+    engine, done = Engine(model, policy, plan=plan), {}
+    for completion in engine.generate(requests, batch_size=3):
+        done[id(completion.request)] = completion
+    for request in requests:
+        alone = Engine(model, policy, plan=plan).stream(request.ids, request.sampling, request.max_new_tokens, range(8))
+        assert done[id(request)].tokens == list(alone)
+        assert done[id(request)].finish_reason == alone.completion.finish_reason
+
+
+@pytest.mark.parametrize("policy", BOUNDED)
+def test_ragged_batch_equals_single(policy):
+    model = random_model().cuda()
+    prompts = [random_ids(count, seed=count) for count in (2, 31, 8)]
+    singles = [run(Engine(model, policy, plan=PLAN), ids) for ids in prompts]
+    requests = [Request(ids, max_new_tokens=40) for ids in prompts]
+    done = {id(completion.request): completion for completion in Engine(model, policy, plan=PLAN).generate(requests)}
+    assert [done[id(request)].tokens for request in requests] == singles
