@@ -1,43 +1,51 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU. Usage: scripts/gpu_suite.sh OUTDIR [STAGE...]
-# Each stage takes 9 minutes at most, and so do those that run where none is named: tests decode switch prefill.
-# Only when named: throughput throughput_llama2 long compile attention.
+# Where no stage is named: tests switch prefill decode, which by estimate take 9 minutes together. Each other one may
+# take as long alone: decode16 static throughput throughput_llama2 long compile attention.
+# A stage that fails, or has not ended after 9 minutes (tests: 4.5), does not keep the next ones from running; they are
+# named at the end. What has been measured until then is in OUTDIR.
 # Without CUDA the tests skip and the rest runs tiny on the CPU, so that the script itself can be tried.
 set -euo pipefail
+default="tests switch prefill decode"
+known="$default decode16 static throughput throughput_llama2 long compile attention"
+[ $# -ge 1 ] || { echo "usage: scripts/gpu_suite.sh OUTDIR [STAGE...] (stages: $known)" >&2; exit 2; }
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
+# shellcheck disable=SC2086 # several words
+[ $# -ge 1 ] || set -- $default
+for name in "$@"; do
+    [[ " $known " == *" $name "* ]] || { echo "gpu_suite.sh: no stage '$name'; there is: $known" >&2; exit 2; }
+done
 cd "$(dirname "$0")/.."
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 device=$("$python" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True # the largest batch must not fail for fragments
+export PYTHONUNBUFFERED=1 TQDM_DISABLE=1                # the logs hold all that was said until a stage was ended
 
-bench() { # NAME [ARGUMENT...]: what bench.py prints goes to NAME.log, its results into one file
-    local name=$1 small=()
-    shift
+bench() { # [ARGUMENT...]; results go into bench_DEVICE$suffix.json, of $shape if that is set
+    local sizes=(${shape:+--shape "$shape"})
     if [ "$device" = cpu ]; then
-        small=(--shape tiny --prompt 64 --new 8 --batches 1 --rounds 1)
-    elif [ -n "${shape:-}" ]; then
-        small=(--shape "$shape")
+        sizes=(--shape tiny --prompt 64 --new 8 --batches 1 --rounds 1)
     fi
-    "$python" bench.py --device "$device" --out "$out/bench_$device${suffix:-}.json" "$@" "${small[@]}" |
-        tee "$out/$name.log"
+    timeout -k 15 540 "$python" bench.py --device "$device" --out "$out/bench_$device${suffix:-}.json" "$@" "${sizes[@]}"
 }
 
-tests() { "$python" -m pytest -q -m gpu -p no:cacheprovider 2>&1 | tee "$out/tests.log"; }
-decode() { bench decode --stage decode --profile "$out/profile.txt"; }
-switch() { bench switch --stage switch; }
-prefill() { bench prefill --stage prefill; }
-throughput() { bench throughput --stage throughput --plot "$out/throughput.png"; }
-throughput_llama2() { shape=llama-2-7b suffix=_llama2 bench throughput_llama2 --stage throughput --plot "$out/throughput_llama2.png"; }
-long() { bench long --stage long --plot "$out/long.png"; }
-compile() { bench compile --stage compile; }
-attention() { bench attention --stage attention; }
+# By SIGINT pytest still says which tests have failed so far.
+tests() { timeout -s INT -k 15 270 "$python" -m pytest -v -m gpu -p no:cacheprovider tests/test_gpu.py; }
+switch() { bench --stage switch; }
+prefill() { bench --stage prefill; }
+decode() { bench --stage decode --batches 1 --peers generate,eager --profile "$out/profile.txt"; }
+decode16() { suffix=_16 bench --stage decode --batches 16 --peers generate,eager; }
+static() { suffix=_static bench --stage decode --batches 1 --peers static; } # transformers compiled takes minutes
+throughput() { bench --stage throughput --plot "$out/throughput.png"; }
+throughput_llama2() { shape=llama-2-7b suffix=_llama2 bench --stage throughput --plot "$out/throughput_llama2.png"; }
+long() { bench --stage long --plot "$out/long.png"; }
+compile() { bench --stage compile; }
+attention() { bench --stage attention; }
 
-known="tests decode switch prefill throughput throughput_llama2 long compile attention"
-for stage in "${@:-tests decode switch prefill}"; do
-    for name in $stage; do
-        [[ " $known " == *" $name "* ]] || { echo "gpu_suite.sh: no stage '$name'; there is: $known" >&2; exit 2; }
-        echo "== $name on $device"
-        "$name"
-    done
+failed=()
+for name in "$@"; do
+    echo "== $name on $device"
+    "$name" 2>&1 | tee "$out/$name.log" || failed+=("$name")
 done
+[ ${#failed[@]} -eq 0 ] || { echo "gpu_suite.sh: failed: ${failed[*]}" >&2; exit 1; }
