@@ -8,8 +8,12 @@ Shapes are published ones with random weights, made on the device without a down
 the checkpoint that comes along; NAME:DTYPE chooses a dtype (default: fp32 on the CPU, bf16 on CUDA). All contestants of
 a stage run in one process on the same weights and take turns, so that a drifting machine hits all of them: one turn to
 warm up and compile, from an empty compiler cache, which is reported apart, then `--rounds` turns, of which the tables
-give the median and the extremes. Lines on standard output are readable, the last one is everything as JSON. A
-contestant that fails is a row that says why.
+give the median and the extremes. Lines on standard output are readable, the last one is everything as JSON; --out has
+each row as soon as it is made. A contestant that fails is a row that says why.
+
+Memory, on CUDA: each turn of decode, throughput and prefill begins with nothing of ours but the weights on the device.
+`peak_bytes` is what the contestant itself took at most: the weights, and what was allocated during its turn on top of
+what lay there before.
 
 "Of the roofline": the larger of bytes that a step must read over the rate of a large copy (bytes read plus written),
 and its operations over the rate of a large matrix product, both measured in the same run, as a share of the step's
@@ -17,12 +21,14 @@ time. Weights that fit into a processor's cache can exceed 100%.
 """
 
 import argparse
+import gc
 import json
 import math
 import os
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,15 +39,16 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from tqdm import tqdm
 
 from benchmark import attention, roofline
 from benchmark.record import origin
 from benchmark.subjects import SHAPES, Subject, make, published
-from benchmark.timing import Run, attempt, peak_bytes, race, reset_peak, seconds, synchronise
+from benchmark.timing import OUT_OF_MEMORY, Run, attempt, peak_bytes, race, reset_peak, seconds, synchronise
 from commandline import Parser
 from config import ModelConfig
-from decoder import compiled_graphs
+from decoder import CudaGraphs, Store, _compile, compiled_graphs
 from engine import Engine, Request
 from kvcache import KVCache, LayerCache
 from model import Block, Transformer
@@ -50,7 +57,13 @@ from policies.layers import LayerPolicy, Plan
 
 GIB = 2**30
 SWITCHES = 20  # random plans of the stage `switch`
+PEERS = {  # ways in which transformers decodes
+    "generate": "transformers generate",
+    "eager": "transformers eager",
+    "static": "transformers static, compiled",
+}
 COMPILED_PEER_LAYERS = 12  # transformers compiles all layers as one graph: on a CPU minutes for more than that
+GROUP = 4  # layers of one graph, in the stage `compile`
 
 Row = dict[str, Any]
 
@@ -65,6 +78,7 @@ class Sizes(NamedTuple):
     rounds: int = 3
     budget: float = 0.2
     memory: int | None = None
+    peers: tuple[str, ...] = tuple(PEERS)
     profile: Path | None = None
 
 
@@ -77,21 +91,25 @@ def decode(subject: Subject, sizes: Sizes) -> Iterator[Row]:
     caches |= {f"{policy} x squeeze": (policy, "squeeze", sizes.budget) for policy in ("h2o", "streaming")}
     engines = {"full, eager": Engine(subject.model)}
     engines |= {f"{name}, compiled": Engine(subject.model, *cache, compile=True) for name, cache in caches.items()}
+    quick = subject.device == "cuda" or subject.config.n_layers <= COMPILED_PEER_LAYERS
+    peers = {PEERS[way]: way for way in sizes.peers if way != "static" or quick}
+    failed: dict[str, str] = {}
     for batch in sizes.batches:
         prompts = subject.prompts(batch, sizes.prompt)
-        peers = {"transformers generate": "generate", "transformers eager": "eager"}
-        if subject.device == "cuda" or subject.config.n_layers <= COMPILED_PEER_LAYERS:
-            peers["transformers static, compiled"] = "static"
         contestants = {name: partial(theirs, subject, way, prompts, sizes.new) for name, way in peers.items()}
-        contestants |= {name: partial(ours, engine, prompts, sizes.new) for name, engine in engines.items()}
-        runs = race(f"decode {sizes.shape} x {batch}", contestants, sizes.rounds)
-        yield from compared([row(subject, name, prompts, sizes.new, these) for name, these in runs.items()], [*peers])
+        contestants |= {name: partial(alone, engine, prompts, sizes.new) for name, engine in engines.items()}
+        fit = {name: run for name, run in contestants.items() if name not in failed}  # others may compile for minutes
+        runs = race(f"decode {sizes.shape} x {batch}", fit, sizes.rounds)
+        failed |= {name: these for name, these in runs.items() if isinstance(these, str)}
+        rows = [row(subject, name, prompts, sizes.new, (failed | runs)[name]) for name in contestants]
+        yield from compared(rows, [*peers])
     if sizes.profile is not None:
-        yield profile(engines["streaming x squeeze, compiled"], subject.prompts(1, sizes.prompt)[0], sizes.profile)
+        for compiled in (False, True):
+            yield profile(subject, sizes, compiled)
 
 
 def throughput(subject: Subject, sizes: Sizes) -> Iterator[Row]:
-    """Tokens per second over the batch: full against uniform against squeeze, up to the largest batch that fits."""
+    """Tokens per second over the batch: full against uniform against squeeze; on CUDA first the largest that fits."""
     caches = {
         "full": ("full", "uniform", None),
         "uniform": ("streaming", "uniform", sizes.budget),
@@ -99,31 +117,29 @@ def throughput(subject: Subject, sizes: Sizes) -> Iterator[Row]:
     }
     largest = {name: largest_batch(Engine(subject.model, *cache), subject, sizes) for name, cache in caches.items()}
     engines = {name: Engine(subject.model, *cache, compile=True) for name, cache in caches.items()}
-    points: dict[int, list[str]] = {}  # batch -> contestants
-    for name, most in largest.items():  # up to the largest, and one beyond it, to see that it is the largest
-        ends = set() if most is None else {most, most + max(1, most // 8)}
-        for batch in {batch for batch in sizes.batches if most is None or batch < most} | ends - {0}:
-            points.setdefault(batch, []).append(name)
 
-    best: dict[str, Row] = {}
-    while points:
-        batch, names = min(points), points.pop(min(points))
+    def raced(batch: int, names: list[str]) -> list[Row]:
         prompts = subject.prompts(batch, sizes.prompt)
-        contestants = {name: partial(ours, engines[name], prompts, sizes.new) for name in names}
+        contestants = {name: partial(alone, engines[name], prompts, sizes.new) for name in names}
         runs = race(f"throughput {sizes.shape} x {batch}", contestants, sizes.rounds)
-        rows = compared([row(subject, name, prompts, sizes.new, these) for name, these in runs.items()], ["full"])
-        yield from rows
-        for each in rows:
-            name = each["what"]
+        return compared([row(subject, name, prompts, sizes.new, these) for name, these in runs.items()], ["full"])
+
+    best: list[Row] = []
+    for name, most in largest.items():
+        batch = 0 if most is None else most + max(1, most // 8)  # beyond it, to see that it is the largest
+        while batch:
+            [each] = raced(batch, [name])
+            yield each
             if "failed" not in each:
-                best[name] = each
-            elif batch == largest[name] > 1:  # computed too high
-                largest[name] = batch * 9 // 10
-                points.setdefault(largest[name], []).append(name)
-    if sizes.memory is not None:
-        keys = ("batch", "prompt_tokens", "new_tokens", "tokens_per_s", "tokens_per_s_with_prefill")
-        rows = [{"what": f"{name}, largest batch"} | {key: row[key] for key in keys} for name, row in best.items()]
-        yield from compared(rows, ["full, largest batch"])
+                best.append(each)
+            if each.get("failed") != OUT_OF_MEMORY:
+                break
+            batch = most if batch > most else batch * 9 // 10  # computed too high
+    keys = ("batch", "prompt_tokens", "new_tokens", "tokens_per_s", "tokens_per_s_with_prefill", "peak_bytes")
+    rows = [{"what": f"{row['what']}, largest batch"} | {key: row[key] for key in keys} for row in best]
+    yield from compared(rows, ["full, largest batch"])
+    for batch in sizes.batches:
+        yield from raced(batch, [name for name, most in largest.items() if most is None or batch < most])
 
 
 def largest_batch(engine: Engine, subject: Subject, sizes: Sizes) -> int | None:
@@ -131,29 +147,29 @@ def largest_batch(engine: Engine, subject: Subject, sizes: Sizes) -> int | None:
     if sizes.memory is None:
         return None
     one, three = (
-        ours(engine, subject.prompts(rows, sizes.prompt), sizes.new, stop_after=3).peak_bytes for rows in (1, 3)
+        alone(engine, subject.prompts(rows, sizes.prompt), sizes.new, stop_after=3).peak_bytes for rows in (1, 3)
     )
     return max(0, 1 + (sizes.memory - one) // max(1, (three - one) // 2))
 
 
 def prefill(subject: Subject, sizes: Sizes) -> Iterator[Row]:
-    """Prompt tokens per second and time to the first token, and what measuring importance costs of it."""
+    """Prompt tokens per second and time to the first token, and what importance and the plan made of it cost of it."""
     streaming = Engine(subject.model, "streaming", "squeeze", sizes.budget)
     given = Engine(subject.model, "streaming", plan=ours(streaming, subject.prompts(1, sizes.prompt), 1).plan)
 
     def without(prompts: list[list[int]]) -> Run:
         with patch("model.importance", lambda before, after, lengths: torch.zeros_like(before[:, 0, 0])):
-            return ours(given, prompts, 1)
+            return alone(given, prompts, 1)
 
     for batch in sizes.batches:
         prompts = subject.prompts(batch, sizes.prompt)
         h2o = Engine(subject.model, "h2o", "squeeze", sizes.budget)
         contestants = {
             "transformers eager": partial(theirs, subject, "eager", prompts, 1),
-            "full": partial(ours, Engine(subject.model), prompts, 1),
-            "h2o x squeeze": partial(ours, h2o, prompts, 1),
-            "streaming x squeeze": partial(ours, streaming, prompts, 1),
-            "plan given": partial(ours, given, prompts, 1),
+            "full": partial(alone, Engine(subject.model), prompts, 1),
+            "h2o x squeeze": partial(alone, h2o, prompts, 1),
+            "streaming x squeeze": partial(alone, streaming, prompts, 1),
+            "plan given": partial(alone, given, prompts, 1),
             "plan given, no importance": partial(without, prompts),
         }
         runs = race(f"prefill {sizes.shape} x {batch}", contestants, sizes.rounds)
@@ -170,11 +186,19 @@ def prefill(subject: Subject, sizes: Sizes) -> Iterator[Row]:
             rows[-1] |= dict(tokens_per_s=batch * sizes.prompt / median(times), of_matmul_rate=least / median(times))
             rows[-1] |= dict(peak_bytes=these[-1].peak_bytes)
         yield from compared(rows, ["transformers eager"])
-        pair = [runs[name] for name in ("plan given", "plan given, no importance")]
-        if not any(isinstance(these, str) for these in pair):
-            turns = [(with_it.prefill_s, less.prefill_s) for with_it, less in zip(*pair, strict=True)][1:]
-            share = median((with_it - less) / with_it for with_it, less in turns)
-            yield dict(what="importance", batch=batch, prompt_tokens=sizes.prompt, of_prefill=share)
+        for what, pair in COSTS.items():
+            more, less = (runs[name] for name in pair)
+            if isinstance(more, list) and isinstance(less, list):
+                turns = [(with_it.prefill_s, without.prefill_s) for with_it, without in zip(more, less, strict=True)]
+                share = median((with_it - without) / with_it for with_it, without in turns[1:])
+                yield dict(what=what, batch=batch, prompt_tokens=sizes.prompt, of_prefill=share)
+
+
+COSTS = {  # what a prefill costs with it and without it
+    "importance": ("plan given", "plan given, no importance"),
+    "planning": ("streaming x squeeze", "plan given"),  # reading each layer's importance, cutting its prompt
+    "measuring and planning": ("streaming x squeeze", "plan given, no importance"),
+}
 
 
 class Given(LayerPolicy):
@@ -229,17 +253,26 @@ def random_plan(rng: random.Random, layers: int, slots: int) -> list[int]:
 
 
 def compiling(subject: Subject, sizes: Sizes) -> Iterator[Row]:
-    """One compiled block for all layers, as in the engine, against one graph of the whole step."""
+    """One compiled block for all layers, as in the engine, against larger graphs: of some layers, of the whole step.
+
+    The whole step, which compiles longest, only runs uneven plans.
+    """
     model, config = subject.model, subject.config
     policy, rotary = token_policies.make("streaming"), model.rotary(sizes.prompt + sizes.new)
     seen = torch.full((1,), sizes.prompt, device=subject.device)
-    tokens = torch.ones_like(seen)
+    tokens, blocks = torch.ones_like(seen), list(model.layers)
 
-    def step(block: Callable, head: Callable, layers: list[LayerCache]) -> Tensor:
+    def step(run: Callable, head: Callable, size: int, layers: list[LayerCache]) -> Tensor:
         x = model.embedded(tokens[:, None], seen[:, None])
-        for layer, frequencies, cache in zip(model.layers, rotary, layers, strict=True):
-            x = block(layer, x, frequencies, cache, seen, policy)
+        for first in range(0, config.n_layers, size):
+            part = slice(first, first + size)
+            x = run(blocks[part], x, rotary[part], layers[part])
         return head(model, x[:, 0])
+
+    def in_turn(block: Callable, blocks: list[Block], x: Tensor, rotary: list[Tensor], layers: list[LayerCache]):
+        for layer, frequencies, cache in zip(blocks, rotary, layers, strict=True):
+            x = block(layer, x, frequencies, cache, seen, policy)
+        return x
 
     def measured(call: Callable, plan: list[int]) -> tuple[float, float]:
         cache = KVCache(plan, 1, config.n_kv_heads, config.head_dim, config.dtype, subject.device, policy.scored)
@@ -247,27 +280,32 @@ def compiling(subject: Subject, sizes: Sizes) -> Iterator[Row]:
             for arena in (arena for layer in cache.layers for arena in (layer.k, layer.v)):
                 torch._dynamo.maybe_mark_dynamic(arena, 2)
         with torch.inference_mode():
-            started = time.perf_counter()
-            call(cache.layers)
+            started, run = time.perf_counter(), partial(call, cache.layers)
+            if subject.device == "cuda":
+                run = CudaGraphs()(run)
+            run()
             synchronise(subject.device)
-            return time.perf_counter() - started, 1e3 * seconds(partial(call, cache.layers), subject.device)
+            return time.perf_counter() - started, 1e3 * seconds(run, subject.device)
 
     rng, (slots, plans) = random.Random(0), plans_of(subject, sizes)
     uneven = [plans(rng) for _ in range(2)]
-    # Only what a call can bring is guarded, in both: the other guards would be asked once per layer by the one block.
-    guards = {"guard_filter_fn": lambda all_: [guard.guard_type in ("TENSOR_MATCH", "SHAPE_ENV") for guard in all_]}
-    compiled = partial(torch.compile, fullgraph=True, options=guards)
-    ways = {"one block": partial(step, compiled(Block.decode), compiled(Transformer.logits))}
-    ways["whole step"] = compiled(partial(step, Block.decode, Transformer.logits))
+    head, every = _compile(Transformer.logits), partial(in_turn, Block.decode)
+    ways = {
+        "one block": partial(step, partial(in_turn, _compile(Block.decode)), head, 1),
+        f"{GROUP} layers a graph": partial(step, _compile(every), head, GROUP),
+        "whole step": _compile(partial(step, every, Transformer.logits, config.n_layers)),
+    }
     for name, call in ways.items():
         torch._dynamo.reset()
-        result = attempt(lambda call=call: [measured(call, plan) for plan in ([slots] * config.n_layers, *uneven)])
+        even = [] if name == "whole step" else [[slots] * config.n_layers]
+        result = attempt(lambda call=call, even=even: [measured(call, plan) for plan in (*even, *uneven)])
         if isinstance(result, str):
             yield dict(what=name, layers=config.n_layers, failed=result)
             continue
-        firsts, steps = zip(*result, strict=True)
-        times = dict(first_plan_s=firsts[0], first_uneven_plan_s=firsts[1], next_uneven_plan_s=firsts[2])
-        yield dict(what=name, layers=config.n_layers, **times, ms_per_step=steps[0], ms_per_step_uneven=steps[2])
+        *first, second, third = result
+        times = dict(first_plan_s=first[0][0], ms_per_step=first[0][1]) if first else {}
+        times |= dict(first_uneven_plan_s=second[0], next_uneven_plan_s=third[0], ms_per_step_uneven=third[1])
+        yield dict(what=name, layers=config.n_layers) | times
 
 
 def attending(subject: Subject, sizes: Sizes) -> Iterator[Row]:
@@ -285,6 +323,7 @@ STAGES: dict[str, Callable[[Subject, Sizes], Iterator[Row]]] = {
     "attention": attending,
 }
 NAMED_ONLY = {"cpu": ("long", "attention"), "cuda": ()}  # stages that do not run by themselves
+# Budgets in multiples of 16 slots: squeeze hands out such, and what is not aligned is slower on CUDA.
 JOBS: dict[str, list[tuple[str, Sizes]]] = {
     "cpu": [
         ("decode", Sizes("embedded", 256, 256, rounds=5, budget=0.25)),
@@ -298,13 +337,13 @@ JOBS: dict[str, list[tuple[str, Sizes]]] = {
         ("attention", Sizes("embedded", batches=(1, 16))),
     ],
     "cuda": [
-        ("decode", Sizes("llama-3.1-8b", 256, 256, batches=(1, 16), budget=0.25)),
-        ("throughput", Sizes("mistral-7b", new=1024, batches=(1, 32), rounds=1)),
+        ("decode", Sizes("llama-3.1-8b", 256, 128, batches=(1, 16), rounds=2, budget=96)),
+        ("throughput", Sizes("mistral-7b", new=1024, batches=(1, 32), rounds=1, budget=320)),
         ("long", Sizes("mistral-7b", 8192, 512, batches=(), rounds=1, budget=1024)),
-        ("prefill", Sizes("mistral-7b", 2048, batches=(1, 8), rounds=10)),
-        ("switch", Sizes("mistral-7b", new=16)),
+        ("prefill", Sizes("mistral-7b", 2048, batches=(1, 8), rounds=5, budget=416)),
+        ("switch", Sizes("mistral-7b", 496, 16, budget=0.25)),
         ("compile", Sizes("mistral-7b")),
-        ("attention", Sizes("mistral-7b", batches=(1, 32, 128, 256))),
+        ("attention", Sizes("mistral-7b", batches=(1, 32, 128))),
     ],
 }
 
@@ -315,13 +354,28 @@ JOBS: dict[str, list[tuple[str, Sizes]]] = {
 def ours(engine: Engine, prompts: list[list[int]], new: int, stop_after: int | None = None) -> Run:
     stop = None if stop_after is None else lambda tokens: len(tokens) >= stop_after
     requests = [Request(ids, new, stop=stop) for ids in prompts]
-    reset_peak(engine.device.type)
+    before = reset_peak(engine.device.type)
     done = {id(completion.request): completion for completion in engine.generate(requests)}
     completions = [done[id(request)] for request in requests]
     figures = completions[0].figures
     step_s = figures.decode_s * len(prompts) / figures.decode_tokens if figures.decode_tokens else math.nan
-    tokens, peak = [completion.tokens for completion in completions], peak_bytes(engine.device.type)
+    tokens, peak = [completion.tokens for completion in completions], peak_bytes(engine.model, before)
     return Run(figures.prefill_s, figures.compile_s, step_s, tokens, figures.plan, figures.kv_bytes, peak)
+
+
+def alone(engine: Engine, prompts: list[list[int]], new: int, stop_after: int | None = None) -> Run:
+    """`ours`, after which a CUDA device holds no cache and no graph of the engine: the next one has all the memory.
+
+    So each turn captures anew; that is neither prefill nor decoding (`Figures.compile_s`).
+    """
+    try:
+        return ours(engine, prompts, new, stop_after)
+    finally:
+        if engine.device.type == "cuda":
+            engine.store = Store()
+            if engine.code.capture:
+                engine.code.capture.pool = torch.cuda.graph_pool_handle()  # of the old one no graph is left
+            gc.collect()
 
 
 def theirs(subject: Subject, way: str, prompts: list[list[int]], new: int) -> Run:
@@ -346,7 +400,7 @@ def row(subject: Subject, what: str, prompts: list[list[int]], new: int, runs: l
         tokens_per_s=batch / step,
         tokens_per_s_with_prefill=batch * new / (first + step * (new - 1)),
         first_token_ms=1e3 * first,
-        compile_s=sum(run.compile_s for run in runs),
+        compile_s=runs[0].compile_s,
         slots=sum(timed[-1].plan),
         kv_bytes=timed[-1].kv_bytes,
         peak_bytes=max((run.peak_bytes for run in timed if run.peak_bytes is not None), default=None),
@@ -362,27 +416,53 @@ def compared(rows: list[Row], bases: list[str], key: str = "tokens_per_s") -> li
     return [row | ({"times": {b: row[key] / s for b, s in speeds.items()}} if key in row else {}) for row in rows]
 
 
-def profile(engine: Engine, ids: list[int], file: Path, steps: int = 16) -> Row:
-    """Writes the operators of `steps` warm decode steps by time; the share of those that are neither matrix products
-    nor attention, as far as their names tell."""
-    stream = iter(engine.stream(ids, max_new_tokens=2 * steps + 1))
-    cuda = engine.device.type == "cuda"
+def profile(subject: Subject, sizes: Sizes, compiled: bool, steps: int = 16) -> Row:
+    """Adds to the file the operators of `steps` warm decode steps by time: eager, or compiled and on CUDA captured.
+
+    shares: of the time of kernels on CUDA, of all time on a CPU, by `KINDS`, as far as names tell. waits_per_step: what
+    makes the host wait for the device, or a copy that does. Allowed is cudaEventSynchronize, once a step: the read-out
+    of a token that was asked for `Engine.lag` steps before.
+    """
+    cuda = subject.device == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
-    for _ in zip(range(steps), stream, strict=False):
-        pass
-    with torch.profiler.profile(activities=activities) as profiler:
-        for _ in stream:
+    if not cuda:
+        torch._dynamo.reset()  # to compile again, with loops that tell the profiler their names
+    with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
+        engine = Engine(subject.model, "streaming", "squeeze", sizes.budget, compile=compiled)
+        stream = iter(engine.stream(subject.prompts(1, sizes.prompt)[0], max_new_tokens=3 * steps))
+        for _ in zip(range(steps), stream, strict=False):
             pass
-    averages = profiler.key_averages()
+        with torch.profiler.profile(activities=activities) as profiler, torch.profiler.record_function("steps"):
+            for _ in zip(range(steps), stream, strict=False):
+                pass
+
+    averages, events = profiler.key_averages(), profiler.events()
+    [span] = [e.time_range for e in events if e.name == "steps" and e.device_type == DeviceType.CPU]
+    during = [e.name for e in events if span.start <= e.time_range.start <= span.end]  # not when the profiler ends
+    waits = Counter(name for name in during if any(word in name.lower() for word in WAITS))
     key = "self_device_time_total" if cuda else "self_cpu_time_total"
-    file.write_text(averages.table(sort_by=key, row_limit=60, max_name_column_width=90) + "\n")
-    kernels = [(e.key.lower(), getattr(e, key)) for e in averages if e.device_type == torch.autograd.DeviceType.CUDA]
-    outside = sum(time_ for name, time_ in kernels if not any(word in name for word in MATRIX_OR_ATTENTION))
-    total = sum(time_ for _, time_ in kernels)  # none on a CPU, where the compiled loops have no telling names
-    return dict(what="profile", steps=steps, outside_products_and_attention=outside / total if total else None)
+    spent: Counter[str] = Counter()
+    for each in averages:
+        if each.device_type == (DeviceType.CUDA if cuda else DeviceType.CPU) and not (cuda and each.key == "steps"):
+            kinds = (kind for kind, words in KINDS.items() if any(word in each.key.lower() for word in words))
+            spent[next(kinds, "other operators")] += getattr(each, key)
+
+    what = "profile, compiled" if compiled else "profile, eager"
+    with sizes.profile.open("a") as file:
+        table = averages.table(sort_by=key, row_limit=60, max_name_column_width=90)
+        print(f"{what}: {steps} steps of {sizes.shape}", table, sep="\n", file=file)
+    shares = {kind: time_ / spent.total() for kind, time_ in spent.most_common()}
+    return dict(what=what, steps=steps, shares=shares, waits_per_step={name: n / steps for name, n in waits.items()})
 
 
-MATRIX_OR_ATTENTION = "gemm gemv mm nvjet cutlass cublas linear matmul attention attend softmax flash fmha".split()
+KINDS = {  # by words in their names; the first that fits
+    "compiled code's calls": "torch-compiled compiledfxgraph torchdynamo aotdispatcher pregraph".split(),
+    "python": ["steps"],
+    "generated loops, products in them": ["cpp_fused"],
+    "products, attention": "gemm gemv mm nvjet cutlass cublas splitk matmul attention softmax flash fmha".split(),
+    "generated kernels": ["triton"],
+}
+WAITS = ("synchronize", "aten::item", "_local_scalar_dense", "pageable")
 
 
 # ---- the command
@@ -409,11 +489,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rounds", type=count, metavar="N", help="timed turns after the one to warm up")
     add("--max-memory", type=float, metavar="GIB", help="throughput on CUDA: what the largest batch has to fit into")
     add("--out", type=Path, metavar="F.json", help="write the results there; stages that it already holds stay")
+    add("--peers", type=peers, metavar="A,B", help=f"decode: transformers as {', '.join(PEERS)} (default: all)")
     add("--plot", type=Path, metavar="F.png", help="throughput: draw tokens per second over the batch")
     add("--profile", type=Path, metavar="F.txt", help="decode: write the operators of a step by time")
     args = parser.parse_args(argv)
     args.stage = args.stage or [name for name in STAGES if name not in NAMED_ONLY[args.device]]
-    for option, stages in {"plot": THROUGHPUT, "profile": ("decode",), "max_memory": THROUGHPUT}.items():
+    belongs = {"plot": THROUGHPUT, "max_memory": THROUGHPUT, "peers": ("decode",), "profile": ("decode",)}
+    for option, stages in belongs.items():
         if getattr(args, option) is not None and not set(stages) & set(args.stage):
             raise ValueError(f"--{option.replace('_', '-')} belongs to --stage {' or '.join(stages)}")
     for file in (args.out, args.plot, args.profile):
@@ -427,6 +509,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 THROUGHPUT = ("throughput", "long")
+
+
+def peers(text: str) -> tuple[str, ...]:
+    for way in text.split(","):
+        if way not in PEERS:
+            raise argparse.ArgumentTypeError(f"{way!r} is none of {', '.join(PEERS)}")
+    return tuple(text.split(","))
 
 
 def count(text: str) -> int:
@@ -445,7 +534,7 @@ def chosen(args: argparse.Namespace) -> list[tuple[str, Sizes]]:
     if args.shape:
         first = dict(reversed(jobs))
         jobs = [(stage, first[stage]._replace(shape=shape)) for stage in dict(jobs) for shape in args.shape]
-    given = {key: getattr(args, key) for key in ("prompt", "new", "batches", "rounds", "profile")}
+    given = {key: getattr(args, key) for key in ("prompt", "new", "batches", "rounds", "peers", "profile")}
     given = {key: value for key, value in given.items() if value is not None}
     jobs = [(stage, sizes._replace(**given)) for stage, sizes in jobs]
     for _, sizes in jobs:
@@ -460,34 +549,44 @@ def run(args: argparse.Namespace) -> None:
     jobs, result = chosen(args), {"stages": {}}
     if args.out is not None and args.out.exists():
         result = json.loads(args.out.read_text())
+    if args.profile is not None:
+        args.profile.write_text("")
     done: Row = {}
     # Contestants share the code that is compiled; an empty cache makes first compilations what they are.
     with (
         TemporaryDirectory(ignore_cleanup_errors=True) as cache,
         patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache),
-        torch._dynamo.config.patch(recompile_limit=64),
     ):
         for stage, sizes in jobs:
             started, rate = time.perf_counter(), roofline.copy_rate(args.device)
-            record = done.setdefault(
-                stage, {**origin(args.device), "seconds": 0.0, "copy_bytes_per_s": rate, "rows": []}
-            )
+            record = done.setdefault(stage, {**origin(args.device), "seconds": 0.0, "copy_bytes_per_s": rate})
             subject = make(sizes.shape, args.device)
             dtype = str(subject.config.dtype).removeprefix("torch.")
-            torch._dynamo.reset()
-            for each in rows_of(stage, subject, sizes._replace(memory=memory(args))):
-                record["rows"].append({"shape": sizes.shape.split(":")[0], "dtype": dtype} | rounded(each))
-                tqdm.write(f"{stage:10} {sizes.shape:16} {readable(each)}")
             rates = record.setdefault("matmul_operations_per_s", {})
             rates[dtype] = roofline.matmul_rate(args.device, subject.config.dtype)
-            record["seconds"] += time.perf_counter() - started
-            result["stages"][stage] = rounded(record)
-            if args.out is not None:
-                args.out.write_text(json.dumps(result, indent=1) + "\n")
+            torch._dynamo.reset()
+            seconds_before = record["seconds"]
+            for each in rows_of(stage, subject, sizes._replace(memory=memory(args))):
+                tqdm.write(f"{stage:10} {sizes.shape:16} {readable(each)}")
+                rows = record.setdefault("rows", [])
+                rows.append({"shape": sizes.shape.split(":")[0], "dtype": dtype} | rounded(each))
+                record["seconds"] = seconds_before + time.perf_counter() - started
+                result["stages"][stage] = rounded(record)
+                save(args.out, result)
             del subject  # before the next one is made
+            if args.device == "cuda":
+                gc.collect()
     if args.plot is not None:
         plot(result["stages"], args.plot)
     print(json.dumps(result))
+
+
+def save(file: Path | None, result: Row) -> None:
+    """Whole or not at all: who ends the run at any moment finds the rows before it."""
+    if file is not None:
+        part = file.with_name(f"{file.name}.part")
+        part.write_text(json.dumps(result, indent=1) + "\n")
+        part.replace(file)
 
 
 def rows_of(stage: str, subject: Subject, sizes: Sizes) -> Iterator[Row]:
@@ -555,7 +654,7 @@ def plot(stages: dict[str, Any], file: Path) -> None:
             fits = [row for row in own if "failed" not in row]
             speeds = [row["tokens_per_s"] for row in fits]
             (drawn,) = axis.plot([row["batch"] for row in fits], speeds, "o-", label=what)
-            failed = [row["batch"] for row in own if row.get("failed") == "out of memory"]
+            failed = [row["batch"] for row in own if row.get("failed") == OUT_OF_MEMORY]
             axis.plot(failed, [speeds[-1] if speeds else 0] * len(failed), "X", color=drawn.get_color(), markersize=10)
         axis.set(title=title, xlabel="batch (X: out of memory)", ylabel="tokens/s")
         axis.set_xscale("log", base=2)

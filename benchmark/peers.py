@@ -18,7 +18,7 @@ class Peer:
 
     def __init__(self, model: Transformer, raw: dict[str, Any]):
         logging.set_verbosity_error()
-        self.device = model.embed.weight.device
+        self.model, self.device = model, model.embed.weight.device
         with torch.device(self.device):  # its own weights, let go in the next lines; buffers are filled here
             hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw), dtype=model.config.dtype).eval()
         wrong = hf.load_state_dict(checkpoint.to_hf(model.state_dict(), model.config), strict=False, assign=True)
@@ -33,9 +33,9 @@ class Peer:
     def generate(self, prompts: list[list[int]], new: int) -> Run:
         """As a user calls it. Decode time is that of all tokens less that of one."""
         first_s, _ = self._generate(prompts, 1)
-        reset_peak(self.device.type)
+        before = reset_peak(self.device.type)
         all_s, tokens = self._generate(prompts, new)
-        return self._run(first_s, 0.0, (all_s - first_s) / max(new - 1, 1), tokens, len(prompts[0]) + new)
+        return self._run(first_s, 0.0, (all_s - first_s) / max(new - 1, 1), tokens, len(prompts[0]) + new, before)
 
     @torch.inference_mode()
     def _generate(self, prompts: list[list[int]], new: int) -> tuple[float, list[list[int]]]:
@@ -52,17 +52,17 @@ class Peer:
 
     @torch.inference_mode()
     def static(self, prompts: list[list[int]], new: int) -> Run:
-        """The same loop with a static cache, its steps compiled."""
+        """The same loop with a static cache, its steps compiled. What it takes is not known: it stays between runs."""
         key = (len(prompts), len(prompts[0]) + new)
         if key not in self.caches:
             self.caches = {key: StaticCache(config=self.hf.config, max_cache_len=key[1])}
         self.caches[key].reset()
-        return self._loop(prompts, new, self.caches[key], self.compiled)
+        return self._loop(prompts, new, self.caches[key], self.compiled)._replace(peak_bytes=None)
 
     @torch.inference_mode()
     def _loop(self, prompts: list[list[int]], new: int, cache: Any, forward: Any) -> Run:
         length = len(prompts[0]) + new
-        reset_peak(self.device.type)
+        before = reset_peak(self.device.type)
         started = time.perf_counter()
         ids = torch.tensor(prompts, device=self.device)
         positions = torch.arange(length, device=self.device)[None]
@@ -78,9 +78,11 @@ class Peer:
         tokens = torch.cat(made, dim=1).tolist()
         decode_s = time.perf_counter() - started
         if compiled_graphs() != graphs:
-            return self._run(prefill_s, decode_s, math.nan, tokens, length)
-        return self._run(prefill_s, 0.0, decode_s / max(new - 1, 1), tokens, length)
+            return self._run(prefill_s, decode_s, math.nan, tokens, length, before)
+        return self._run(prefill_s, 0.0, decode_s / max(new - 1, 1), tokens, length, before)
 
-    def _run(self, prefill_s: float, compile_s: float, step_s: float, tokens: list[list[int]], length: int) -> Run:
+    def _run(
+        self, prefill_s: float, compile_s: float, step_s: float, tokens: list[list[int]], length: int, before: int
+    ) -> Run:
         plan = [length] * self.hf.config.num_hidden_layers
-        return Run(prefill_s, compile_s, step_s, tokens, plan, None, peak_bytes(self.device.type))
+        return Run(prefill_s, compile_s, step_s, tokens, plan, None, peak_bytes(self.model, before))

@@ -1,9 +1,11 @@
 """The benchmark: its limits against independent counts, its peer, its JSON, and one clear line for what is wrong."""
 
 import json
+import os
 import random
 import subprocess
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -124,6 +126,16 @@ def test_a_contestant_that_fails_is_out_and_the_others_go_on(monkeypatch):
     contestants = {"a": lambda: run("a"), "b": lambda: run("b", KeyError("no\nway")), "c": lambda: run("c")}
     assert race("", contestants, 2) == {"a": [1, 4, 6], "b": "'no\\nway'", "c": [3, 5, 7]}
     assert attempt(lambda: run("d", torch.OutOfMemoryError("of 80 GiB"))) == "out of memory"
+
+    def capture() -> None:
+        try:
+            raise torch.OutOfMemoryError
+        finally:
+            raise RuntimeError("capture ended")
+
+    assert (
+        attempt(capture) == "out of memory" and attempt(lambda: run("g", RuntimeError("raised:\nx\ny"))) == "raised: x"
+    )
     assert (
         attempt(lambda: run("e", RuntimeError("one\ntwo"))) == "one"
         and attempt(lambda: run("f", OSError())) == "OSError"
@@ -164,8 +176,44 @@ def test_decode_and_prefill_rows(capsys, uncompiled):
         assert row["ms_min"] <= row["ms_per_step"] <= row["ms_max"] and row["of_roofline"] > 0
         assert row["times"][row["what"]] == 1 if "transformers" in row["what"] else len(row["times"]) == 3
         assert row["tokens_per_s"] == pytest.approx(1e3 * row["batch"] / row["ms_per_step"], rel=1e-3)
-    (importance,) = (row for row in prefill["rows"] if row["what"] == "importance" and row["batch"] == 3)
-    assert importance["of_prefill"] < 1
+    costs = {
+        row["what"]: row["of_prefill"] for row in prefill["rows"] if row["what"] in bench.COSTS and row["batch"] == 3
+    }
+    assert set(costs) == {"importance", "planning", "measuring and planning"} and max(costs.values()) < 1
+
+
+def test_who_fails_at_one_batch_is_not_compiled_again_at_the_next(tiny, uncompiled, monkeypatch):
+    monkeypatch.setattr("gc.collect", lambda: None)
+    calls = []
+
+    def refuses(self, prompts, new) -> Run:
+        calls.append(len(prompts))
+        raise RuntimeError("backend='x' raised:\nSyntaxError: no")
+
+    monkeypatch.setattr("benchmark.peers.Peer.static", refuses)
+    rows = list(bench.decode(tiny, bench.Sizes("tiny", 40, 3, batches=(1, 2), rounds=1, peers=("static", "eager"))))
+    failed = [(row["batch"], row["failed"]) for row in rows if "failed" in row]
+    assert failed == [(batch, "backend='x' raised: SyntaxError: no") for batch in (1, 2)] and calls == [1]
+    assert len(rows) == 2 * (2 + 4)
+
+
+def test_profiles_before_and_after(tiny, uncompiled, tmp_path):
+    file = tmp_path / "p.txt"
+    sizes = bench.Sizes("tiny", 40, 6, profile=file)
+    for what, compiled in (("profile, eager", False), ("profile, compiled", True)):
+        row = bench.profile(tiny, sizes, compiled, steps=2)
+        assert row["what"] == what
+        assert sum(row["shares"].values()) == pytest.approx(1) and row["shares"]["products, attention"] > 0
+        assert row["waits_per_step"] == {}
+        assert f"{what}: 2 steps of tiny" in file.read_text()
+    assert file.read_text().count("aten::mm ") == 2
+
+
+def test_a_wait_in_a_step_is_counted(tiny, monkeypatch, tmp_path):
+    argmax = torch.Tensor.argmax
+    monkeypatch.setattr(torch.Tensor, "argmax", lambda *args: (args[0][0, 0].item(), argmax(*args))[1])
+    row = bench.profile(tiny, bench.Sizes("tiny", 40, 6, profile=tmp_path / "p.txt"), compiled=False, steps=2)
+    assert row["waits_per_step"] == {"aten::item": 1, "aten::_local_scalar_dense": 1}
 
 
 def test_throughput_marks_what_does_not_fit(tiny, monkeypatch, tmp_path):
@@ -186,7 +234,7 @@ def test_throughput_marks_what_does_not_fit(tiny, monkeypatch, tmp_path):
     rows = list(bench.throughput(tiny, sizes))
     points = {what: {r["batch"]: r.get("failed") for r in rows if r["what"] == what} for what in ("full", "squeeze")}
     assert points["full"] == {1: None, 3: None, 5: None, 6: "out of memory"}  # 4 layers of 46 slots
-    slots = next(row["slots"] for row in rows if row["what"] == "squeeze")
+    slots = next(row["slots"] for row in rows if row["what"] == "squeeze" and "slots" in row)
     most = 1000 // slots
     assert points["squeeze"] == {1: None, 3: None, most: None, most + most // 8: "out of memory"}
     (summary,) = (row for row in rows if row["what"] == "squeeze, largest batch")
@@ -194,7 +242,14 @@ def test_throughput_marks_what_does_not_fit(tiny, monkeypatch, tmp_path):
 
     monkeypatch.setattr(bench, "largest_batch", lambda *args: 8)  # too high: it goes down until a batch fits
     rows_of_full = [row for row in bench.throughput(tiny, sizes) if row["what"] == "full"]
-    assert [row["batch"] for row in rows_of_full if "failed" in row] == [8, 7, 6, 9]
+    assert [row["batch"] for row in rows_of_full if "failed" in row] == [9, 8, 7, 6]
+
+    def broken(engine, prompts, new, stop_after=None) -> Run:
+        raise RuntimeError("not for want of memory")
+
+    monkeypatch.setattr(bench, "ours", broken)
+    rows_of_full = [row for row in bench.throughput(tiny, sizes) if row["what"] == "full"]
+    assert [row["batch"] for row in rows_of_full] == [9, 1, 3]
     named = [row | dict(shape="tiny", dtype="float32") for row in rows]
     bench.plot({"throughput": {"rows": named}}, tmp_path / "r.png")
     assert (tmp_path / "r.png").stat().st_size > 1000
@@ -205,6 +260,32 @@ def test_stages_go_into_one_file(capsys, uncompiled, tmp_path):
     assert set(run_json(capsys, "--stage", "prefill", *out)["stages"]) == {"prefill"}
     assert set(run_json(capsys, "--stage", "switch", *out)["stages"]) == {"prefill", "switch"}
     assert set(json.loads((tmp_path / "r.json").read_text())["stages"]) == {"prefill", "switch"}
+
+
+def test_each_row_is_written_at_once(capsys, monkeypatch, tmp_path):
+    file, found = tmp_path / "r.json", []
+
+    def rows(subject, sizes):
+        for what in ("first", "second", "third"):
+            stages = json.loads(file.read_text())["stages"] if file.exists() else {}
+            found.append([row["what"] for stage in stages.values() for row in stage["rows"]])
+            yield {"what": what}
+
+    monkeypatch.setitem(bench.STAGES, "switch", rows)
+    run_json(capsys, "--stage", "switch", "--out", str(file))
+    assert found == [[], ["first"], ["first", "second"]]
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_nothing_stays_after_a_turn_on_cuda(monkeypatch):
+    """No cache, no graph, and no pool of graphs: also when the turn fails."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "new pool")
+    monkeypatch.setattr("gc.collect", lambda: None)
+    for outcome in ("done", torch.OutOfMemoryError()):
+        monkeypatch.setattr(bench, "ours", Mock(side_effect=[outcome]))
+        engine = Mock(device=torch.device("cuda"), store="old", code=Mock())
+        assert attempt(lambda engine=engine: bench.alone(engine, [[1]], 1)) in ("done", "out of memory")
+        assert not engine.store.idle and engine.code.capture.pool == "new pool"
 
 
 def test_an_error_of_a_stage_is_a_row(capsys, monkeypatch):
@@ -244,6 +325,8 @@ def test_attention_names_what_a_back_end_refuses(capsys, monkeypatch):
         (["--max-memory", "1"], "needs --device cuda, not 1.0"),
         (["--stage", "decode", "--max-memory", "8"], "--max-memory belongs to --stage throughput or long"),
         (["--stage", "prefill", "--plot", "x.png"], "--plot belongs to --stage throughput or long"),
+        (["--stage", "decode", "--peers", "eager,fast"], "'fast' is none of generate, eager, static"),
+        (["--stage", "prefill", "--peers", "eager"], "--peers belongs to --stage decode"),
         (["--stage", "prefill", "--profile", "x.txt"], "--profile belongs to --stage decode"),
         (["--out", "nowhere/x.json"], "folder does not exist"),
         (["--stage", "decode", "--shape", "tiny", "--prompt", "20000"], "exceed the 16384 positions of tiny"),
@@ -257,10 +340,42 @@ def test_bad_input(capsys, monkeypatch, args, words):
     assert out == "" and err.splitlines()[-1].startswith("bench.py: error: ") and words in err.splitlines()[-1]
 
 
+SUITE = ROOT / "scripts" / "gpu_suite.sh"
+
+
+def suite(*args: str | Path, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", SUITE, *args], capture_output=True, text=True, timeout=1500, env=os.environ | env)
+
+
+def test_the_gpu_suite_says_how_it_is_called(tmp_path):
+    for args in ((), (tmp_path, "switch", "dance")):
+        done = suite(*args)
+        assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert "'dance'" in done.stderr and "usage: scripts/gpu_suite.sh OUTDIR" in suite().stderr
+
+
+def test_a_stage_that_fails_does_not_end_the_suite(tmp_path):
+    python = tmp_path / "python"
+    cases = '-c*) echo cpu;; *test_gpu* | *"stage prefill"*) echo bad >&2; exit 3;; *) echo "$@"'
+    python.write_text(f'#!/bin/sh\ncase "$*" in {cases};; esac\n')
+    python.chmod(0o755)
+    done = suite(tmp_path / "out", PYTHON=str(python))
+    assert done.returncode == 1 and done.stderr == "gpu_suite.sh: failed: tests prefill\n"
+    said = {log.name: log.read_text() for log in (tmp_path / "out").iterdir()}
+    assert set(said) == {"tests.log", "switch.log", "prefill.log", "decode.log"}
+    assert said["prefill.log"] == "bad\n" and "--stage switch" in said["switch.log"] and "--peers" in said["decode.log"]
+
+
 @pytest.mark.slow
 def test_the_gpu_suite_runs_without_a_gpu(tmp_path):
-    stages = "tests decode switch prefill throughput throughput_llama2 long compile attention".split()
-    subprocess.run(["bash", ROOT / "scripts" / "gpu_suite.sh", tmp_path, *stages], check=True, timeout=900)
-    (file,) = tmp_path.glob("bench_*.json")
-    assert set(json.loads(file.read_text())["stages"]) == set(bench.STAGES)
-    assert all((tmp_path / f"{stage}.log").stat().st_size for stage in stages[1:])
+    stages = "tests switch prefill decode decode16 static throughput throughput_llama2 long compile attention".split()
+    done = suite(tmp_path, *stages)
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = {file.name: json.loads(file.read_text())["stages"] for file in tmp_path.glob("bench_*.json")}
+    assert set(files.pop("bench_cpu.json")) == set(bench.STAGES)
+    assert {name: [*stages] for name, stages in files.items()} == {
+        "bench_cpu_16.json": ["decode"],
+        "bench_cpu_static.json": ["decode"],
+        "bench_cpu_llama2.json": ["throughput"],
+    }
+    assert all((tmp_path / f"{stage}.log").stat().st_size for stage in stages)
