@@ -69,7 +69,10 @@ Row = dict[str, Any]
 
 
 class Sizes(NamedTuple):
-    """What a stage runs. budget: slots per layer, or a share of the sequence. memory: bytes that it may use."""
+    """What a stage runs. budget: slots per layer, or a share of the sequence. memory: bytes that it may use.
+
+    Of decode only: peers: ways in which transformers takes part; profile: where operators are written.
+    """
 
     shape: str
     prompt: int = 512
@@ -98,7 +101,9 @@ def decode(subject: Subject, sizes: Sizes) -> Iterator[Row]:
         prompts = subject.prompts(batch, sizes.prompt)
         contestants = {name: partial(theirs, subject, way, prompts, sizes.new) for name, way in peers.items()}
         contestants |= {name: partial(alone, engine, prompts, sizes.new) for name, engine in engines.items()}
-        fit = {name: run for name, run in contestants.items() if name not in failed}  # others may compile for minutes
+        fit = {
+            name: run for name, run in contestants.items() if name not in failed
+        }  # a compilation may fail for minutes
         runs = race(f"decode {sizes.shape} x {batch}", fit, sizes.rounds)
         failed |= {name: these for name, these in runs.items() if isinstance(these, str)}
         rows = [row(subject, name, prompts, sizes.new, (failed | runs)[name]) for name in contestants]
@@ -366,7 +371,8 @@ def ours(engine: Engine, prompts: list[list[int]], new: int, stop_after: int | N
 def alone(engine: Engine, prompts: list[list[int]], new: int, stop_after: int | None = None) -> Run:
     """`ours`, after which a CUDA device holds no cache and no graph of the engine: the next one has all the memory.
 
-    So each turn captures anew; that is neither prefill nor decoding (`Figures.compile_s`).
+    So each turn captures anew; that is neither prefill nor decoding (`Figures.compile_s`). But a capture hands idle
+    memory back to the driver, where the next prefill has to fetch it; the stage `prefill`, eager, is free of that.
     """
     try:
         return ours(engine, prompts, new, stop_after)

@@ -50,13 +50,14 @@ def flex(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
 
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
 BACKENDS |= {"cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
+compiled = partial(torch.compile, dynamic=False, fullgraph=True)  # beyond the limit of graphs an error, not eager
 CONTESTANTS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "attend, compiled": torch.compile(attend, dynamic=False),
+    "attend, compiled": compiled(attend),
     "sdpa flash, gqa": sdpa_gqa,
-    "flex_attention, compiled": torch.compile(flex, dynamic=False),
+    "flex_attention, compiled": compiled(flex),
     "attend": attend,
     "bmm": bmm,
-    "bmm, compiled": torch.compile(bmm, dynamic=False),
+    "bmm, compiled": compiled(bmm),
     **{f"sdpa {name}": partial(sdpa, backend=backend) for name, backend in BACKENDS.items()},
     **{f"sdpa {name}, mask": partial(sdpa, backend=backend, masked=True) for name, backend in BACKENDS.items()},
 }

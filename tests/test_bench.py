@@ -4,6 +4,7 @@ import json
 import os
 import random
 import subprocess
+import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -344,7 +345,8 @@ SUITE = ROOT / "scripts" / "gpu_suite.sh"
 
 
 def suite(*args: str | Path, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", SUITE, *args], capture_output=True, text=True, timeout=1500, env=os.environ | env)
+    env = os.environ | {"PYTHON": sys.executable} | env
+    return subprocess.run(["bash", SUITE, *args], capture_output=True, text=True, timeout=1500, env=env)
 
 
 def test_the_gpu_suite_says_how_it_is_called(tmp_path):
