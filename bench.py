@@ -49,7 +49,7 @@ from benchmark.timing import OUT_OF_MEMORY, Run, attempt, peak_bytes, race, rese
 from commandline import Parser
 from config import ModelConfig
 from decoder import CudaGraphs, Store, _compile, compiled_graphs
-from engine import Engine, Request
+from engine import Engine, Request, rows_at_once
 from kvcache import KVCache, LayerCache
 from model import Block, Transformer
 from policies import tokens as token_policies
@@ -126,7 +126,8 @@ def throughput(subject: Subject, sizes: Sizes) -> Iterator[Row]:
     def raced(batch: int, names: list[str]) -> list[Row]:
         prompts = subject.prompts(batch, sizes.prompt)
         contestants = {name: partial(alone, engines[name], prompts, sizes.new) for name in names}
-        runs = race(f"throughput {sizes.shape} x {batch}", contestants, sizes.rounds)
+        short = {name: partial(run, stop_after=3) for name, run in contestants.items()}
+        runs = race(f"throughput {sizes.shape} x {batch}", contestants, sizes.rounds, short)
         return compared([row(subject, name, prompts, sizes.new, these) for name, these in runs.items()], ["full"])
 
     best: list[Row] = []
@@ -148,13 +149,21 @@ def throughput(subject: Subject, sizes: Sizes) -> Iterator[Row]:
 
 
 def largest_batch(engine: Engine, subject: Subject, sizes: Sizes) -> int | None:
-    """Rows that fit into `sizes.memory` by what prefill and first steps of 1 and 3 rows take; None: no limit."""
+    """Rows that fit into `sizes.memory`; None: no limit.
+
+    By what prefill and first steps take of as many rows as go through a block at once, and of twice as many: from there
+    on it grows evenly.
+    """
     if sizes.memory is None:
         return None
-    one, three = (
-        alone(engine, subject.prompts(rows, sizes.prompt), sizes.new, stop_after=3).peak_bytes for rows in (1, 3)
-    )
-    return max(0, 1 + (sizes.memory - one) // max(1, (three - one) // 2))
+    rows, peaks = rows_at_once(sizes.prompt), []
+    for batch in (rows, 2 * rows):
+        run = attempt(partial(alone, engine, subject.prompts(batch, sizes.prompt), sizes.new, stop_after=3))
+        if run == OUT_OF_MEMORY:
+            return batch  # the search comes down from there
+        peaks.append(run.peak_bytes)
+    each = max(1, (peaks[1] - peaks[0]) // rows)
+    return rows + max(0, sizes.memory - peaks[0]) // each
 
 
 def prefill(subject: Subject, sizes: Sizes) -> Iterator[Row]:
@@ -425,9 +434,9 @@ def compared(rows: list[Row], bases: list[str], key: str = "tokens_per_s") -> li
 def profile(subject: Subject, sizes: Sizes, compiled: bool, steps: int = 16) -> Row:
     """Adds to the file the operators of `steps` warm decode steps by time: eager, or compiled and on CUDA captured.
 
-    shares: of the time of kernels on CUDA, of all time on a CPU, by `KINDS`, as far as names tell. waits_per_step: what
-    makes the host wait for the device, or a copy that does. Allowed is cudaEventSynchronize, once a step: the read-out
-    of a token that was asked for `Engine.lag` steps before.
+    shares: of the time of kernels on CUDA, of all time on a CPU (the profiler's own in it), by `KINDS`, as far as names
+    tell. waits_per_step: what makes the host wait for the device, or a copy that does. Allowed is cudaEventSynchronize,
+    once a step: the read-out of a token that was asked for `Engine.lag` steps before.
     """
     cuda = subject.device == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda

@@ -30,12 +30,20 @@ class Run(NamedTuple):
     peak_bytes: int | None
 
 
-def race(label: str, contestants: dict[str, Callable[[], Run]], rounds: int) -> dict[str, list[Run] | str]:
-    """All in turn: once to warm up, then `rounds` times. A contestant that fails is out: its name -> what it said."""
+def race(
+    label: str,
+    contestants: dict[str, Callable[[], Run]],
+    rounds: int,
+    warm_up: dict[str, Callable[[], Run]] | None = None,
+) -> dict[str, list[Run] | str]:
+    """All in turn: once to warm up, then `rounds` times. A contestant that fails is out: its name -> what it said.
+
+    warm_up: what runs instead the first time.
+    """
     runs: dict[str, list[Run] | str] = {name: [] for name in contestants}
     with tqdm(total=len(contestants) * (1 + rounds), desc=label, leave=False) as bar:
-        for _ in range(1 + rounds):
-            for name, run in contestants.items():
+        for turn in range(1 + rounds):
+            for name, run in (contestants if turn else warm_up or contestants).items():
                 bar.set_postfix_str(name)
                 if isinstance(runs[name], list):
                     result = attempt(run)

@@ -126,6 +126,7 @@ def test_a_contestant_that_fails_is_out_and_the_others_go_on(monkeypatch):
 
     contestants = {"a": lambda: run("a"), "b": lambda: run("b", KeyError("no\nway")), "c": lambda: run("c")}
     assert race("", contestants, 2) == {"a": [1, 4, 6], "b": "'no\\nway'", "c": [3, 5, 7]}
+    assert race("", {"h": lambda: run("h")}, 2, {"h": lambda: 0}) == {"h": [0, len(calls) - 1, len(calls)]}
     assert attempt(lambda: run("d", torch.OutOfMemoryError("of 80 GiB"))) == "out of memory"
 
     def capture() -> None:
@@ -230,6 +231,7 @@ def test_throughput_marks_what_does_not_fit(tiny, monkeypatch, tmp_path):
         return taken._replace(peak_bytes=needed, step_s=1.0)
 
     monkeypatch.setattr(bench, "ours", ours)
+    monkeypatch.setattr(bench, "rows_at_once", lambda prompt: 1)
     monkeypatch.setattr(bench, "Engine", lambda *args, compile=False: Engine(*args))
     sizes = bench.Sizes("tiny", 40, 6, batches=(1, 3, 30), rounds=1, memory=1100)
     rows = list(bench.throughput(tiny, sizes))
@@ -241,6 +243,8 @@ def test_throughput_marks_what_does_not_fit(tiny, monkeypatch, tmp_path):
     (summary,) = (row for row in rows if row["what"] == "squeeze, largest batch")
     assert summary["batch"] == most and summary["times"]["full, largest batch"] == most / 5
 
+    monkeypatch.setattr(bench, "rows_at_once", lambda prompt: 4)  # twice as many are too many already
+    assert bench.largest_batch(Engine(tiny.model), tiny, sizes) == 8
     monkeypatch.setattr(bench, "largest_batch", lambda *args: 8)  # too high: it goes down until a batch fits
     rows_of_full = [row for row in bench.throughput(tiny, sizes) if row["what"] == "full"]
     assert [row["batch"] for row in rows_of_full if "failed" in row] == [9, 8, 7, 6]
