@@ -46,7 +46,7 @@ from benchmark import attention, roofline
 from benchmark.record import origin
 from benchmark.subjects import SHAPES, Subject, make, published
 from benchmark.timing import OUT_OF_MEMORY, Run, attempt, peak_bytes, race, reset_peak, seconds, synchronise
-from commandline import Parser
+from commandline import Parser, guarded
 from config import ModelConfig
 from decoder import CudaGraphs, Store, _compile, compiled_graphs
 from engine import Engine, Request, rows_at_once
@@ -484,12 +484,7 @@ WAITS = ("synchronize", "aten::item", "_local_scalar_dense", "pageable")
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        run(parse(argv))
-        return 0
-    except (ValueError, OSError, ModuleNotFoundError, torch.OutOfMemoryError) as error:
-        print(f"bench.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return guarded("bench.py", lambda: run(parse(argv)), "interrupted; --out has every row that was measured")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -560,7 +555,7 @@ def chosen(args: argparse.Namespace) -> list[tuple[str, Sizes]]:
     return jobs
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     jobs, result = chosen(args), {"stages": {}}
     if args.out is not None and args.out.exists():
         result = json.loads(args.out.read_text())
@@ -594,6 +589,7 @@ def run(args: argparse.Namespace) -> None:
     if args.plot is not None:
         plot(result["stages"], args.plot)
     print(json.dumps(result))
+    return 0
 
 
 def save(file: Path | None, result: Row) -> None:

@@ -132,6 +132,7 @@ PREFIXES = {"opt": ("decoder.", "model.decoder.")}  # some files were written wi
 # Ends of tensors that hold nothing config.json does not say.
 IGNORED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
+EMBEDDED = Path(__file__).resolve().parent / "checkpoints" / "tiny"  # the checkpoint that comes along
 SINGLE = ("model.safetensors", "pytorch_model.bin")  # the first one found, or else the first `<name>.index.json`
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}

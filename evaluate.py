@@ -29,7 +29,7 @@ import torch
 import checkpoint
 import tokenizer as tokenizers
 from benchmark.record import origin
-from benchmark.subjects import EMBEDDED
+from checkpoint import EMBEDDED
 from commandline import Parser, guarded, number
 from evaluation import standard, summary, tiny_data
 from evaluation.cells import Cell, grid

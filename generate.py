@@ -35,6 +35,7 @@ import commandline
 import memory
 import tokenizer as tokenizers
 from batch import Job, Summary
+from checkpoint import EMBEDDED
 from commandline import Parser, guarded, number
 from engine import Completion, Conversation, Engine, Figures, Request, Stream, check_budget
 from memory import size
@@ -42,8 +43,6 @@ from policies import layers as layer_policies
 from policies import tokens as token_policies
 from sampling import Sampling
 
-HERE = Path(__file__).resolve().parent
-EMBEDDED = HERE / "checkpoints" / "tiny"
 DEMO_PROMPT = EMBEDDED / "demo_prompt.txt"
 SQUEEZE_POLICY = "streaming"  # what a bare --squeeze runs inside each layer
 

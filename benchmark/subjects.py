@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 import checkpoint
+from checkpoint import EMBEDDED
 from config import ModelConfig
 from model import Transformer
-
-EMBEDDED = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
 
 
 def _config(model_type: str, vocab: int, dim: int, ffn: int, layers: int, heads: str, limit: int, **more: Any) -> dict:

@@ -25,8 +25,9 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 import checkpoint  # noqa: E402
 from batch import Job  # noqa: E402
 from benchmark.record import origin  # noqa: E402
+from checkpoint import EMBEDDED  # noqa: E402
 from engine import Engine, Request  # noqa: E402
-from generate import EMBEDDED, TextSoFar  # noqa: E402
+from generate import TextSoFar  # noqa: E402
 
 PROMPTS = Path(__file__).resolve().parent.parent / "results" / "prompts_200.jsonl"
 ROWS = 8

@@ -24,9 +24,9 @@ from tqdm import tqdm  # noqa: E402
 
 import checkpoint  # noqa: E402
 from benchmark.record import origin  # noqa: E402
+from checkpoint import EMBEDDED  # noqa: E402
 from engine import Conversation, Engine, Request  # noqa: E402
 from evaluation import tiny_data as data  # noqa: E402
-from generate import EMBEDDED  # noqa: E402
 
 SAID, ANSWERED = 32, 96
 SPAN = 1000  # tokens whose speed or loss makes one figure
