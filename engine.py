@@ -37,7 +37,7 @@ from sampling import GREEDY, Sampler, Sampling
 from waiting import Waiting
 
 READ_TOKENS = 16384  # of all prompts of a batch, that go through a block at once: more take memory, not less time
-DEFAULT_BUDGET = 0.3  # of the sequence, for a bounded policy without a budget
+DEFAULT_BUDGET = 0.4  # of the sequence, for a bounded policy without a budget (results/eval_defaults)
 SMALLEST_DEFAULT = 64  # slots: below that there is nothing to gain
 
 

@@ -15,6 +15,7 @@ import matplotlib  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from demo import BUDGET  # noqa: E402
 
 import generate  # noqa: E402
 from benchmark.record import origin  # noqa: E402
@@ -27,7 +28,7 @@ NAMES = ["most important", "important", "squeezed"]
 def main() -> None:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        if generate.main(["--squeeze", "--json", "--max-new-tokens", "48"]):
+        if generate.main(["--squeeze", "--budget", BUDGET, "--json", "--max-new-tokens", "48"]):
             sys.exit(1)
     run = json.loads(out.getvalue())
     RESULTS.mkdir(exist_ok=True)

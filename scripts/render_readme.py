@@ -95,6 +95,23 @@ def quality_of(record: dict, file: str) -> str:
     return "\n".join(lines)
 
 
+def defaults() -> str:
+    """The sweep that a bare --squeeze was chosen by: recall, and how much perplexity rises, over p and budget."""
+    file = "eval_defaults/summary.json"
+    record = result(file)
+    recall = next(name for name in record["tasks"] if name.startswith("recall"))
+    full, *cells = record["cells"]
+    scores = {(row["policy"], row["budget"], row["p"]): row["scores"] for row in cells}
+    shares = sorted({p for _, _, p in scores})
+    lines = [f"| recall, perplexity | {' | '.join(f'p = {p:g}' for p in shares)} |", "|---" * (1 + len(shares)) + "|"]
+    for policy, budget in dict.fromkeys((policy, budget) for policy, budget, _ in scores):
+        own = [scores[policy, budget, p] for p in shares]
+        rises = [s["fidelity"]["perplexity"][0] / full["scores"]["fidelity"]["perplexity"][0] - 1 for s in own]
+        shown = [f"{s[recall]['exact'][0]:.0%}, {rise:+.1%}" for s, rise in zip(own, rises, strict=True)]
+        lines.append(f"| {policy}, {budget:.0%} | {' | '.join(shown)} |")
+    return "\n".join([*lines, "", provenance(record, file)])
+
+
 def first() -> str:
     """What a squeezed cache saves in the demo, and h2o at 40% in the quality suite."""
     record, judged = result("plan.json"), result(EVALUATED)
@@ -166,6 +183,7 @@ SECTIONS = {
     "throughput": throughput,
     "batch": batch,
     "quality": quality,
+    "defaults": defaults,
     "chat": chat,
     "families": families,
 }
