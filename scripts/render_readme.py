@@ -42,6 +42,32 @@ def decode() -> str:
     return "\n".join([*lines, "", provenance(record, "bench_cpu.json")])
 
 
+def step() -> str:
+    """Where a compiled step's time goes, what larger graphs would change, and what a new plan costs."""
+    stages = result("bench_cpu.json")["stages"]
+    lines = []
+    for row in stages["decode"]["rows"]:
+        if row["what"] == "profile, compiled":
+            shares = "; ".join(f"{share:.0%} {what}" for what, share in row["shares"].items())
+            lines.append(f"- A compiled step of {row['shape']}, {row['dtype']}: {shares}.")
+    graphs = [row for row in stages["compile"]["rows"] if "ms_per_step_uneven" in row]
+    names, steps, firsts = (
+        " / ".join(form(row) for row in graphs)
+        for form in (
+            lambda row: row["what"],
+            lambda row: f"{row['ms_per_step_uneven']:.2f}",
+            lambda row: f"{row['first_uneven_plan_s']:.0f}",
+        )
+    )
+    lines.append(f"- Graphs of {names}: {steps} ms a step, the first plan of unequal layers compiled in {firsts} s.")
+    [switch] = stages["switch"]["rows"]
+    lines.append(
+        f"- {switch['what']} after that: {switch['recompilations']} recompilations, {switch['ms_median']:.1f} ms each "
+        f"(median)."
+    )
+    return "\n".join([*lines, "", "Tables of operators: [profile_cpu.txt](results/profile_cpu.txt)."])
+
+
 def throughput() -> str:
     record = result("bench_cpu.json")["stages"]["throughput"]
     batches = sorted({row["batch"] for row in record["rows"]})
@@ -180,6 +206,7 @@ def families() -> str:
 SECTIONS = {
     "first": first,
     "decode": decode,
+    "step": step,
     "throughput": throughput,
     "batch": batch,
     "quality": quality,
