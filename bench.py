@@ -30,6 +30,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -49,7 +50,7 @@ from benchmark.timing import OUT_OF_MEMORY, Run, attempt, peak_bytes, race, rese
 from commandline import Parser, guarded
 from config import ModelConfig
 from decoder import CudaGraphs, Store, _compile, compiled_graphs
-from engine import Engine, Request, rows_at_once
+from engine import Completion, Engine, Request, rows_at_once
 from kvcache import KVCache, LayerCache
 from model import Block, Transformer
 from policies import tokens as token_policies
@@ -164,6 +165,44 @@ def largest_batch(engine: Engine, subject: Subject, sizes: Sizes) -> int | None:
         peaks.append(run.peak_bytes)
     each = max(1, (peaks[1] - peaks[0]) // rows)
     return rows + max(0, sizes.memory - peaks[0]) // each
+
+
+def batching(subject: Subject, sizes: Sizes) -> Iterator[Row]:
+    """New tokens per second, prompts read included, over many requests of all lengths: rows that end take the next.
+
+    `batches` says how many requests. There are as many rows as fit by `Engine.needs`; on a CPU a quarter of them.
+    """
+    caches = {"full": ("full", "uniform", None), "squeeze": ("streaming", "squeeze", sizes.budget)}
+    for count in sizes.batches:
+        rng, length, rows = random.Random(0), sizes.prompt + sizes.new, []
+        wanted = [
+            Request(subject.prompts(1, rng.randint(sizes.prompt // 4 + 1, sizes.prompt))[0], new)
+            for new in (rng.randint(sizes.new // 2 + 1, sizes.new) for _ in range(count))
+        ]
+        for name, cache in caches.items():
+            engine, fit = Engine(subject.model, *cache, compile=True), -(-count // 4)
+            if sizes.memory is not None:
+                fit = engine.needs(length, sizes.prompt).rows(count, sizes.memory)
+            rows.append(dict(what=name, requests=count, batch=fit) | served(engine, wanted, fit, length))
+        yield from compared(rows, ["full"])
+
+
+def served(engine: Engine, requests: list[Request], rows: int, length: int) -> Row:
+    """What it takes to run all of them, after some with a few tokens each to warm up."""
+    short = [replace(request, max_new_tokens=3) for request in requests[: rows + 1]]
+
+    def run(wanted: list[Request]) -> tuple[float, list[Completion]]:
+        started = time.perf_counter()
+        done = list(engine.generate(wanted, batch_size=rows, max_length=length))
+        return time.perf_counter() - started, done
+
+    result = attempt(lambda: (run(short), run(requests))[1])
+    if isinstance(result, str):
+        return dict(failed=result)
+    took, done = result
+    figures = done[0].figures
+    tokens, took = sum(len(completion.tokens) for completion in done), took - figures.compile_s
+    return dict(tokens_per_s=tokens / took, seconds=took, new_tokens=tokens, kv_bytes=figures.kv_bytes)
 
 
 def prefill(subject: Subject, sizes: Sizes) -> Iterator[Row]:
@@ -331,12 +370,13 @@ STAGES: dict[str, Callable[[Subject, Sizes], Iterator[Row]]] = {
     "decode": decode,
     "throughput": throughput,
     "long": throughput,
+    "batching": batching,
     "prefill": prefill,
     "switch": switch,
     "compile": compiling,
     "attention": attending,
 }
-NAMED_ONLY = {"cpu": ("long", "attention"), "cuda": ()}  # stages that do not run by themselves
+NAMED_ONLY = {"cpu": ("long", "batching", "attention"), "cuda": ()}  # stages that do not run by themselves
 # Budgets in multiples of 16 slots: squeeze hands out such, and what is not aligned is slower on CUDA.
 JOBS: dict[str, list[tuple[str, Sizes]]] = {
     "cpu": [
@@ -345,6 +385,7 @@ JOBS: dict[str, list[tuple[str, Sizes]]] = {
         ("decode", Sizes("smollm-135m:bf16", 8, 8, rounds=2, budget=0.5)),  # slow without instructions for it
         ("throughput", Sizes("embedded", batches=(1, 4, 16, 32), rounds=2)),
         ("long", Sizes("embedded", 1536, batches=(1, 4), rounds=1, budget=192)),
+        ("batching", Sizes("embedded", 256, 64, batches=(32,))),
         ("prefill", Sizes("embedded", batches=(1, 8), rounds=5)),
         ("switch", Sizes("embedded", new=16)),
         ("compile", Sizes("embedded")),
@@ -354,6 +395,7 @@ JOBS: dict[str, list[tuple[str, Sizes]]] = {
         ("decode", Sizes("llama-3.1-8b", 256, 128, batches=(1, 16), rounds=2, budget=96)),
         ("throughput", Sizes("mistral-7b", new=1024, batches=(1, 32), rounds=1, budget=320)),
         ("long", Sizes("mistral-7b", 8192, 512, batches=(), rounds=1, budget=1024)),
+        ("batching", Sizes("mistral-7b", 2048, 512, batches=(256,), budget=512)),
         ("prefill", Sizes("mistral-7b", 2048, batches=(1, 8), rounds=5, budget=416)),
         ("switch", Sizes("mistral-7b", 496, 16, budget=0.25)),
         ("compile", Sizes("mistral-7b")),

@@ -153,7 +153,7 @@ def test_jobs_are_chosen_in_their_order():
     def jobs(*args: str) -> list[tuple]:
         return [(stage, *sizes[:4]) for stage, sizes in bench.chosen(bench.parse(["--device", "cpu", *args]))]
 
-    assert {stage for stage, *_ in jobs()} == set(bench.STAGES) - {"long", "attention"}
+    assert {stage for stage, *_ in jobs()} == set(bench.STAGES) - {"long", "batching", "attention"}
     assert jobs("--stage", "switch", "--stage", "decode", "--shape", "tiny", "--shape", "embedded", "--new", "3") == [
         ("decode", "tiny", 256, 3, (1,)),
         ("decode", "embedded", 256, 3, (1,)),
@@ -182,6 +182,15 @@ def test_decode_and_prefill_rows(capsys, uncompiled):
         row["what"]: row["of_prefill"] for row in prefill["rows"] if row["what"] in bench.COSTS and row["batch"] == 3
     }
     assert set(costs) == {"importance", "planning", "measuring and planning"} and max(costs.values()) < 1
+
+
+def test_rows_take_the_next_of_many_requests(capsys, uncompiled):
+    args = "--device cpu --shape tiny --prompt 40 --new 6 --batches 5 --stage batching".split()
+    assert bench.main(args) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["stages"]["batching"]["rows"]
+    assert [(row["what"], row["requests"], row["batch"]) for row in rows] == [("full", 5, 2), ("squeeze", 5, 2)]
+    assert rows[0]["new_tokens"] == rows[1]["new_tokens"] and 5 * 4 <= rows[0]["new_tokens"] <= 5 * 6
+    assert rows[0]["kv_bytes"] > 3 * rows[1]["kv_bytes"] and rows[1]["tokens_per_s"] > 0
 
 
 def test_who_fails_at_one_batch_is_not_compiled_again_at_the_next(tiny, uncompiled, monkeypatch):
@@ -374,7 +383,8 @@ def test_a_stage_that_fails_does_not_end_the_suite(tmp_path):
 
 @pytest.mark.slow
 def test_the_gpu_suite_runs_without_a_gpu(tmp_path):
-    stages = "tests switch prefill decode decode16 static throughput throughput_llama2 long compile attention".split()
+    named = "decode16 static throughput throughput_llama2 long batching compile attention"
+    stages = f"tests switch prefill decode {named}".split()
     done = suite(tmp_path, *stages)
     assert done.returncode == 0, done.stdout + done.stderr
     files = {file.name: json.loads(file.read_text())["stages"] for file in tmp_path.glob("bench_*.json")}
