@@ -10,6 +10,11 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def quick(*few, of) -> list:
+    """Parameters: all `of` them, those that are not among the few in the slow tests only."""
+    return [value if value in few else pytest.param(value, marks=pytest.mark.slow) for value in of]
+
+
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)

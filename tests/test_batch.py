@@ -201,7 +201,7 @@ def killed(tmp_path: Path, source: Path, args: tuple, kills: int, wait: tuple[fl
 
 
 def test_kill(capsys, tmp_path):
-    source = write(tmp_path / "in", prompts(24, new=30))
+    source = write(tmp_path / "in", prompts(9, new=20))
     assert call(capsys, source, tmp_path / "whole", *SQUEEZE)[0] == 0
     assert results(killed(tmp_path, source, SQUEEZE, 1, (0, 0.1))) == results(tmp_path / "whole")
 

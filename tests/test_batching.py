@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import count, islice
 
 import pytest
-from conftest import BY_LENGTH, random_ids, random_model
+from conftest import BY_LENGTH, quick, random_ids, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -115,7 +115,7 @@ def test_refilled_rows_of_a_model_with_windows(policy):
 
 
 @pytest.mark.parametrize("layers", ["plan", "squeeze"])
-@pytest.mark.parametrize("policy", ["streaming", "h2o", "full"])
+@pytest.mark.parametrize("policy", quick("streaming", of=["streaming", "h2o", "full"]))
 @pytest.mark.parametrize("rope", BY_LENGTH, ids=lambda rope: rope["rope_type"])
 def test_each_row_turns_by_its_own_length(rope, policy, layers):
     """Prompt + new tokens on both sides of 32, in a first batch and in rows that are refilled, on one decoder twice."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import BY_LENGTH, random_ids, random_model
+from conftest import BY_LENGTH, quick, random_ids, random_model
 from naive import NaiveCache
 
 import decoder as decoder_module
@@ -25,10 +25,14 @@ def say(conversation, ids: list[int], new: int = 6, **options) -> list[int]:
     return list(conversation.stream(ids, max_new_tokens=new, **options))
 
 
-@pytest.mark.parametrize(("shape", "chunk"), [("plain", 1), ("plain", 64), *((shape, 5) for shape in SHAPES)])
+CUTS = [("plain", 1), ("plain", 64), *((shape, 5) for shape in SHAPES)]  # chunks of so many tokens
+
+
+@pytest.mark.parametrize("cut", quick(("plain", 5), ("window", 5), of=CUTS), ids=str)
 @pytest.mark.parametrize("policy", BOUNDED)
-def test_turns_equal_the_naive_cache(policy, chunk, shape, monkeypatch):
+def test_turns_equal_the_naive_cache(policy, cut, monkeypatch):
     """Chunks shorter and longer than layers and windows; a first turn of one token, so that sinks come in late."""
+    shape, chunk = cut
     monkeypatch.setattr(decoder_module, "APPEND_CHUNK", chunk)
     model = random_model(**SHAPES[shape])
     decoder, _ = Engine(model, policy, plan=PLAN)._start([Request(TURNS[0], 1)], length=4096, endless=True)

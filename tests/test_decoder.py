@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import BY_LENGTH, random_ids, random_model
+from conftest import BY_LENGTH, quick, random_ids, random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -83,7 +83,7 @@ def want(model):
     return tokens
 
 
-@pytest.mark.parametrize("policy", TOKEN_POLICIES)
+@pytest.mark.parametrize("policy", quick("full", "streaming", "h2o", "snapkv", of=TOKEN_POLICIES))
 def test_replayed_equals_eager(policy):
     """A stream, a sampled one, a batch whose rows are refilled, twice, and a conversation."""
     model, answers = random_model(max_positions=100), []

@@ -6,6 +6,7 @@ import re
 import families
 import pytest
 import torch
+from conftest import quick
 from families import BY_NAME, CASES, FAMILIES, LENGTH, LONGROPE, NEW, PROMPT, Case
 from naive import NaiveCache
 from test_engine import teacher_forced
@@ -35,7 +36,7 @@ def each_policy(cases: list[Case]):
             policy,
             case,
             id=f"{policy}-{case}",
-            marks=() if policy in ("window", "streaming", "h2o") or case.name in TELLING else pytest.mark.slow,
+            marks=() if policy in ("streaming", "h2o") or case.name in TELLING else pytest.mark.slow,
         )
         for policy in BOUNDED
         for case in cases
@@ -121,7 +122,7 @@ def test_logits_of_a_later_turn(case: Case, theirs, ours):
     assert difference(logits, expected) < TOLERANCE
 
 
-@each_case
+@pytest.mark.parametrize("case", quick(*FAMILIES, of=CASES), ids=str)
 def test_greedy_tokens(case: Case, folder):
     """In fp64, where no two logits are nearly the same."""
     reference = families.load_reference(folder(case), torch.float64)
@@ -140,7 +141,11 @@ def test_greedy_tokens(case: Case, folder):
 
 @pytest.mark.parametrize(
     ("case", "name"),
-    [pytest.param(case, name, id=f"{case}-{name}") for case in CASES for name in families.tensor_names(case)],
+    [
+        pytest.param(case, name, id=f"{case}-{name}", marks=() if case in FAMILIES else pytest.mark.slow)
+        for case in CASES
+        for name in families.tensor_names(case)
+    ],
 )
 def test_every_tensor_matters(case: Case, name: str, theirs, our_logits):
     """Without it in transformers' model the logits differ: the comparison would notice if we left it out."""

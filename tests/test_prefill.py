@@ -5,7 +5,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import BY_LENGTH, random_ids, random_model
+from conftest import BY_LENGTH, quick, random_ids, random_model
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -74,7 +74,7 @@ def cached(engine: Engine, requests: list[Request]) -> tuple:
     return figures.plan, figures.importance, decoder.tokens.tolist(), held
 
 
-@pytest.mark.parametrize("order", ["its own", *ORDERS])
+@pytest.mark.parametrize("order", quick("its own", "random", of=["its own", *ORDERS]))
 @pytest.mark.parametrize("policy", BOUNDED)
 def test_cut_as_it_goes_equals_all_at_once(model, policy, order):
     """Bit for bit, for one prompt and for a ragged batch."""
@@ -237,14 +237,14 @@ def whole(deep, no_attention):
     return peaks(deep, "window", "random", whole=True)[0]
 
 
-def quick(*cases):
+def under(*cases):
     """All shares and orders, of which only these are quick."""
     every = [(p, order) for p in (0.1, 0.3, 0.7, 1.0) for order in ORDERS]
     return [pytest.param(*case, marks=[] if case in cases else pytest.mark.slow) for case in every]
 
 
 @pytest.mark.parametrize(
-    ("p", "order"), quick((0.1, "descending"), (0.3, "ascending"), (0.3, "random"), (0.7, "random"), (1.0, "ascending"))
+    ("p", "order"), under((0.1, "descending"), (0.3, "ascending"), (0.3, "random"), (0.7, "random"), (1.0, "ascending"))
 )
 def test_keys_and_values_stay_under_the_bound(deep, whole, p, order):
     """The arena counts, too."""
@@ -258,7 +258,7 @@ def test_keys_and_values_stay_under_the_bound(deep, whole, p, order):
     assert whole > DEEP * LAYER_BYTES > 1.7 * cut
 
 
-@pytest.mark.parametrize(("p", "order"), quick((0.7, "descending")))
+@pytest.mark.parametrize(("p", "order"), under((0.7, "descending")))
 def test_later_requests_stay_under_the_bound(deep, no_attention, p, order):
     """A request finds the memory of the one before: as large, then larger than it needs, then too small."""
     same, again, half, more = peaks(deep, "window", order, p, (LONG, LONG, LONG // 2, LONG + LONG // 4))
