@@ -237,6 +237,38 @@ def whole(deep, no_attention):
     return peaks(deep, "window", "random", whole=True)[0]
 
 
+class Live(TorchDispatchMode):
+    """The most bytes of all tensors together that are alive and were made while it was on."""
+
+    def __init__(self):
+        super().__init__()
+        self.known: dict[StorageWeakRef, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for storage in (part.untyped_storage() for part in tree_leaves(out) if torch.is_tensor(part)):
+            self.known[StorageWeakRef(storage)] = storage.nbytes()
+        self.known = {storage: size for storage, size in self.known.items() if not storage.expired()}
+        self.peak = max(self.peak, sum(self.known.values()))
+        return out
+
+
+@pytest.mark.parametrize("order", quick("random", of=ORDERS))
+def test_all_that_lives_is_one_layer_and_the_bound(deep, no_attention, order):
+    """Whatever it is called: less what a prompt takes of which nothing is kept, that is one layer's work."""
+    engine, request = Engine(deep, "window", Squeeze(P), SHARE), Request(random_ids(LONG), 2)
+    with signals(ORDERS[order](DEEP)), Live() as reading:
+        engine.plan_for([request], LONG + 2)
+    peaks = []
+    for context in (nullcontext(), all_at_once()):
+        with signals(ORDERS[order](DEEP)), context, Live() as live:
+            assert len(list(engine.stream(request.ids, max_new_tokens=2))) == 2
+        peaks.append(live.peak - reading.peak)
+        engine = Engine(deep, "window", Squeeze(P), SHARE)
+    assert 0.9 * BUDGET < peaks[0] < bound(P) < 0.7 * peaks[1]
+
+
 def under(*cases):
     """All shares and orders, of which only these are quick."""
     every = [(p, order) for p in (0.1, 0.3, 0.7, 1.0) for order in ORDERS]
