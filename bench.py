@@ -546,7 +546,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--profile", type=Path, metavar="F.txt", help="decode: write the operators of a step by time")
     args = parser.parse_args(argv)
     args.stage = args.stage or [name for name in STAGES if name not in NAMED_ONLY[args.device]]
-    belongs = {"plot": THROUGHPUT, "max_memory": THROUGHPUT, "peers": ("decode",), "profile": ("decode",)}
+    belongs = {"plot": THROUGHPUT, "peers": ("decode",), "profile": ("decode",)}
+    belongs["max_memory"] = (*THROUGHPUT, "batching")
     for option, stages in belongs.items():
         if getattr(args, option) is not None and not set(stages) & set(args.stage):
             raise ValueError(f"--{option.replace('_', '-')} belongs to --stage {' or '.join(stages)}")

@@ -106,8 +106,8 @@ class Memory:
 class KVCache:
     """One arena for K and one for V, and one each for a policy's scores and positions, if it keeps any.
 
-    Layer l owns a contiguous stretch of each, B * K * plan[l] * D elements long: attention reads it as it lies. (As
-    slices of [B, K, sum(plan), D] the same reads took 1.3 times as long on a CPU at batch 64.)
+    Layer l owns a contiguous stretch of each, B * K * plan[l] * D elements long: attention reads it as it lies. As
+    slices of [B, K, sum(plan), D] the same reads take longer, on a CPU at large batches.
     """
 
     def __init__(
