@@ -49,8 +49,9 @@ from benchmark.subjects import SHAPES, Subject, make, published
 from benchmark.timing import OUT_OF_MEMORY, Run, attempt, peak_bytes, race, reset_peak, seconds, synchronise
 from commandline import Parser, guarded
 from config import ModelConfig
-from decoder import CudaGraphs, Store, _compile, compiled_graphs
+from decoder import Store
 from engine import Completion, Engine, Request, rows_at_once
+from graphs import Bound, CudaGraphs, compiled, compiled_graphs
 from kvcache import KVCache, LayerCache
 from model import Block, Transformer
 from policies import tokens as token_policies
@@ -315,25 +316,34 @@ def compiling(subject: Subject, sizes: Sizes) -> Iterator[Row]:
     seen = torch.full((1,), sizes.prompt, device=subject.device)
     tokens, blocks = torch.ones_like(seen), list(model.layers)
 
-    def step(run: Callable, head: Callable, size: int, layers: list[LayerCache]) -> Tensor:
-        x = model.embedded(tokens[:, None], seen[:, None])
-        for first in range(0, config.n_layers, size):
-            part = slice(first, first + size)
-            x = run(blocks[part], x, rotary[part], layers[part])
-        return head(model, x[:, 0])
-
-    def in_turn(block: Callable, blocks: list[Block], x: Tensor, rotary: list[Tensor], layers: list[LayerCache]):
-        for layer, frequencies, cache in zip(blocks, rotary, layers, strict=True):
-            x = block(layer, x, frequencies, cache, seen, policy)
+    def in_turn(blocks: list[Block], x: Tensor, rotary: list[Tensor], layers: list[LayerCache]) -> Tensor:
+        for block, frequencies, cache in zip(blocks, rotary, layers, strict=True):
+            x = block.decode(x, frequencies, cache, seen, policy)
         return x
 
-    def measured(call: Callable, plan: list[int]) -> tuple[float, float]:
+    def whole(blocks: list[Block], tokens: Tensor, rotary: list[Tensor], layers: list[LayerCache]) -> Tensor:
+        x = model.embedded(tokens[:, None], seen[:, None])
+        return model.logits(in_turn(blocks, x, rotary, layers)[:, 0])
+
+    def in_parts(compiled: Callable, size: int, layers: list[LayerCache]) -> Callable[[Tensor], Tensor]:
+        parts = [slice(first, first + size) for first in range(0, config.n_layers, size)]
+        bound, last = [Bound(compiled, blocks[part], rotary[part], layers[part]) for part in parts], Bound(head, model)
+
+        def step(tokens: Tensor) -> Tensor:
+            x = model.embedded(tokens[:, None], seen[:, None])
+            for part in bound:
+                x = part(x)
+            return last(x[:, 0])
+
+        return step
+
+    def measured(way: Callable, plan: list[int]) -> tuple[float, float]:
         cache = KVCache(plan, 1, config.n_kv_heads, config.head_dim, config.dtype, subject.device, policy.scored)
         if len(set(plan)) > 1:  # one graph for all lengths
             for arena in (arena for layer in cache.layers for arena in (layer.k, layer.v)):
                 torch._dynamo.maybe_mark_dynamic(arena, 2)
         with torch.inference_mode():
-            started, run = time.perf_counter(), partial(call, cache.layers)
+            started, run = time.perf_counter(), partial(way(cache.layers), tokens)
             if subject.device == "cuda":
                 run = CudaGraphs()(run)
             run()
@@ -342,16 +352,16 @@ def compiling(subject: Subject, sizes: Sizes) -> Iterator[Row]:
 
     rng, (slots, plans) = random.Random(0), plans_of(subject, sizes)
     uneven = [plans(rng) for _ in range(2)]
-    head, every = _compile(Transformer.logits), partial(in_turn, Block.decode)
+    head, every = compiled(Transformer.logits), compiled(whole)
     ways = {
-        "one block": partial(step, partial(in_turn, _compile(Block.decode)), head, 1),
-        f"{GROUP} layers a graph": partial(step, _compile(every), head, GROUP),
-        "whole step": _compile(partial(step, every, Transformer.logits, config.n_layers)),
+        "one block": partial(in_parts, compiled(in_turn), 1),
+        f"{GROUP} layers a graph": partial(in_parts, compiled(in_turn), GROUP),
+        "whole step": partial(Bound, every, blocks, rotary),
     }
-    for name, call in ways.items():
+    for name, way in ways.items():
         torch._dynamo.reset()
         even = [] if name == "whole step" else [[slots] * config.n_layers]
-        result = attempt(lambda call=call, even=even: [measured(call, plan) for plan in (*even, *uneven)])
+        result = attempt(lambda way=way, even=even: [measured(way, plan) for plan in (*even, *uneven)])
         if isinstance(result, str):
             yield dict(what=name, layers=config.n_layers, failed=result)
             continue

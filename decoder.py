@@ -8,44 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from graphs import Bound, Code
 from kvcache import KVCache, Memory, Prompt
 from model import Block, Transformer
 from policies.tokens import TokenPolicy
 from sampling import Sampler, Sampling
 
 APPEND_CHUNK = 256  # tokens of a later turn that go through the model at once
-
-
-class Code:
-    """What runs a step: the one block of every layer, and the head; compiled, and captured, if that is wanted."""
-
-    def __init__(self, compiled: bool, device: torch.device):
-        self.block = _compile(Block.decode) if compiled else Block.decode
-        self.logits = _compile(Transformer.logits) if compiled else Transformer.logits
-        self.compiled = compiled
-        # step -> what runs it again with the same buffers
-        self.capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None
-        if compiled and device.type == "cuda":
-            self.capture = CudaGraphs()
-
-
-class CudaGraphs:
-    """Captures steps by hand, all in one memory pool."""
-
-    def __init__(self):
-        # One stream for all captures: cuBLAS keeps a workspace for every stream that it has worked on.
-        self.pool, self.side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-
-    def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
-        self.side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.side):  # what is compiled or chosen at first use must not be captured
-            step()
-            step()
-        torch.cuda.current_stream().wait_stream(self.side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.side):
-            step()
-        return graph.replay
 
 
 class Decoder:
@@ -68,6 +37,11 @@ class Decoder:
         batch, device = cache.batch, cache.device
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         self.seen = torch.zeros(batch, dtype=torch.int64, device=device)
+        seen = [self.seen] * len(model.layers)
+        # what `Block.decode` and `Block.append` take in each layer, but for x
+        self.layers = list(zip(model.layers, rotary, cache.layers, seen, policies, strict=True))
+        self.blocks = [Bound(code.block, *own) for own in self.layers]
+        self.head = Bound(code.logits, model)
         if code.compiled and len(set(cache.plan)) > 1:
             # One graph for all lengths from the start. Where all are equal a static one is faster.
             for arena in (arena for layer in cache.layers for arena in layer if arena is not None):
@@ -118,7 +92,11 @@ class Decoder:
 
     def logits(self) -> Tensor:
         """Feed `tokens` and return the logits [B, vocab] of what follows."""
-        return self.code.logits(self.model, self._feed(self.tokens[:, None], self.code.block)[:, 0])
+        x = self.model.embedded(self.tokens[:, None], self.seen[:, None])
+        for block in self.blocks:
+            x = block(x)
+        self.seen += 1
+        return self.head(x[:, 0])
 
     def read(self) -> Callable[[], list[int]]:
         """Ask for `tokens` as they are after all that has been started. Who calls the answer waits for it."""
@@ -154,9 +132,8 @@ class Decoder:
         """ids [B, T] through all blocks by `run`, which is Block.decode (T = 1) or Block.append."""
         positions = self.seen[:, None] + torch.arange(ids.shape[1], device=ids.device)
         x = self.model.embedded(ids, positions)
-        layers = zip(self.model.layers, self.rotary, self.cache.layers, self.policies, strict=True)
-        for block, frequencies, layer, policy in layers:
-            x = run(block, x, frequencies, layer, self.seen, policy)
+        for block, *rest in self.layers:
+            x = run(block, x, *rest)
         self.seen += ids.shape[1]
         return x
 
@@ -202,29 +179,3 @@ class Store:
                 self.idle.popitem(last=False)
         self.idle.move_to_end(key)
         return self.idle[key], made
-
-
-# Guards that ask, for every layer of every step, whether somebody has patched the code since it was compiled: a large
-# part of a small model's step on a CPU. All that a call can bring (tensors, shapes, settings, types) stays guarded, as
-# long as modules and policies hold no functions.
-_PATCH_GUARDS = {
-    "BUILTIN_MATCH",
-    "CLOSURE_MATCH",
-    "DICT_CONTAINS",
-    "EMPTY_NN_MODULE_HOOKS_DICT",
-    "FUNCTION_MATCH",
-    "MODULE_MATCH",
-    "NOT_PRESENT_IN_GENERIC_DICT",
-}
-
-
-def _compile(function: Callable) -> Callable:
-    # Every policy, and every kind of model, adds its own graphs to the same code: the default limit allows 8 in all.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
-    options = {"guard_filter_fn": lambda guards: [guard.guard_type not in _PATCH_GUARDS for guard in guards]}
-    return torch.compile(function, fullgraph=True, options=options)
-
-
-def compiled_graphs() -> int:
-    """How many graphs have been compiled so far, by anybody."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]

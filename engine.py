@@ -24,7 +24,8 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from decoder import Code, Decoder, Store, compiled_graphs
+from decoder import Decoder, Store
+from graphs import Code, compiled_graphs
 from kvcache import KVCache, Memory, Prompt
 from memory import Needs
 from model import PROMPT_CHUNK, Transformer

@@ -178,7 +178,7 @@ def attend(
     scores = softcapped(scores.to(torch.promote_types(q.dtype, torch.float32)), softcap)
     empty = torch.arange(k.shape[2], device=q.device) >= valid[:, None]
     probs = scores.masked_fill(empty[:, None, None], float("-inf")).softmax(-1)
-    return (probs.to(v.dtype) @ v).flatten(1, 2), probs
+    return _mix(probs.to(v.dtype), v).flatten(1, 2), probs
 
 
 def softcapped(x: Tensor, cap: float | None) -> Tensor:
@@ -191,3 +191,11 @@ def _dot(q: Tensor, k: Tensor) -> Tensor:
     if q.is_cuda or not torch.compiler.is_compiling():
         return q @ k.mT
     return (q[:, :, :, None] * k[:, :, None]).sum(-1)
+
+
+def _mix(probs: Tensor, v: Tensor) -> Tensor:
+    """probs [B, K, G, N], v [B, K, N, D] -> [B, K, G, D]. As `_dot`, but wide rows of full precision lose by it."""
+    wide = v.shape[-1] > 64 and v.element_size() >= 4
+    if probs.is_cuda or wide or not torch.compiler.is_compiling():
+        return probs @ v
+    return (probs[..., None] * v[:, :, None]).sum(-2)

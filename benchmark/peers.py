@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 
 import checkpoint
 from benchmark.timing import Run, peak_bytes, reset_peak
-from decoder import compiled_graphs
+from graphs import compiled_graphs
 from model import Transformer
 
 

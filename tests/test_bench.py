@@ -40,7 +40,6 @@ def tiny() -> subjects.Subject:
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    monkeypatch.setattr("decoder._compile", lambda function: function)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 

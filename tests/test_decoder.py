@@ -1,7 +1,6 @@
 """The store of decoders and captured steps, on the CPU: a tape of tensor operations stands in for a CUDA graph."""
 
 import gc
-from functools import partial
 
 import pytest
 import torch
@@ -304,32 +303,6 @@ def test_what_a_request_leaves_does_not_matter(model, policy):
         for name in {"k", "v", "score"} & set(decoder.cache.arenas):
             decoder.cache.arenas[name].fill_(float("nan"))
     assert list(engine.stream(ids, max_new_tokens=12)) == want
-
-
-@pytest.fixture
-def traced(monkeypatch):
-    """What is compiled is traced and guarded as ever, but runs as it stands: that takes less time."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-
-
-@torch.inference_mode()
-def compiled_equals_eager(model, policy: str) -> None:
-    engines = [Engine(model, policy, plan=[40] * model.config.n_layers, compile=compiled) for compiled in (False, True)]
-    logits = [engine._start([Request(random_ids(30), 9)])[0].logits() for engine in engines]
-    torch.testing.assert_close(*logits)
-
-
-def test_models_that_differ_in_a_setting_share_no_graph(traced):
-    for activation in ("silu", "relu"):
-        compiled_equals_eager(random_model(n_layers=1, activation=activation), "window")
-
-
-@pytest.mark.slow
-def test_one_process_compiles_more_than_the_default_limit(traced):
-    for activation in ("silu", "gelu", "relu"):
-        for policy in ("full", "streaming", "window", "h2o", "snapkv"):
-            compiled_equals_eager(random_model(n_layers=2, activation=activation), policy)
 
 
 @pytest.mark.parametrize("policy", ["streaming", "h2o"])

@@ -17,6 +17,7 @@ FLOORS = {
     "engine": 3,
     "checkpoint": 2,
     "decoder": 2,
+    "graphs": 1.5,
     "chat": 1,
     "model": 1,
     "waiting": 1,
