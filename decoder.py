@@ -59,7 +59,7 @@ class Decoder:
         """What takes each layer's part of prompts of `lengths` [R] into the cache, for rows [R]."""
 
         def keep(layer: int, _: Tensor | None, prompt: Prompt) -> None:
-            kept = self.policies[layer].select(lengths, self.cache.plan[layer], prompt.scores)
+            kept = self.policies[layer].select(lengths, prompt.length, self.cache.plan[layer], prompt.scores)
             self.cache.fill(layer, rows, prompt, kept)
 
         return keep

@@ -44,6 +44,7 @@ class Prompt:
 
     def __init__(self, k: Tensor, v: Tensor, scores: Tensor | None):
         self.k, self.v, self.scores = k, v, scores
+        self.length = k.shape[2]  # S, whatever is cut
         self.positions: Tensor | None = None  # [R, 1 or K, n], ascending: what is left; None: all
 
     @staticmethod

@@ -49,7 +49,7 @@ class Waiting:
         start = 0
         for i, (prompt, policy, slots) in enumerate(zip(self.prompts, self.policies, self.bounds, strict=False)):
             if cut := slots < prompt.k.shape[2]:  # into tensors of its own
-                prompt.cut(policy.select(self.lengths, slots, prompt.scores))
+                prompt.cut(policy.select(self.lengths, prompt.length, slots, prompt.scores))
             first, last = start * slot, start * slot + prompt.k.numel()
             if last <= len(self.k) and (cut or start != self.starts[i]):
                 if not cut and self.starts[i] is not None:  # the old place and the new one may overlap

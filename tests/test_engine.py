@@ -110,7 +110,7 @@ def test_fewer_slots_keep_a_subset(chosen):
     torch.manual_seed(0)
     lengths = torch.tensor([50, 23])
     scores = torch.randint(5, (2, 3, 50)).double()  # many ties
-    kept = {n: chosen.select(lengths, n, scores).expand(2, 3, -1) for n in range(chosen.floor, 60)}
+    kept = {n: chosen.select(lengths, 50, n, scores).expand(2, 3, -1) for n in range(chosen.floor, 60)}
     for slots, fewer in kept.items():
         for row, length in enumerate(lengths.tolist()):
             for head in range(3):

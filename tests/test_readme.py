@@ -20,7 +20,7 @@ def test_the_example_policy_runs_and_keeps_what_it_says(model, monkeypatch):
     names = {"__name__": "ends"}
     exec(compile(code, "ends.py", "exec"), names)
     monkeypatch.setitem(tokens.TOKEN_POLICIES, "ends", names["Ends"])
-    kept = tokens.make("ends").select(torch.tensor([50, 3]), 9, None)
+    kept = tokens.make("ends").select(torch.tensor([50, 3]), 50, 9, None)
     assert sorted(kept[0, 0].tolist()) == [0, 1, 2, 3, 45, 46, 47, 48, 49] and kept[1, 0, :3].tolist() == [0, 1, 2]
     assert len(list(Engine(model, "ends", "squeeze", 9).stream([1] * 50, max_new_tokens=20))) == 20
 

@@ -62,7 +62,7 @@ def test_tova_keeps_the_same_tokens_in_all_heads(model):
     attention = model.layers[0].attention
     q, k = torch.randn(1, 6, 50, 12).double(), torch.randn(1, 2, 50, 12).double()
     policy = make("tova")
-    kept = policy.select(torch.tensor([50]), 9, policy.score_prompt(q, k, None, attention.prompt_probs))
+    kept = policy.select(torch.tensor([50]), 50, 9, policy.score_prompt(q, k, None, attention.prompt_probs))
     assert kept[0, 0].tolist() == kept[0, 1].tolist() != list(range(41, 50)) and kept[0, 0, -1] == 49
 
 
@@ -70,7 +70,7 @@ def test_the_mean_takes_the_advantage_of_early_tokens_away():
     """All queries attend to 1 in 8 tokens, and half as much to the others: by the sum, 0 and 1 beat 29."""
     queries = 40 - torch.arange(40)
     scores = (torch.where(torch.arange(40) % 8 == 5, 1.0, 0.5) * queries)[None, None]
-    kept = {name: make(name).select(torch.tensor([40]), 10, scores)[0, 0].tolist() for name in ("h2o", "h2o-mean")}
+    kept = {name: make(name).select(torch.tensor([40]), 40, 10, scores)[0, 0].tolist() for name in ("h2o", "h2o-mean")}
     assert kept["h2o"] == [0, 1, 5, 13, 21, 35, 36, 37, 38, 39]
     assert kept["h2o-mean"] == [5, 13, 21, 29, 34, 35, 36, 37, 38, 39]
 
@@ -84,5 +84,5 @@ def test_recent_outside_its_range(recent):
 def test_a_window_has_no_frozen_tokens():
     for name in ("snapkv", "knorm", "keydiff", "streaming"):
         inside = make(name).within_window(9)
-        assert inside.select(torch.tensor([30]), 9, None)[0, 0].sort().values.tolist() == list(range(21, 30))
+        assert inside.select(torch.tensor([30]), 30, 9, None)[0, 0].sort().values.tolist() == list(range(21, 30))
     assert make("h2o-mean").within_window(9).corrected and make("h2o-mean").within_window(9).window == 9

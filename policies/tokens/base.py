@@ -56,14 +56,14 @@ class TokenPolicy:
         """The slot [B, 1 or K] that the token at position `seen` takes in `layer`; the victim's once it is full."""
         return self.place(seen, layer.k.shape[2])[:, None]
 
-    def select(self, lengths: Tensor, slots: int, scores: Tensor | None) -> Tensor:
+    def select(self, lengths: Tensor, length: int, slots: int, scores: Tensor | None) -> Tensor:
         """Which prompt position goes into each slot: [B, 1 or K, n], n the same for all rows.
 
-        A row of `lengths[b]` tokens fills its first min(lengths[b], slots) slots; entries behind those are any valid
-        position. What fewer slots keep is a subset of what more slots keep. Here: of all that have the same place,
-        the latest.
+        A row of `lengths[b]` tokens, padded to `length`, fills its first min(lengths[b], slots) slots; entries behind
+        those are any valid position. What fewer slots keep is a subset of what more slots keep. Here: of all that have
+        the same place, the latest.
         """
-        position = torch.arange(int(lengths.max()), device=lengths.device).expand(len(lengths), -1)
+        position = torch.arange(length, device=lengths.device).expand(len(lengths), -1)
         place = self.place(position, slots)
         position = position.masked_fill(position >= lengths[:, None], 0)
         latest = position.new_zeros(len(lengths), slots).scatter_reduce_(1, place, position, "amax")

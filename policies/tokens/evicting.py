@@ -35,8 +35,8 @@ class Evicting(TokenPolicy):
         """The scores [B, K, M] after T queries with attention probs [B, K, G, T, M]; their own were 0 before."""
         raise NotImplementedError
 
-    def select(self, lengths: Tensor, slots: int, scores: Tensor) -> Tensor:
-        position = torch.arange(scores.shape[2], device=scores.device)
+    def select(self, lengths: Tensor, length: int, slots: int, scores: Tensor) -> Tensor:
+        position = torch.arange(length, device=scores.device)
         end = lengths[:, None, None]
         rank = self.rank(scores, end - position).masked_fill(position >= end - self.recent(slots), float("inf"))
         if self.window is not None:

@@ -37,11 +37,11 @@ class Frozen(TokenPolicy):
         frozen = slots - ring
         return torch.where(position < slots, position, frozen + (position - frozen) % ring)
 
-    def select(self, lengths: Tensor, slots: int, scores: Tensor) -> Tensor:
+    def select(self, lengths: Tensor, length: int, slots: int, scores: Tensor) -> Tensor:
         ring = self.ring(slots)
         frozen = slots - ring
-        position = torch.arange(scores.shape[2], device=scores.device)
+        position = torch.arange(length, device=scores.device)
         latest = position >= lengths[:, None, None] - ring
         best = highest(scores.masked_fill(latest, float("inf")), lengths, slots)  # the ring's tokens come last
-        placed = super().select(lengths, slots, None).expand(best.shape)
+        placed = super().select(lengths, length, slots, None).expand(best.shape)
         return torch.cat((best[:, :, :frozen], placed[:, :, frozen:]), dim=2)
