@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from graphs import Bound, Code
+from graphs import Code
 from kvcache import KVCache, Memory, Prompt
 from model import Block, Transformer
 from policies.tokens import TokenPolicy
@@ -40,8 +40,8 @@ class Decoder:
         seen = [self.seen] * len(model.layers)
         # what `Block.decode` and `Block.append` take in each layer, but for x
         self.layers = list(zip(model.layers, rotary, cache.layers, seen, policies, strict=True))
-        self.blocks = [Bound(code.block, *own) for own in self.layers]
-        self.head = Bound(code.logits, model)
+        self.blocks = [code.bound(code.block, *own) for own in self.layers]
+        self.head = code.bound(code.logits, model)
         if code.compiled and len(set(cache.plan)) > 1:
             # One graph for all lengths from the start. Where all are equal a static one is faster.
             for arena in (arena for layer in cache.layers for arena in layer if arena is not None):

@@ -1,7 +1,7 @@
 """How the code of a step runs: as it stands or compiled, its calls bound to their graphs, the whole step captured."""
 
-from collections.abc import Callable, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +21,10 @@ class Code:
         self.capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None
         if compile and device.type == "cuda":
             self.capture = CudaGraphs()
+
+    def bound(self, function: Callable[..., Tensor], first: Any, *rest: Any) -> Callable[[Tensor], Tensor]:
+        """x -> function(first, x, *rest)."""
+        return Bound(function, first, *rest) if self.compiled else lambda x: function(first, x, *rest)
 
 
 class CudaGraphs:
@@ -45,7 +49,7 @@ class CudaGraphs:
 def compiled(function: Callable) -> Callable:
     # Every policy, and every kind of model, adds its own graphs to the same code: the default limit allows 8 in all.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
-    return torch.compile(function, fullgraph=True, backend=_inductor)
+    return torch.compile(function, fullgraph=True)
 
 
 def compiled_graphs() -> int:
@@ -53,48 +57,46 @@ def compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-_calls: ContextVar[list | None] = ContextVar("calls", default=None)  # of graphs: what ran, its inputs, its outputs
-
-
-def _inductor(graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable:
-    """torch.compile's own backend, whose graphs tell a `Bound` that listens what they were called with."""
-    from torch._inductor.compile_fx import compile_fx  # seconds that only who compiles should wait
-
-    run = compile_fx(graph, examples)
-
-    def call(*inputs: Any) -> Sequence[Tensor]:
-        outputs = run(*inputs)
-        if (calls := _calls.get()) is not None:
-            calls.append((run, inputs, outputs))
-        return outputs
-
-    return call
-
-
 class Bound:
-    """A function with all its arguments but the second: `Bound(f, a, *rest)(x)` is f(a, x, *rest), x of one shape.
+    """A compiled function with all its arguments but the second: x -> function(first, x, *rest), x of one shape.
 
-    From its second call on, a compiled one goes straight to the graph that its first call ran. Dynamo, whose guards and
-    bytecode take as long as everything else in a small model's block on a CPU, has no part in it. As in a captured
-    graph, all tensors but x have to stay where they were.
+    From its second call on it goes straight to the code that Inductor made and its first call ran. Dynamo and
+    AOTAutograd, whose guards and wrappers take longer than that in a small model's block on a CPU, have no part in it.
+    As in a captured graph, all tensors but x have to stay where they were.
     """
 
     def __init__(self, function: Callable[..., Tensor], first: Any, *rest: Any):
         self.function, self.first, self.rest = function, first, rest
-        self.graph: Callable[..., Sequence[Tensor]] | None = None
+        self.code: Callable[[list], Sequence[Tensor]] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.graph is not None:
-            return self.graph(*self.before, x, *self.after)[0]
-        listening = _calls.set([])
-        try:
+        if self.code:
+            return self.code([*self.before, x, *self.after])[0]
+        with _heard() as calls:
             out = self.function(self.first, x, *self.rest)
-            calls = _calls.get()
-        finally:
-            _calls.reset(listening)
-        if len(calls) == 1:  # else it is not compiled
-            [(graph, inputs, outputs)] = calls
+        if len(calls) == 1:
+            [(code, inputs, outputs)] = calls
             at = [number for number, value in enumerate(inputs) if value is x]
             if len(at) == 1 and len(outputs) == 1 and outputs[0] is out:
-                self.graph, self.before, self.after = graph, inputs[: at[0]], inputs[at[0] + 1 :]
+                self.code, self.before, self.after = code, inputs[: at[0]], inputs[at[0] + 1 :]
         return out
+
+
+@contextmanager
+def _heard() -> Iterator[list[tuple[Callable, list, Sequence]]]:
+    """What Inductor's graphs run while it is open: each call's code, inputs and outputs."""
+    from torch._inductor.output_code import CompiledFxGraph  # seconds that only who compiles should wait
+
+    calls, call = [], CompiledFxGraph.__call__
+
+    def listening(graph: CompiledFxGraph, inputs: Sequence[Any]) -> Sequence[Any]:
+        held = list(inputs)  # the code empties its own
+        outputs = call(graph, inputs)
+        calls.append((graph.current_callable, held, outputs))
+        return outputs
+
+    CompiledFxGraph.__call__ = listening
+    try:
+        yield calls
+    finally:
+        CompiledFxGraph.__call__ = call

@@ -118,25 +118,24 @@ class Block(nn.Module):
         """x [B, S, C] -> x, the layer's signal [B] and Prompt. Rows are padded on the right, `lengths` [B] are real."""
         normed = self.attention_norm(x)
         out, k, v, scores = self.attention.prefill(normed, rotary, lengths, policy)
-        added = self.post_attention_norm(out) * self.residual_scale
-        signal = importance(x, x + added, lengths)
-        return self.feed(x, normed, added), signal, Prompt(k, v.contiguous(), scores)
+        after = x + self.post_attention_norm(out) * self.residual_scale
+        signal = importance(x, after, lengths)
+        return self.feed(x, normed, after), signal, Prompt(k, v.contiguous(), scores)
 
     def decode(self, x: Tensor, rotary: Tensor, layer: LayerCache, seen: Tensor, policy: Any) -> Tensor:
         """x [B, 1, C], the token at position `seen` [B] -> x. Writes the layer's cache in place."""
         normed = self.attention_norm(x)
         out = self.attention.decode(normed, rotary, layer, seen, policy)
-        return self.feed(x, normed, self.post_attention_norm(out) * self.residual_scale)
+        return self.feed(x, normed, x + self.post_attention_norm(out) * self.residual_scale)
 
     def append(self, x: Tensor, rotary: Tensor, layer: LayerCache, seen: Tensor, policy: Any) -> Tensor:
         """x [B, T, C], the tokens from position `seen` [B] on -> x. As `decode`, for several tokens at once."""
         normed = self.attention_norm(x)
         out = self.attention.append(normed, rotary, layer, seen, policy)
-        return self.feed(x, normed, self.post_attention_norm(out) * self.residual_scale)
+        return self.feed(x, normed, x + self.post_attention_norm(out) * self.residual_scale)
 
-    def feed(self, x: Tensor, normed: Tensor, added: Tensor) -> Tensor:
-        """What follows attention, which read `normed` and adds `added` to x, all [B, T, C]."""
-        after = x + added
+    def feed(self, x: Tensor, normed: Tensor, after: Tensor) -> Tensor:
+        """What follows attention, which read `normed` and made `after` of x, all [B, T, C]."""
         if not self.shared_norm:
             normed = self.ffn_norm(x if self.parallel else after)
         return after + self.post_ffn_norm(self.feed_forward(normed)) * self.residual_scale

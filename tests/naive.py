@@ -155,6 +155,6 @@ class NaiveCache:
                     for entry in same:
                         entry.latest = sum(other.received[-1] for other in same)
             added = attention.wo(torch.cat(out)[None, None])
-            x = block.feed(x, normed, block.post_attention_norm(added) * block.residual_scale)
+            x = block.feed(x, normed, x + block.post_attention_norm(added) * block.residual_scale)
         self.seen += 1
         return model.logits(x[0, 0])
