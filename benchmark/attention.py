@@ -48,11 +48,18 @@ def flex(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
     return flex_attention(q, k, v, enable_gqa=True)[:, :, 0]
 
 
+def split_kv(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    from benchmark import split_kv as kernel  # Triton comes with PyTorch for CUDA only
+
+    return kernel.split_kv(q, k, v, valid, k.shape[-1] ** -0.5)[0]
+
+
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
 BACKENDS |= {"cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
 compiled = partial(torch.compile, dynamic=False, fullgraph=True)  # beyond the limit of graphs an error, not eager
 CONTESTANTS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "attend, compiled": compiled(attend),
+    "split_kv, with shares": split_kv,
     "sdpa flash, gqa": sdpa_gqa,
     "flex_attention, compiled": compiled(flex),
     "attend": attend,
