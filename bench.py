@@ -396,7 +396,7 @@ JOBS: dict[str, list[tuple[str, Sizes]]] = {
         ("throughput", Sizes("embedded", batches=(1, 4, 16, 32), rounds=2)),
         ("long", Sizes("embedded", 1536, batches=(1, 4), rounds=1, budget=192)),
         ("batching", Sizes("embedded", 256, 64, batches=(32,))),
-        ("prefill", Sizes("embedded", batches=(1, 8), rounds=5)),
+        ("prefill", Sizes("embedded", batches=(1, 8), rounds=9)),
         ("switch", Sizes("embedded", new=16)),
         ("compile", Sizes("embedded")),
         ("attention", Sizes("embedded", batches=(1, 16))),

@@ -47,9 +47,12 @@ def step() -> str:
     stages = result("bench_cpu.json")["stages"]
     lines = []
     for row in stages["decode"]["rows"]:
-        if row["what"] == "profile, compiled":
+        if row["what"] == "full, compiled":
+            least, of_least = row["roofline_ms"], row["of_roofline"]
+        elif row["what"] == "profile, compiled":
             shares = "; ".join(f"{share:.0%} {what}" for what, share in row["shares"].items())
-            lines.append(f"- A compiled step of {row['shape']}, {row['dtype']}: {shares}.")
+            limit = f"{least:.2g} ms at the rate of a copy, {of_least:.0%} of that rate are reached"
+            lines.append(f"- A compiled step of {row['shape']}, {row['dtype']}: {limit}; {shares}.")
     graphs = [row for row in stages["compile"]["rows"] if "ms_per_step_uneven" in row]
     names, steps, firsts = (
         " / ".join(form(row) for row in graphs)
