@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from commandline import Parser, guarded
@@ -256,12 +257,21 @@ def _download(repo: str) -> Path:
         raise ValueError(f"{repo} is no folder here, and the hub did not give it: {_line(error)}") from error
 
 
+class _Uninitialised(TorchFunctionMode):
+    """What is made inside is not drawn at random. On meta that draws nothing, but PyTorch takes two seconds for it."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 def _matched(folder: Path, dtype: str | torch.dtype) -> tuple[Transformer, dict[str, Stored]]:
     """The model without its weights, and the tensors found for it: ValueError unless they are what it consists of."""
     dtype = _dtype(dtype)
     config = _config(folder)
     config = replace(config, dtype=dtype or config.dtype)
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialised():
         model = Transformer(config)
     short, whole = PREFIXES.get(config.model_type, ("", ""))
     stored = [tensor for file in _weight_files(folder) for tensor in _stored(file)]

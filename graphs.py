@@ -1,5 +1,6 @@
 """How the code of a step runs: as it stands or compiled, its calls bound to their graphs, the whole step captured."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -54,7 +55,8 @@ def compiled(function: Callable) -> Callable:
 
 def compiled_graphs() -> int:
     """How many graphs have been compiled so far, by anybody."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    dynamo = sys.modules.get("torch._dynamo")  # it takes seconds to import, and who has not compiled does without
+    return dynamo.utils.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
 class Bound:

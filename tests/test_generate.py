@@ -321,3 +321,9 @@ def test_interrupting_an_answer_keeps_the_conversation():
             call.send_signal(signal.SIGINT)
         out, err = call.communicate(timeout=60)
     assert call.returncode == 0 and err.count("[turn ") == 2, err
+
+
+def test_what_compiles_is_not_loaded_for_who_does_not():
+    """Dynamo takes longer to import than the embedded model to answer."""
+    run = "import sys, generate; generate.main(['--max-new-tokens', '2']); assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", run], cwd=ROOT, check=True, capture_output=True)
