@@ -325,9 +325,9 @@ def compiling(subject: Subject, sizes: Sizes) -> Iterator[Row]:
         x = model.embedded(tokens[:, None], seen[:, None])
         return model.logits(in_turn(blocks, x, rotary, layers)[:, 0])
 
-    def in_parts(compiled: Callable, size: int, layers: list[LayerCache]) -> Callable[[Tensor], Tensor]:
+    def in_parts(run: Callable, size: int, layers: list[LayerCache]) -> Callable[[Tensor], Tensor]:
         parts = [slice(first, first + size) for first in range(0, config.n_layers, size)]
-        bound, last = [Bound(compiled, blocks[part], rotary[part], layers[part]) for part in parts], Bound(head, model)
+        bound, last = [Bound(run, blocks[part], rotary[part], layers[part]) for part in parts], Bound(head, model)
 
         def step(tokens: Tensor) -> Tensor:
             x = model.embedded(tokens[:, None], seen[:, None])
@@ -352,11 +352,11 @@ def compiling(subject: Subject, sizes: Sizes) -> Iterator[Row]:
 
     rng, (slots, plans) = random.Random(0), plans_of(subject, sizes)
     uneven = [plans(rng) for _ in range(2)]
-    head, every = compiled(Transformer.logits), compiled(whole)
+    head = compiled(Transformer.logits)
     ways = {
         "one block": partial(in_parts, compiled(in_turn), 1),
         f"{GROUP} layers a graph": partial(in_parts, compiled(in_turn), GROUP),
-        "whole step": partial(Bound, every, blocks, rotary),
+        "whole step": partial(Bound, compiled(whole), blocks, rotary),
     }
     for name, way in ways.items():
         torch._dynamo.reset()

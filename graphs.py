@@ -48,6 +48,7 @@ class CudaGraphs:
 
 
 def compiled(function: Callable) -> Callable:
+    """The function through Inductor, as one graph for each kind of input; where it cannot be one, an error."""
     # Every policy, and every kind of model, adds its own graphs to the same code: the default limit allows 8 in all.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
     return torch.compile(function, fullgraph=True)

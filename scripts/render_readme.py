@@ -51,7 +51,7 @@ def step() -> str:
             least, of_least = row["roofline_ms"], row["of_roofline"]
         elif row["what"] == "profile, compiled":
             shares = "; ".join(f"{share:.0%} {what}" for what, share in row["shares"].items())
-            limit = f"{least:.2g} ms at the rate of a copy, {of_least:.0%} of that rate are reached"
+            limit = f"{least:.2g} ms at the rate of a copy, {of_least:.0%} of that rate is reached"
             lines.append(f"- A compiled step of {row['shape']}, {row['dtype']}: {limit}; {shares}.")
     graphs = [row for row in stages["compile"]["rows"] if "ms_per_step_uneven" in row]
     names, steps, firsts = (

@@ -15,12 +15,9 @@ from policies.tokens import TOKEN_POLICIES
 
 def compiled_equals_eager(model, policy: str) -> Decoder:
     """Also in the second step, which Dynamo has no part in. Returns the compiled one."""
-    eager, ours = (
-        Engine(model, policy, plan=[40] * model.config.n_layers, compile=compile)._start([Request(random_ids(30), 9)])[
-            0
-        ]
-        for compile in (False, True)
-    )
+    plan, request = [40] * model.config.n_layers, Request(random_ids(30), 9)
+    engines = [Engine(model, policy, plan=plan, compile=compile) for compile in (False, True)]
+    eager, ours = (engine._start([request])[0] for engine in engines)
     with torch.inference_mode():
         for _ in range(2):
             torch.testing.assert_close(ours.logits(), eager.logits())
