@@ -26,6 +26,8 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from engine import Completion, Engine, Figures, Request
+from errors import UserError
+from files import parse_json, read_json
 from sampling import Sampling
 
 FIELDS = ("id", "prompt", "prompt_ids", "max_new_tokens", "temperature", "seed")
@@ -81,7 +83,7 @@ class Job:
     """asked: the settings that decide what the results are; with others it is another job.
 
     default: what a line does not say, its `sampling` with the job's seed or none. encode: a prompt to ids. text: a new,
-    empty text of an answer. ValueError if there is an output and `resume` is false, or nothing to go on with.
+    empty text of an answer. UserError if there is an output and `resume` is false, or nothing to go on with.
     """
 
     def __init__(
@@ -98,21 +100,21 @@ class Job:
         self.encode, self.text = encode, text
         self.file = output.with_name(output.name + ".job.json")
         if not source.is_file():
-            raise ValueError(f"{source} is no file; it is read twice, so it has to be one")
+            raise UserError(f"{source} is no file; it is read twice, so it has to be one")
         if not output.parent.is_dir():
-            raise ValueError(f"{output}: that folder does not exist; make it first")
+            raise UserError(f"{output}: that folder does not exist; make it first")
         begun = output.exists() and output.stat().st_size > 0
         if begun and not resume:
-            raise ValueError(f"{output} exists; --resume goes on with it, or remove it")
+            raise UserError(f"{output} exists; --resume goes on with it, or remove it")
         if begun and not self.file.exists():
-            raise ValueError(f"{output} exists without {self.file.name}, so --resume cannot go on with it; remove it")
+            raise UserError(f"{output} exists without {self.file.name}, so --resume cannot go on with it; remove it")
         self.state: dict[str, Any] = {}  # what was decided; empty for a new job
         if resume and self.file.exists():
-            self.state = json.loads(self.file.read_bytes())
+            self.state = read_json(self.file)
         seed = default.sampling.seed
         self.seed = self.state.get("seed", secrets.randbits(63) if seed is None else seed)
 
-    def lines(self, engine: Engine, max_length: int | None = None) -> Iterator[tuple[int, Line | ValueError]]:
+    def lines(self, engine: Engine, max_length: int | None = None) -> Iterator[tuple[int, Line | UserError]]:
         """Every line that is not blank, with its number: a request, or why it is none."""
         with self.source.open("rb") as file:
             for number, raw in enumerate(file, 1):
@@ -120,36 +122,36 @@ class Job:
                     try:
                         line = self._line(number, raw)
                         if refusal := engine.refusal(line):
-                            raise ValueError(refusal)
+                            raise UserError(refusal)
                         prompt, new = len(line.ids), line.max_new_tokens
                         if max_length is not None and prompt + new > max_length:
-                            raise ValueError(f"{prompt} prompt + {new} new tokens exceed max-length {max_length}")
-                    except (ValueError, RecursionError) as error:
-                        yield number, ValueError(str(error))
+                            raise UserError(f"{prompt} prompt + {new} new tokens exceed max-length {max_length}")
+                    except UserError as error:
+                        yield number, error
                     else:
                         yield number, line
 
     def survey(
-        self, engine: Engine, max_length: int | None = None, bad: Callable[[int, ValueError], None] = lambda *_: None
+        self, engine: Engine, max_length: int | None = None, bad: Callable[[int, UserError], None] = lambda *_: None
     ) -> Survey:
         """Reads the input for the first time; the engine's model may be on meta. `bad` is told of each bad line.
 
-        ValueError for two lines with one id, for no line that can run, and for a job that is not the one to resume.
+        UserError for two lines with one id, for no line that can run, and for a job that is not the one to resume.
         """
         survey, numbers = Survey(), {}
         for number, line in tqdm(self.lines(engine, max_length), "reading", unit="line", leave=False, disable=None):
-            if isinstance(line, ValueError):
+            if isinstance(line, UserError):
                 survey.bad[number] = str(line)
                 bad(number, line)
                 continue
             if (first := numbers.setdefault(line.id, number)) != number:
-                raise ValueError(f"{self.source}: lines {first} and {number} have the same id, {json.dumps(line.id)}")
+                raise UserError(f"{self.source}: lines {first} and {number} have the same id, {json.dumps(line.id)}")
             survey.count += 1
             survey.longest = max(survey.longest, len(line.ids) + line.max_new_tokens)
             survey.longest_prompt = max(survey.longest_prompt, len(line.ids))
             survey.samplings.setdefault((line.sampling.temperature == 0, line.sampling.restricted), line.sampling)
         if not survey.count:
-            raise ValueError(f"{self.source} holds no request that can run")
+            raise UserError(f"{self.source} holds no request that can run")
         with self.source.open("rb") as file:
             digest = sha256()
             while part := file.read(1 << 20):
@@ -160,7 +162,7 @@ class Job:
             was = {**self.state["asked"], "the input's sha256": self.state["input"]}
             if other := [name for name in now if was.get(name) != now[name]]:
                 texts = "; ".join(f"{name} was {was.get(name)!r} and is {now[name]!r}" for name in other)
-                raise ValueError(f"{self.output} is of another job: {texts}")
+                raise UserError(f"{self.output} is of another job: {texts}")
         return survey
 
     def begin(self) -> tuple[BufferedWriter, set[str | int]]:
@@ -169,7 +171,7 @@ class Job:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"{self.output} is being written by another run") from None
+            raise UserError(f"{self.output} is being written by another run") from None
         done, whole = set(), 0
         with self.output.open("rb") as results:
             for number, raw in enumerate(results, 1):
@@ -178,7 +180,7 @@ class Job:
                 try:
                     done.add(json.loads(raw)["id"])
                 except (ValueError, TypeError, KeyError):
-                    raise ValueError(f"{self.output} line {number} is no result; mend or remove it") from None
+                    raise UserError(f"{self.output} line {number} is no result; mend or remove it") from None
                 whole += len(raw)
         file.truncate(whole)
         return file, done
@@ -227,30 +229,25 @@ class Job:
         os.fsync(file.fileno())
 
     def _line(self, number: int, raw: bytes) -> Line:
-        try:
-            said = json.loads(raw)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"not JSON ({error})") from None
-        if not isinstance(said, dict):
-            raise ValueError(f"not a JSON object but {type(said).__name__}")
+        said = parse_json(raw, "")
         if unknown := [name for name in said if name not in FIELDS]:
-            raise ValueError(f"unknown field {unknown[0]!r}; known: {', '.join(FIELDS)}")
+            raise UserError(f"unknown field {unknown[0]!r}; known: {', '.join(FIELDS)}")
         if ("prompt" in said) == ("prompt_ids" in said):
-            raise ValueError("give one of prompt and prompt_ids")
+            raise UserError("give one of prompt and prompt_ids")
 
         def get(name: str, default: Any, kind: str, *types: type) -> Any:
             value = said.get(name, default)
             if name in said and type(value) not in types:
-                raise ValueError(f"{name} must be {kind}, not {json.dumps(value)}")
+                raise UserError(f"{name} must be {kind}, not {json.dumps(value)}")
             return value
 
         line_id = get("id", number, "a string or an integer", str, int)
         prompt = get("prompt", None, "a string", str)
         ids = get("prompt_ids", None, "a list of integers", list)
         if any(type(i) is not int for i in ids or ()):
-            raise ValueError("prompt_ids must be a list of integers")
+            raise UserError("prompt_ids must be a list of integers")
         if prompt == "":
-            raise ValueError("the prompt is empty; give some text")
+            raise UserError("the prompt is empty; give some text")
         default = self.default.sampling
         temperature = get("temperature", default.temperature, "a number", int, float)
         seed = get("seed", None, "an integer", int)

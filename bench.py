@@ -51,6 +51,7 @@ from commandline import Parser, guarded
 from config import ModelConfig
 from decoder import Store
 from engine import Completion, Engine, Request, rows_at_once
+from errors import UserError
 from graphs import Bound, CudaGraphs, compiled, compiled_graphs
 from kvcache import KVCache, LayerCache
 from model import Block, Transformer
@@ -560,14 +561,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     belongs["max_memory"] = (*THROUGHPUT, "batching")
     for option, stages in belongs.items():
         if getattr(args, option) is not None and not set(stages) & set(args.stage):
-            raise ValueError(f"--{option.replace('_', '-')} belongs to --stage {' or '.join(stages)}")
+            raise UserError(f"--{option.replace('_', '-')} belongs to --stage {' or '.join(stages)}")
     for file in (args.out, args.plot, args.profile):
         if file is not None and not file.absolute().parent.is_dir():
-            raise ValueError(f"{file}: that folder does not exist; make it first")
+            raise UserError(f"{file}: that folder does not exist; make it first")
     if args.max_memory is not None and not (0 < args.max_memory < math.inf and args.device == "cuda"):
-        raise ValueError(f"--max-memory must be positive, and needs --device cuda, not {args.max_memory}")
+        raise UserError(f"--max-memory must be positive, and needs --device cuda, not {args.max_memory}")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' is not available; there is cpu")
+        raise UserError("device 'cuda' is not available; there is cpu")
     return args
 
 
@@ -592,7 +593,7 @@ def counts(text: str) -> tuple[int, ...]:
 
 
 def chosen(args: argparse.Namespace) -> list[tuple[str, Sizes]]:
-    """The jobs that the command asks for. ValueError for what cannot be, before anything runs."""
+    """The jobs that the command asks for. UserError for what cannot be, before anything runs."""
     jobs = [(stage, sizes) for stage, sizes in JOBS[args.device] if stage in args.stage]
     if args.shape:
         first = dict(reversed(jobs))
@@ -604,7 +605,7 @@ def chosen(args: argparse.Namespace) -> list[tuple[str, Sizes]]:
         limit = ModelConfig.from_hf(published(sizes.shape)[0]).max_positions
         if sizes.prompt + sizes.new > limit:
             wanted = f"{sizes.prompt} prompt + {sizes.new} new tokens"
-            raise ValueError(f"{wanted} exceed the {limit} positions of {sizes.shape}; shorten them")
+            raise UserError(f"{wanted} exceed the {limit} positions of {sizes.shape}; shorten them")
     return jobs
 
 

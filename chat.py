@@ -25,6 +25,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 
+from errors import UserError
 from tokenizer import Tokenizer, broken, read_json, read_settings, special_tokens
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
@@ -36,7 +37,7 @@ _ANSWER = "\ufdd1"  # stands for the latest answer
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A checkpoint's template and its tokenizer. Every error in rendering is a ValueError of one line."""
+    """A checkpoint's template and its tokenizer. Every error in rendering is a UserError of one line."""
 
     template: jinja2.Template
     tokenizer: Tokenizer
@@ -57,7 +58,7 @@ class ChatTemplate:
         shown[-2]["content"] = _ANSWER
         text = self._render(shown)
         if _ANSWER not in text:
-            raise ValueError("the chat template does not show earlier answers, so a conversation cannot go on with it")
+            raise UserError("the chat template does not show earlier answers, so a conversation cannot go on with it")
         return self._encode(text.rpartition(_ANSWER)[2], continues=True)
 
     def _shown(self, messages: Sequence[Message]) -> list[Message]:
@@ -73,9 +74,9 @@ class ChatTemplate:
                 self.variables, messages=messages, add_generation_prompt=True, tools=None, documents=None
             )
         except _Refused as error:
-            raise ValueError(f"the chat template refuses these messages: {_line(error)}") from None
+            raise UserError(f"the chat template refuses these messages: {_line(error)}") from None
         except Exception as error:  # a template is a program: it may fail in any way
-            raise ValueError(f"the chat template failed: {type(error).__name__}: {_line(error)}") from None
+            raise UserError(f"the chat template failed: {type(error).__name__}: {_line(error)}") from None
 
     def _encode(self, text: str, continues: bool = False) -> list[int]:
         """Ids of a rendered text. Between two seams each piece stands alone, so that no name spans a seam."""
@@ -95,7 +96,7 @@ class ChatTemplate:
 
 
 def load(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """The chat template in `folder`, or None if there is none; ValueError if it is broken."""
+    """The chat template in `folder`, or None if there is none; UserError if it is broken."""
     path, source = _find(folder)
     if source is None:
         return None
@@ -103,11 +104,11 @@ def load(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
         named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
         source = named.get("default")
     if not isinstance(source, str):
-        raise ValueError(f"{path}: chat_template must be a text or a list with one named 'default'")
+        raise UserError(f"{path}: chat_template must be a text or a list with one named 'default'")
     try:
         template = _environment().from_string(source)
     except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"{path}: line {error.lineno} of the chat template: {_line(error)}") from None
+        raise UserError(f"{path}: line {error.lineno} of the chat template: {_line(error)}") from None
     return ChatTemplate(template, tokenizer, special_tokens(folder))
 
 

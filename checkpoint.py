@@ -11,7 +11,6 @@ memory-mapped and read tensor by tensor into the parameter each belongs to, so t
 more than one tensor in memory. Nothing is guessed: every tensor is used, ignored by name, or an error.
 """
 
-import json
 import os
 import re
 import sys
@@ -30,6 +29,8 @@ from tqdm import tqdm
 
 from commandline import Parser, guarded
 from config import ModelConfig
+from errors import UserError
+from files import read_json
 from model import Transformer
 
 # Our module -> the checkpoint's modules that are fused into it, in this order, weight and bias alike. {l} is the
@@ -162,7 +163,7 @@ def load(
 ) -> tuple[Transformer, ModelConfig]:
     """The model in a folder or on the hub, ready to run, and its config; dtype "auto" is the one config.json names.
 
-    ValueError, in one line that names the culprit, for whatever is missing, broken, unsupported or does not fit.
+    UserError, in one line that names the culprit, for whatever is missing, broken, unsupported or does not fit.
     """
     device = find_device(device)
     folder = resolve(path)
@@ -181,14 +182,14 @@ def load(
 
 
 def skeleton(path: str | Path, dtype: str | torch.dtype = "auto") -> Transformer:
-    """The model without its weights, on the meta device: what `load` would give, and the same ValueErrors."""
+    """The model without its weights, on the meta device: what `load` would give, and the same UserErrors."""
     model, _ = _matched(resolve(path), dtype)
     return model.to(model.config.dtype)
 
 
 def report(path: str | Path, dtype: str = "auto", tokens: int = 4096, memory: float = 24, budget: float = 0.2) -> str:
     """What is in a checkpoint, and how many sequences of `tokens` tokens fit into `memory` GiB beside its weights:
-    with the full cache, and squeezed to the share `budget` of it. ValueError if something does not match.
+    with the full cache, and squeezed to the share `budget` of it. UserError if something does not match.
     """
     model, found = _matched(resolve(path), dtype)
     config = model.config
@@ -230,13 +231,13 @@ def resolve(path_or_id: str | Path) -> Path:
     if not folder.exists() and HUB_ID.fullmatch(str(path_or_id)):
         folder = _download(str(path_or_id))
     if not folder.exists():
-        raise ValueError(f"checkpoint folder {path_or_id} does not exist")
+        raise UserError(f"checkpoint folder {path_or_id} does not exist")
     if not folder.is_dir():
-        raise ValueError(f"checkpoint {path_or_id} is a file; give the folder that holds config.json and the weights")
+        raise UserError(f"checkpoint {path_or_id} is a file; give the folder that holds config.json and the weights")
     if not any(folder.iterdir()):
-        raise ValueError(f"checkpoint folder {path_or_id} is empty")
+        raise UserError(f"checkpoint folder {path_or_id} is empty")
     if not (folder / "config.json").is_file():
-        raise ValueError(f"checkpoint folder {path_or_id} holds no config.json")
+        raise UserError(f"checkpoint folder {path_or_id} holds no config.json")
     return folder
 
 
@@ -254,7 +255,7 @@ def _download(repo: str) -> Path:
             fetch(*(_listed(indexes[0]) if indexes else ["pytorch_model.bin"]))
         return folder
     except Exception as error:  # the client's own, its http library's, the operating system's
-        raise ValueError(f"{repo} is no folder here, and the hub did not give it: {_line(error)}") from error
+        raise UserError(f"{repo} is no folder here, and the hub did not give it: {_line(error)}") from error
 
 
 class _Uninitialised(TorchFunctionMode):
@@ -267,7 +268,7 @@ class _Uninitialised(TorchFunctionMode):
 
 
 def _matched(folder: Path, dtype: str | torch.dtype) -> tuple[Transformer, dict[str, Stored]]:
-    """The model without its weights, and the tensors found for it: ValueError unless they are what it consists of."""
+    """The model without its weights, and the tensors found for it: UserError unless they are what it consists of."""
     dtype = _dtype(dtype)
     config = _config(folder)
     config = replace(config, dtype=dtype or config.dtype)
@@ -285,7 +286,7 @@ def _config(folder: Path) -> ModelConfig:
     try:
         return ModelConfig.from_hf(raw)
     except (AttributeError, TypeError) as error:  # a list where a number should be, and the like
-        raise ValueError(f"{folder / 'config.json'} is broken: {_line(error)}") from error
+        raise UserError(f"{folder / 'config.json'} is broken: {_line(error)}") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -295,25 +296,21 @@ def _weight_files(folder: Path) -> list[Path]:
         if (index := folder / f"{name}.index.json").exists():
             files = [folder / shard for shard in _listed(index)]
             if missing := [file.name for file in files if not file.exists()]:
-                raise ValueError(f"{index} lists {_some(missing)}, missing in that folder")
+                raise UserError(f"{index} lists {_some(missing)}, missing in that folder")
             return files
-    raise ValueError(f"checkpoint folder {folder} holds no weights: no {' or '.join(SINGLE)}, whole or in shards")
+    raise UserError(f"checkpoint folder {folder} holds no weights: no {' or '.join(SINGLE)}, whole or in shards")
 
 
 def _listed(index: Path) -> list[str]:
     """The names of the files that an index of shards refers to."""
     weight_map = _json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise ValueError(f"{index} is broken: no weight_map from tensors to files")
+        raise UserError(f"{index} is broken: no weight_map from tensors to files")
     return sorted(set(weight_map.values()))
 
 
 def _json(file: Path) -> dict:
-    with _reading(file):
-        content = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is broken: not a JSON object")
-    return content
+    return read_json(file)
 
 
 def _parts(name: str, rows: int, config: ModelConfig) -> dict[str, int]:
@@ -331,7 +328,7 @@ def _parts(name: str, rows: int, config: ModelConfig) -> dict[str, int]:
 
 
 def _check(folder: Path, model: Transformer, found: dict[str, Stored]) -> None:
-    """ValueError unless the tensors found are exactly those that the model consists of."""
+    """UserError unless the tensors found are exactly those that the model consists of."""
     config, wanted = model.config, {}
     for name, parameter in model.named_parameters():
         for source, rows in _parts(name, len(parameter), config).items():
@@ -345,9 +342,9 @@ def _check(folder: Path, model: Transformer, found: dict[str, Stored]) -> None:
         "of another shape": [f"{name} {found[name].shape} instead of {wanted[name]}" for name in wrong],
     }
     if texts := [f"{len(names)} {problem}: {_some(names)}" for problem, names in problems.items() if names]:
-        raise ValueError(f"the weights in {folder} do not fit its config.json; tensors {'; '.join(texts)}")
+        raise UserError(f"the weights in {folder} do not fit its config.json; tensors {'; '.join(texts)}")
     if config.tie_embeddings and head in found and not torch.equal(found[head].read(), found[embed].read()):
-        raise ValueError(f"{folder}: config.json says tie_word_embeddings, but {head} differs from {embed}")
+        raise UserError(f"{folder}: config.json says tie_word_embeddings, but {head} differs from {embed}")
 
 
 def _by_kv_head(wqkv: Tensor, config: ModelConfig) -> list[Tensor]:
@@ -360,7 +357,7 @@ def _copy(stored: Stored, part: Tensor, config: ModelConfig) -> None:
     """Read a tensor into `part`, casting it."""
     tensor = stored.read()
     if not tensor.is_floating_point():
-        raise ValueError(f"{stored.file}: {stored.name} is {tensor.dtype}; quantized checkpoints are not supported")
+        raise UserError(f"{stored.file}: {stored.name} is {tensor.dtype}; quantized checkpoints are not supported")
     if stored.name.endswith(INTERLEAVED):
         views = _by_kv_head(part, config)
         heads = tensor.unflatten(0, (config.n_kv_heads, -1, config.head_dim))
@@ -370,8 +367,8 @@ def _copy(stored: Stored, part: Tensor, config: ModelConfig) -> None:
         part.copy_(tensor)
     if not all(extreme.isfinite() for extreme in part.aminmax()):
         if all(extreme.isfinite() for extreme in tensor.aminmax()):
-            raise ValueError(f"{stored.file}: {stored.name} overflows {part.dtype}; use bfloat16 or float32")
-        raise ValueError(f"{stored.file}: {stored.name} holds NaN or infinite values")
+            raise UserError(f"{stored.file}: {stored.name} overflows {part.dtype}; use bfloat16 or float32")
+        raise UserError(f"{stored.file}: {stored.name} holds NaN or infinite values")
 
 
 def _stored(file: Path) -> list[Stored]:
@@ -392,7 +389,7 @@ def _reading(file: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, EOFError, ValueError, AttributeError, SafetensorError, UnpicklingError) as error:
-        raise ValueError(f"{file} cannot be read: {_line(error)}") from error
+        raise UserError(f"{file} cannot be read: {_line(error)}") from error
 
 
 def find_device(name: str | torch.device) -> torch.device:
@@ -401,7 +398,7 @@ def find_device(name: str | torch.device) -> torch.device:
         kind = torch.accelerator.current_accelerator().type
         known += [kind, *(f"{kind}:{i}" for i in range(torch.accelerator.device_count()))]
     if str(name) not in known:
-        raise ValueError(f"device {str(name)!r} is not available; there is {', '.join(known)}")
+        raise UserError(f"device {str(name)!r} is not available; there is {', '.join(known)}")
     device = torch.device(name)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # streams, events and captures are made on the current one
@@ -411,7 +408,7 @@ def find_device(name: str | torch.device) -> torch.device:
 def _dtype(name: str | torch.dtype) -> torch.dtype | None:
     """None for "auto"."""
     if name != "auto" and name not in DTYPES and name not in DTYPES.values():
-        raise ValueError(f"dtype {str(name)!r} is not supported; use auto, {', '.join(DTYPES)}")
+        raise UserError(f"dtype {str(name)!r} is not supported; use auto, {', '.join(DTYPES)}")
     return None if name == "auto" else DTYPES.get(name, name)
 
 
@@ -435,7 +432,7 @@ def main(argv: list[str] | None = None) -> int:
     def call() -> int:
         arguments = parser.parse_args(argv)
         if arguments.tokens < 1 or not 0 < arguments.budget <= 1 or not 0 < arguments.memory < float("inf"):
-            raise ValueError("tokens must be at least 1, memory positive, and budget in (0, 1]")
+            raise UserError("tokens must be at least 1, memory positive, and budget in (0, 1]")
         print(report(**vars(arguments)))
         return 0
 

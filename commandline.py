@@ -8,12 +8,14 @@ from typing import NoReturn
 import torch
 from tqdm import tqdm
 
+from errors import UserError
+
 
 class Parser(argparse.ArgumentParser):
-    """Wrong arguments are a ValueError."""
+    """Wrong arguments are a UserError."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see --help)")
+        raise UserError(f"{message} (see --help)")
 
 
 def number(text: str) -> int | float:
@@ -27,7 +29,7 @@ def guarded(program: str, call: Callable[[], int], interrupted: str = "interrupt
     """The exit code: what `call` returns, 2 after an error that a user can put right, 130 after Ctrl-C."""
     try:
         return call()
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
         complain(program, error)
     except ModuleNotFoundError as error:
         complain(program, f"{error}; install it (requirements-dev.txt has most of what is optional)")

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from errors import UserError
+
 
 class Family(NamedTuple):
     """What a family says where its config.json is silent, or in words of its own."""
@@ -202,35 +204,35 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> "ModelConfig":
-        """Read a Hugging Face config.json (`raw`). ValueError names what is unsupported, missing or senseless."""
+        """Read a Hugging Face config.json (`raw`). UserError names what is unsupported, missing or senseless."""
         model_type = raw.get("model_type")
         if model_type not in FAMILIES:
-            raise ValueError(f"model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+            raise UserError(f"model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
         if raw.get("quantization_config"):
             method = raw["quantization_config"].get("quant_method", "unknown")
-            raise ValueError(f"quantized checkpoints ({method}) are not supported; use the unquantized weights")
+            raise UserError(f"quantized checkpoints ({method}) are not supported; use the unquantized weights")
         family = FAMILIES[model_type]
         conf = family.defaults | {k: v for k, v in raw.items() if v is not None or k in NULLABLE}
         conf |= {name: conf[alias] for alias, names in ALIASES.items() if alias in conf for name in names}
         for name, only in (ONLY | {"word_embed_proj_dim": conf.get("hidden_size")}).items():
             if conf.get(name, only) != only:
-                raise ValueError(f"{name} {conf[name]!r} is not supported for {model_type}; only {only} is")
+                raise UserError(f"{name} {conf[name]!r} is not supported for {model_type}; only {only} is")
         if family.ffn_times and isinstance(conf.get("hidden_size"), int):
             conf.setdefault("intermediate_size", family.ffn_times * conf["hidden_size"])
         needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         optional = ("num_key_value_heads", "head_dim", "num_local_experts", "num_experts_per_tok")
         for name in needed + tuple(k for k in optional if k in conf):
             if not isinstance(conf.get(name), int) or conf[name] < 1:
-                raise ValueError(f"config.json: {name} must be a positive integer, not {conf.get(name)!r}")
+                raise UserError(f"config.json: {name} must be a positive integer, not {conf.get(name)!r}")
         dim, heads = conf["hidden_size"], conf["num_attention_heads"]
         kv_heads = conf.get("num_key_value_heads", heads)
         if heads % kv_heads:
-            raise ValueError(f"config.json: {heads} attention heads do not divide by {kv_heads} key-value heads")
+            raise UserError(f"config.json: {heads} attention heads do not divide by {kv_heads} key-value heads")
         if "head_dim" not in conf and dim % heads:
-            raise ValueError(f"config.json: hidden_size {dim} does not divide by {heads} attention heads")
+            raise UserError(f"config.json: hidden_size {dim} does not divide by {heads} attention heads")
         head_dim = conf.get("head_dim", dim // heads)
         if (activation := conf.get("hidden_act", "silu")) not in ACTIVATIONS:
-            raise ValueError(f"activation {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+            raise UserError(f"activation {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
         windowed = _windowed(conf, family.windows)
         rope, local_rope, rotary_dim = _ropes(conf, head_dim)
         fields = dict(
@@ -273,7 +275,7 @@ def _unturned(conf: dict[str, Any]) -> tuple[int, ...]:
     layers, period = range(conf["num_hidden_layers"]), conf["no_rope_layer_interval"]
     turned = conf.get("no_rope_layers", [(layer + 1) % period for layer in layers])  # by its name the opposite
     if len(turned) != len(layers):
-        raise ValueError(f"config.json: no_rope_layers must be {len(layers)} numbers, not {turned}")
+        raise UserError(f"config.json: no_rope_layers must be {len(layers)} numbers, not {turned}")
     return tuple(layer for layer in layers if not turned[layer])
 
 
@@ -293,22 +295,22 @@ def _windowed(conf: dict[str, Any], which: str | None) -> tuple[int, ...]:
     """The layers that have a sliding window."""
     window, layers = conf.get("sliding_window"), range(conf["num_hidden_layers"])
     if window is None and "rope_local_base_freq" in conf:
-        raise ValueError(f"{conf['model_type']} without a sliding_window is not supported")
+        raise UserError(f"{conf['model_type']} without a sliding_window is not supported")
     if which is None or window is None or not conf.get("use_sliding_window", True):
         return ()
     if type(window) is not int or window < 1:
-        raise ValueError(f"config.json: sliding_window must be a positive integer, not {window!r}")
+        raise UserError(f"config.json: sliding_window must be a positive integer, not {window!r}")
     if which == "all":
         return tuple(layers)
     if (kinds := conf.get("layer_types")) is not None:
         known = ("sliding_attention", "full_attention")
         if len(kinds) != len(layers) or not set(kinds) <= set(known):
-            raise ValueError(f"config.json: layer_types must be {len(layers)} of {' or '.join(known)}, not {kinds}")
+            raise UserError(f"config.json: layer_types must be {len(layers)} of {' or '.join(known)}, not {kinds}")
         return tuple(layer for layer in layers if kinds[layer] == "sliding_attention")
     if (period := conf.get("sliding_window_pattern")) is not None:  # every so manyth layer has none
         return tuple(layer for layer in layers if (layer + 1) % period)
     if "max_window_layers" not in conf:
-        raise ValueError(f"config.json: {conf['model_type']} with a sliding_window needs layer_types")
+        raise UserError(f"config.json: {conf['model_type']} with a sliding_window needs layer_types")
     return tuple(layers[conf["max_window_layers"] :])
 
 
@@ -322,10 +324,10 @@ def _ropes(conf: dict[str, Any], head_dim: int) -> tuple[dict[str, Any], dict[st
     older = {"rope_theta": conf.get("rope_theta", 10000.0), **(conf.get("rope_scaling") or {})}
     partial = found.get("partial_rotary_factor", conf.get("partial_rotary_factor", 1.0))
     if partial != 1.0 and "partial_rotary_factor" not in FAMILIES[conf["model_type"]].defaults:
-        raise ValueError(f"partial_rotary_factor {partial} is not supported for {conf['model_type']}; only 1.0 is")
+        raise UserError(f"partial_rotary_factor {partial} is not supported for {conf['model_type']}; only 1.0 is")
     rotary_dim = int(head_dim * partial)
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
-        raise ValueError(f"config.json: the rotary part of a head must be even, not {rotary_dim} of {head_dim}")
+        raise UserError(f"config.json: the rotary part of a head must be even, not {rotary_dim} of {head_dim}")
     return _rope(conf, older | found, rotary_dim), _rope(conf, local, rotary_dim) if local else None, rotary_dim
 
 
@@ -334,18 +336,18 @@ def _rope(conf: dict[str, Any], rope: dict[str, Any], rotary_dim: int) -> dict[s
     kind = rope.get("rope_type") or rope.get("type") or "default"
     rope = rope | {"rope_type": (kind := {"su": "longrope"}.get(kind, kind))}
     if kind not in ROPE_TYPES:
-        raise ValueError(f"rope type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+        raise UserError(f"rope type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
     wanted = {"linear": ["factor"], "dynamic": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}
     for name in wanted.get(kind, []):
         if not isinstance(rope.get(name), (int, float)) or rope[name] <= 0:
-            raise ValueError(f"config.json: rope type {kind!r} needs a positive {name}, not {rope.get(name)!r}")
+            raise UserError(f"config.json: rope type {kind!r} needs a positive {name}, not {rope.get(name)!r}")
     if kind in ("llama3", "longrope"):
         trained, name = conf.get("max_position_embeddings", 2048), "original_max_position_embeddings"
         rope[name] = conf.get(name, rope.get(name, trained))
     if kind == "longrope":
         for name in ("short_factor", "long_factor"):
             if not isinstance(rope.get(name), list) or len(rope[name]) != rotary_dim // 2:
-                raise ValueError(f"config.json: rope type {kind!r} needs a list of {rotary_dim // 2} as {name}")
+                raise UserError(f"config.json: rope type {kind!r} needs a list of {rotary_dim // 2} as {name}")
         factor = rope.get("factor") or trained / rope["original_max_position_embeddings"]
         grown = 1 + math.log(max(factor, 1)) / math.log(rope["original_max_position_embeddings"])
         rope["attention_factor"] = rope.get("attention_factor") or math.sqrt(grown)
@@ -355,5 +357,5 @@ def _rope(conf: dict[str, Any], rope: dict[str, Any], rotary_dim: int) -> dict[s
 def _dtype(conf: dict[str, Any]) -> torch.dtype:
     name = str(conf.get("dtype", conf.get("torch_dtype", "float32"))).removeprefix("torch.")
     if name not in ("float16", "bfloat16", "float32", "float64"):
-        raise ValueError(f"config.json: dtype {name!r} is not supported; use float16, bfloat16, float32 or float64")
+        raise UserError(f"config.json: dtype {name!r} is not supported; use float16, bfloat16, float32 or float64")
     return getattr(torch, name)

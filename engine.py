@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from decoder import Decoder, Store
+from errors import UserError
 from graphs import Code, compiled_graphs
 from kvcache import KVCache, Memory, Prompt
 from memory import Needs
@@ -119,7 +120,7 @@ class Engine:
     policy, layers: a policy or its name. budget: slots per layer (an integer above 1) or the share of
     prompt + max_new_tokens in (0, 1] that a uniform plan would give; None chooses one that suits the request.
     plan: slots per layer, instead of letting `layers` and `budget` decide. compile: run decode through one compiled
-    block, used for every layer. ValueError for what does not fit together.
+    block, used for every layer. UserError for what does not fit together.
     """
 
     def __init__(
@@ -137,10 +138,10 @@ class Engine:
         self.budget, self.plan = budget, plan
         if budget is not None:
             if not self.policy.bounded:
-                raise ValueError(f"policy {self.policy.name} keeps every token and takes no budget, not {budget}")
+                raise UserError(f"policy {self.policy.name} keeps every token and takes no budget, not {budget}")
             check_budget(budget)
         if plan is not None and len(plan) != model.config.n_layers:
-            raise ValueError(f"the plan has {len(plan)} layers, the model {model.config.n_layers}")
+            raise UserError(f"the plan has {len(plan)} layers, the model {model.config.n_layers}")
         self.device = model.embed.weight.device
         self.code, self.store = Code(compile, self.device), Store()
         # Steps that are started before the tokens of the first of them are looked at, so that the device never waits.
@@ -154,7 +155,7 @@ class Engine:
         eos_ids: Collection[int] = (),
         stop: Callable[[list[int]], bool] | None = None,
     ) -> Stream:
-        """One request's tokens as they are made. ValueError, before anything is allocated, for one that cannot run."""
+        """One request's tokens as they are made. UserError, before anything is allocated, for one that cannot run."""
         completion = Completion(Request(ids, max_new_tokens, sampling, eos_ids, stop))
         self.check(completion.request)
         return Stream(self._serve(iter([completion]), 1, len(ids) + max_new_tokens, [sampling]), completion)
@@ -194,13 +195,13 @@ class Engine:
             batch_size = max(len(lengths), 1) if batch_size is None else batch_size
             max_length = max_length or max(lengths, default=0)
         if batch_size is None or max_length is None:
-            raise ValueError("requests that are not a sequence need a batch_size and a max_length")
+            raise UserError("requests that are not a sequence need a batch_size and a max_length")
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+            raise UserError(f"batch_size must be at least 1, not {batch_size}")
         if max_length:  # else nothing can run
             known = self._plan(None, self._budget_slots(max_length), max_length)
             if apart and known is None:
-                raise ValueError(f"requests that run apart need a plan; {self.layer_policy.name} makes it from prompts")
+                raise UserError(f"requests that run apart need a plan; {self.layer_policy.name} makes it from prompts")
         for updated in self._serve(map(Completion, requests), batch_size, max_length, samplings, apart):
             yield from (completion for completion in updated if completion.finish_reason)
 
@@ -255,12 +256,12 @@ class Engine:
         )
 
     def check(self, request: Request, seen: int = 0, limit: int | None = None) -> None:
-        """ValueError, in one line, if the request cannot run.
+        """UserError, in one line, if the request cannot run.
 
         In a conversation it comes after `seen` tokens, and the cache is made for `limit` tokens.
         """
         if refusal := self.refusal(request, seen):
-            raise ValueError(refusal)
+            raise UserError(refusal)
         self._budget_slots(limit or seen + len(request.ids) + request.max_new_tokens)
 
     def refusal(self, request: Request, seen: int = 0) -> str | None:
@@ -299,7 +300,7 @@ class Engine:
             for layer, (slots, cap) in enumerate(zip(self.plan, self._caps(length), strict=True)):
                 needed = min(floor, cap) if self.policy.bounded else cap
                 if type(slots) is not int or slots < needed:
-                    raise ValueError(
+                    raise UserError(
                         f"the plan gives layer {layer} {slots} slots; policy {self.policy.name} needs at least {needed}"
                     )
             return sum(self.plan) // len(self.plan)
@@ -310,7 +311,7 @@ class Engine:
         slots = self.budget if self.budget > 1 else math.floor(Fraction(str(self.budget)) * length)
         slots = min(slots, length)  # what more would do: every layer at its cap
         if slots < floor:
-            raise ValueError(
+            raise UserError(
                 f"budget {self.budget} is {slots} slots per layer for {length} tokens; "
                 f"policy {self.policy.name} needs at least {floor}"
             )
@@ -625,7 +626,7 @@ class Conversation:
         eos_ids: Collection[int] = (),
         stop: Callable[[list[int]], bool] | None = None,
     ) -> Stream:
-        """The answer to one more turn. It ends the turn before. ValueError, with nothing changed, if it cannot run."""
+        """The answer to one more turn. It ends the turn before. UserError, with nothing changed, if it cannot run."""
         unfed = self._unfed
         if self._stream and (said := self._stream.completion.tokens):  # else nobody listened to the turn before
             unfed = said[-1:] if self._stream.completion.finish_reason != "eos" else []
@@ -665,11 +666,11 @@ def rows_at_once(prompt: int) -> int:
 
 
 def check_budget(budget: float) -> None:
-    """ValueError unless `budget` is an integer above 1 (slots per layer) or a number in (0, 1] (a share)."""
+    """UserError unless `budget` is an integer above 1 (slots per layer) or a number in (0, 1] (a share)."""
     whole = isinstance(budget, int) and not isinstance(budget, bool)
     if (
         isinstance(budget, bool)
         or not isinstance(budget, (int, float))
         or not (0 < budget <= 1 or whole and budget > 1)
     ):
-        raise ValueError(f"budget must be a fraction in (0, 1] or an integer of slots above 1, not {budget}")
+        raise UserError(f"budget must be a fraction in (0, 1] or an integer of slots above 1, not {budget}")

@@ -31,6 +31,7 @@ import tokenizer as tokenizers
 from benchmark.record import origin
 from checkpoint import EMBEDDED
 from commandline import Parser, guarded, number
+from errors import UserError
 from evaluation import standard, summary, tiny_data
 from evaluation.cells import Cell, grid
 from evaluation.fidelity import Fidelity
@@ -118,12 +119,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         for each in value if isinstance(value, list) else [value]:
             given = getattr(args, name)
             if isinstance(each, int) and min(given if isinstance(given, list) else [given]) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {given}")
+                raise UserError(f"--{name} must be at least 1, not {given}")
     if args.files and not tasks_given and not args.suite:
         args.tasks = []
     for name in args.tasks:
         if name not in DEFAULTS["tasks"]:
-            raise ValueError(f"unknown task {name!r}; known: {', '.join(DEFAULTS['tasks'])}")
+            raise UserError(f"unknown task {name!r}; known: {', '.join(DEFAULTS['tasks'])}")
     args.out = Path(args.out or (HERE / "results" / f"eval_{args.suite}" if args.suite else HERE / "runs" / "eval"))
     return args
 
@@ -141,7 +142,7 @@ def evaluate(args: argparse.Namespace) -> int:
     folder = checkpoint.resolve(args.checkpoint)
     tokenizer = tokenizers.load(folder)
     if tokenizer is None:
-        raise ValueError(f"{args.checkpoint} has no tokenizer; evaluation reads text")
+        raise UserError(f"{args.checkpoint} has no tokenizer; evaluation reads text")
     if args.lm_eval:
         return harness(args, cells, tokenizer)
     model, config = checkpoint.load(folder, args.device, args.dtype)
@@ -191,7 +192,7 @@ def make_tasks(
         for name, lines in standard.read(source):
             tasks.append(standard.Standard(name, lines[: args.rows], tokenizer, eos_ids, limit))
             if tasks[-1].name in {task.name for task in tasks[:-1]}:
-                raise ValueError(f"{name}: another file is {tasks[-1].name} too; evaluate them one after the other")
+                raise UserError(f"{name}: another file is {tasks[-1].name} too; evaluate them one after the other")
     return tasks
 
 

@@ -38,6 +38,8 @@ from batch import Job, Summary
 from checkpoint import EMBEDDED
 from commandline import Parser, guarded, number
 from engine import Completion, Conversation, Engine, Figures, Request, Stream, check_budget
+from errors import UserError
+from files import read_json
 from memory import size
 from policies import layers as layer_policies
 from policies import tokens as token_policies
@@ -114,11 +116,11 @@ def run(args: argparse.Namespace) -> int:
     if args.budget is not None:
         check_budget(args.budget)
     if args.save_plan is not None and not Path(args.save_plan).parent.is_dir():
-        raise ValueError(f"--save-plan {args.save_plan}: that folder does not exist; make it first")
+        raise UserError(f"--save-plan {args.save_plan}: that folder does not exist; make it first")
     if args.save_plan is not None and Path(args.save_plan).is_dir():
-        raise ValueError(f"--save-plan {args.save_plan} is a folder; name a file")
+        raise UserError(f"--save-plan {args.save_plan} is a folder; name a file")
     if args.max_memory is not None and not 0 < args.max_memory < math.inf:
-        raise ValueError(f"--max-memory must be a positive number of GiB, not {args.max_memory}")
+        raise UserError(f"--max-memory must be a positive number of GiB, not {args.max_memory}")
     folder = checkpoint.resolve(args.checkpoint)
     tokenizer = tokenizers.load(folder)
     turns = Turns(tokenizer, chosen_template(args, folder, tokenizer), args.system)
@@ -181,15 +183,15 @@ def asked(args: argparse.Namespace, folder: Path, plan: list[int] | None, dry: E
 
 
 def no_tokenizer(_: str) -> NoReturn:
-    raise ValueError("the checkpoint has no tokenizer; give prompt_ids")
+    raise UserError("the checkpoint has no tokenizer; give prompt_ids")
 
 
 def run_job(
     args: argparse.Namespace, job: Job, dry: Engine, limit: int, load: Callable[[list[int] | None], Engine]
 ) -> int:
-    def bad(number: int, error: ValueError) -> None:
+    def bad(number: int, error: UserError) -> None:
         if args.strict:
-            raise ValueError(f"{args.input} line {number}: {error}")
+            raise UserError(f"{args.input} line {number}: {error}")
         complain(f"{args.input} line {number}: {error}")
 
     survey = job.survey(dry, args.max_length, bad)
@@ -211,8 +213,8 @@ def run_job(
     except KeyboardInterrupt:
         print(f"generate.py: interrupted; {args.output} is whole, --resume goes on with it", file=sys.stderr)
         return 130
-    except ValueError as error:
-        raise ValueError(f"{error}; {args.output} is whole, --resume goes on with it") from error
+    except UserError as error:
+        raise UserError(f"{error}; {args.output} is whole, --resume goes on with it") from error
     if summary.figures:
         save_plan(args, engine, summary.figures)
     result = job_json(args, engine, survey.bad, rows, length, needs.row_full * rows, summary)
@@ -286,9 +288,9 @@ def choose_policies(args: argparse.Namespace) -> tuple[token_policies.TokenPolic
     policy = args.policy or (SQUEEZE_POLICY if args.squeeze else "full")
     layers = args.layers or ("squeeze" if args.squeeze else "uniform")
     if args.squeeze and layers != "squeeze":
-        raise ValueError(f"--squeeze means --layers squeeze; give one of it and --layers {layers}")
+        raise UserError(f"--squeeze means --layers squeeze; give one of it and --layers {layers}")
     if args.squeeze and policy == "full":
-        raise ValueError("--squeeze has nothing to squeeze with --policy full; use another, such as streaming")
+        raise UserError("--squeeze has nothing to squeeze with --policy full; use another, such as streaming")
     options = {name: {} if value is None else {name: value} for name, value in (("p", args.p), ("sinks", args.sinks))}
     return token_policies.make(policy, **options["sinks"]), layer_policies.make(layers, **options["p"])
 
@@ -303,44 +305,41 @@ def rows(text: str) -> int | None:
 
 
 def read_plan(path: Path) -> list[int]:
-    try:
-        plan = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+    plan = read_json(path, (dict, list))
     plan = plan.get("plan") if isinstance(plan, dict) else plan
     if not isinstance(plan, list) or not plan or any(type(slots) is not int or slots < 1 for slots in plan):
-        raise ValueError(f"{path}: a plan is a list of positive integers, slots per layer, or an object that has one")
+        raise UserError(f"{path}: a plan is a list of positive integers, slots per layer, or an object that has one")
     return plan
 
 
 def chosen_template(
     args: argparse.Namespace, folder: Path, tokenizer: tokenizers.Tokenizer | None
 ) -> chat.ChatTemplate | None:
-    """The chat template if the arguments want it. ValueError if they do not fit together, or to the checkpoint."""
+    """The chat template if the arguments want it. UserError if they do not fit together, or to the checkpoint."""
     sources = [f"--{s}" for s in ("prompt", "prompt-file", "prompt-ids") if vars(args)[s.replace("-", "_")] is not None]
     if len(sources) > 1:
-        raise ValueError(f"give one of {' and '.join(sources)}, not both")
+        raise UserError(f"give one of {' and '.join(sources)}, not both")
     if args.prompt_ids is not None and (args.chat or args.interactive):
-        raise ValueError(f"--prompt-ids are taken as they are; {'--chat' if args.chat else '--interactive'} needs text")
+        raise UserError(f"--prompt-ids are taken as they are; {'--chat' if args.chat else '--interactive'} needs text")
     if args.input is not None and (sources or args.interactive):
         other = sources[0] if sources else "--interactive"
-        raise ValueError(f"--input brings the prompts; it does not go with {other}")
+        raise UserError(f"--input brings the prompts; it does not go with {other}")
     if (args.input is None) != (args.output is None):
-        raise ValueError("--input and --output go together")
+        raise UserError("--input and --output go together")
     only = [name for name in ("resume", "strict", "batch_size", "max_length") if getattr(args, name)]
     if args.input is None and only:
-        raise ValueError(f"--{only[0].replace('_', '-')} is for a file of prompts; give --input and --output")
+        raise UserError(f"--{only[0].replace('_', '-')} is for a file of prompts; give --input and --output")
     if args.interactive and args.json:
-        raise ValueError("--interactive prints text as it comes; it has no --json")
+        raise UserError("--interactive prints text as it comes; it has no --json")
     if args.interactive and args.prompt == "-":
-        raise ValueError("--interactive reads its turns from standard input; the first one can be a --prompt-file")
+        raise UserError("--interactive reads its turns from standard input; the first one can be a --prompt-file")
     if tokenizer is None and args.prompt_ids is None and args.input is None:
-        raise ValueError(f"{args.checkpoint} has no tokenizer; give the prompt as --prompt-ids")
+        raise UserError(f"{args.checkpoint} has no tokenizer; give the prompt as --prompt-ids")
     template = chat.load(folder, tokenizer) if args.chat or args.interactive and args.chat is None else None
     if args.chat and template is None:
-        raise ValueError(f"{args.checkpoint} has no chat template; without --chat the prompt is continued as it stands")
+        raise UserError(f"{args.checkpoint} has no chat template; without --chat the prompt is continued as it stands")
     if args.system is not None and template is None:
-        raise ValueError("--system is a part of a chat; give --chat and a checkpoint that has a chat template")
+        raise UserError("--system is a part of a chat; give --chat and a checkpoint that has a chat template")
     return template
 
 
@@ -370,7 +369,7 @@ def parse_ids(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ValueError(f"--prompt-ids must be integers with commas between, not {text!r}") from None
+        raise UserError(f"--prompt-ids must be integers with commas between, not {text!r}") from None
 
 
 def prompt_text(args: argparse.Namespace) -> str:
@@ -385,9 +384,9 @@ def prompt_text(args: argparse.Namespace) -> str:
     try:
         text = text.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8: byte {error.object[error.start]:#04x} at {error.start}") from None
+        raise UserError(f"{name} is not UTF-8: byte {error.object[error.start]:#04x} at {error.start}") from None
     if not text:
-        raise ValueError(f"the prompt is empty ({name}); give some text")
+        raise UserError(f"the prompt is empty ({name}); give some text")
     return text
 
 
@@ -396,7 +395,7 @@ class TextSoFar:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer | None, stops: list[str]):
         if tokenizer is None and stops:
-            raise ValueError("--stop needs a tokenizer, and the checkpoint has none")
+            raise UserError("--stop needs a tokenizer, and the checkpoint has none")
         self.text, self.printed = "", 0
         self.stream = tokenizers.TextStream(tokenizer, stops, continues=True) if tokenizer else None
 
@@ -421,7 +420,7 @@ def interact(args: argparse.Namespace, conversation: Conversation, turns: Turns,
     for turn, said in enumerate(lines(args), 1):
         try:
             figures = answer(args, conversation, turns, said, eos_ids)
-        except ValueError as error:  # the conversation is as it was: another turn may fit
+        except UserError as error:  # the conversation is as it was: another turn may fit
             complain(error)
             code = 2
         else:
@@ -460,7 +459,7 @@ def lines(args: argparse.Namespace) -> Iterator[str]:
         except (EOFError, KeyboardInterrupt):
             return
         except UnicodeDecodeError as error:
-            raise ValueError(f"standard input is not UTF-8: byte {error.object[error.start]:#04x}") from None
+            raise UserError(f"standard input is not UTF-8: byte {error.object[error.start]:#04x}") from None
         if line:
             yield line
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from errors import UserError
+
 SHARE = 0.9  # of the free memory that a run plans with: fragments, libraries, other processes
 MOST_ROWS = 256  # more of them give no more tokens per second, but later results
 
@@ -35,9 +37,9 @@ class Needs(NamedTuple):
         return max((rows for rows in range(1, min(most, MOST_ROWS) + 1) if self.total(rows) <= limit), default=1)
 
     def check(self, rows: int, limit: int) -> None:
-        """ValueError if `rows` rows do not fit."""
+        """UserError if `rows` rows do not fit."""
         if self.total(rows) > limit:
-            raise ValueError(self.refusal(rows, limit))
+            raise UserError(self.refusal(rows, limit))
 
     def refusal(self, rows: int, limit: int) -> str:
         work = self.total(rows) - self.weights - rows * self.row
@@ -50,14 +52,14 @@ class Needs(NamedTuple):
 
     @contextmanager
     def explained(self, rows: int, limit: int) -> Iterator[None]:
-        """ValueError with these numbers when memory runs out nevertheless."""
+        """UserError with these numbers when memory runs out nevertheless."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:  # a GPU's is a kind of RuntimeError, a CPU's just one
             known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
             if not known:
                 raise
-            raise ValueError(self.refusal(rows, limit)) from error
+            raise UserError(self.refusal(rows, limit)) from error
 
 
 def free(device: torch.device) -> int:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from errors import UserError
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -23,13 +25,13 @@ class Sampling:
 
     def __post_init__(self):
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be a finite number of at least 0, not {self.temperature}")
+            raise UserError(f"temperature must be a finite number of at least 0, not {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top-k must be at least 1, not {self.top_k}")
+            raise UserError(f"top-k must be at least 1, not {self.top_k}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top-p must be in (0, 1], not {self.top_p}")
+            raise UserError(f"top-p must be in (0, 1], not {self.top_p}")
         if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2**63), not {self.seed}")
+            raise UserError(f"seed must be in [0, 2**63), not {self.seed}")
 
     @property
     def restricted(self) -> bool:

@@ -13,13 +13,15 @@ nothing else: what `TextStream` hands out, joined, is exactly `Tokenizer.decode`
 
 import base64
 import codecs
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
+
+import files
+from errors import UserError
 
 # The alphabet of byte-level BPE: printable Latin-1 stands for itself, every other byte for a letter from U+0100 on.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -58,7 +60,7 @@ class Tokenizer:
         The names of special tokens in the text, such as "</s>", are ordinary text unless `parse_special`. Which added
         tokens are special is what the tokenizer's files say; the others ("<think>" in Qwen 3) are always parsed.
         """
-        text.encode()  # a lone surrogate is no text: one UnicodeEncodeError, a ValueError, whatever the form
+        text.encode()  # a lone surrogate is no text: one UnicodeEncodeError, a UserError, whatever the form
         ids = self.split(text, parse_special)
         return [*self.prefix, *ids, *self.suffix] if special else ids
 
@@ -83,7 +85,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), continues: bool = False):
         if "" in stops:  # also true of a plain string, which would stop at each of its characters
-            raise ValueError(f"stop strings must be a list of non-empty strings, not {stops!r}")
+            raise UserError(f"stop strings must be a list of non-empty strings, not {stops!r}")
         self.stopped = False
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
@@ -116,7 +118,7 @@ class TextStream:
 
 
 def load(folder: Path) -> Tokenizer | None:
-    """The tokenizer in `folder`, or None if there is none; ValueError if a file of it is broken."""
+    """The tokenizer in `folder`, or None if there is none; UserError if a file of it is broken."""
     settings = read_settings(folder)
     if (folder / "tokenizer.json").exists():
         return _load_json(folder / "tokenizer.json", settings)
@@ -128,7 +130,7 @@ def load(folder: Path) -> Tokenizer | None:
         return load_model(folder / "tokenizer.model", data, settings)
     for name, other in (("vocab.json", "merges.txt"), ("merges.txt", "vocab.json")):
         if (folder / name).exists():
-            raise ValueError(f"{folder / name}: {other} is missing beside it")
+            raise UserError(f"{folder / name}: {other} is missing beside it")
     return None
 
 
@@ -138,7 +140,7 @@ def eos_ids(folder: Path) -> frozenset[int]:
         value = read_json(folder / name).get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if any(type(i) is not int for i in ids):
-            raise ValueError(f"{folder / name}: eos_token_id must be an integer or a list of integers, not {value!r}")
+            raise UserError(f"{folder / name}: eos_token_id must be an integer or a list of integers, not {value!r}")
         if ids:
             return frozenset(ids)
     return frozenset()
@@ -161,12 +163,12 @@ def _load_vocab_merges(folder: Path, settings: dict[str, Any]) -> Tokenizer:
 
     vocab, path = read_json(folder / "vocab.json"), folder / "merges.txt"
     if any(type(i) is not int for i in vocab.values()):
-        raise ValueError(f"{folder / 'vocab.json'}: the ids must be integers")
+        raise UserError(f"{folder / 'vocab.json'}: the ids must be integers")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
         merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
         if bad := [merge for merge in merges if len(merge) != 2]:
-            raise ValueError(f"a merge must be two tokens, not {bad[0]}")
+            raise UserError(f"a merge must be two tokens, not {bad[0]}")
         backend = Tokenizer(models.BPE(vocab, merges))
     except Exception as error:  # the library raises nothing narrower
         raise broken(path, error) from None
@@ -181,7 +183,7 @@ def _load_vocab_merges(folder: Path, settings: dict[str, Any]) -> Tokenizer:
     for i, (name, special) in _added_tokens(folder, settings, vocab).items():
         backend.add_tokens([AddedToken(name, special=special, normalized=False)])
         if backend.token_to_id(name) != i:
-            raise ValueError(f"{folder}: added token {name!r} must have id {i}, but gets {backend.token_to_id(name)}")
+            raise UserError(f"{folder}: added token {name!r} must have id {i}, but gets {backend.token_to_id(name)}")
     return _wrap(backend, path, settings)
 
 
@@ -192,7 +194,7 @@ def _wrap(backend: Any, path: Path, settings: dict[str, Any]) -> Tokenizer:
     texts = {space: decode([f"{space}a", f"{space}b"]) for space in (_BYTE_SPACE, _PIECE_SPACE)}
     space = next((space for space, text in texts.items() if text.removeprefix(" ") == "a b"), None)
     if space is None:
-        raise ValueError(f"{path}: the decoder is neither byte-level nor sentencepiece-like")
+        raise UserError(f"{path}: the decoder is neither byte-level nor sentencepiece-like")
     bytewise = decode(["<0x41>"]) == "A"
     added = backend.get_added_tokens_decoder()
     lock = Lock()  # whether special tokens are parsed is a state of the backend
@@ -228,7 +230,7 @@ def _load_sentencepiece(path: Path, data: bytes, settings: dict[str, Any]) -> To
     try:
         model.LoadFromSerializedProto(data)
     except RuntimeError:
-        raise ValueError(f"{path}: neither a sentencepiece model nor tiktoken lines") from None
+        raise UserError(f"{path}: neither a sentencepiece model nor tiktoken lines") from None
     size = model.vocab_size()
     added = {i: token for i, token in _added_tokens(path.parent, settings, {}).items() if i >= size}
     parsed = {model.id_to_piece(i): i for i in range(size) if model.is_control(i)}
@@ -267,10 +269,10 @@ def _load_tiktoken(path: Path, data: bytes, settings: dict[str, Any]) -> Tokeniz
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
-            raise ValueError(f"{path}: line {n} is not a base64 token and its rank") from None
+            raise UserError(f"{path}: line {n} is not a base64 token and its rank") from None
     pieces = {rank: token for token, rank in ranks.items()}
     if sorted(pieces) != list(range(len(ranks))) or sum(len(token) == 1 for token in ranks) != 256:
-        raise ValueError(f"{path}: ranks must be 0 to {len(ranks) - 1}, once each, and cover the 256 single bytes")
+        raise UserError(f"{path}: ranks must be 0 to {len(ranks) - 1}, once each, and cover the 256 single bytes")
     special = {f"<|{name}|>": len(ranks) + n for n, name in _LLAMA3_SPECIAL.items()}
     coder = tiktoken.Encoding(path.name, pat_str=_LLAMA3_WORDS, mergeable_ranks=ranks, special_tokens=special)
     defaults = {"add_bos_token": True, "bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
@@ -299,7 +301,7 @@ def _ends(path: Path, settings: dict[str, Any], id_of: Callable[[str], int | Non
         if wanted and not ids:
             ids = [id_of(name) if name else None]
             if None in ids:
-                raise ValueError(f"{path}: add_{side}_token is set, but {side}_token {name!r} is not in the vocabulary")
+                raise UserError(f"{path}: add_{side}_token is set, but {side}_token {name!r} is not in the vocabulary")
         ends.append(() if wanted is False else tuple(ids))
     return ends
 
@@ -334,20 +336,14 @@ def _added_tokens(folder: Path, settings: dict[str, Any], vocab: dict[str, int])
             tokens.append((int(i), token["content"], bool(token.get("special")) or token["content"] in named))
         return {i: (name, special) for i, name, special in sorted(tokens)}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder}: malformed added tokens ({error!r})") from None
+        raise UserError(f"{folder}: malformed added tokens ({error!r})") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty if there is no such file."""
-    try:
-        value = json.loads(path.read_bytes()) if path.exists() else {}
-    except ValueError as error:
-        raise broken(path, error) from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON object expected, not {type(value).__name__}")
-    return value
+    return files.read_json(path) if path.exists() else {}
 
 
-def broken(path: Path, error: Exception) -> ValueError:
+def broken(path: Path, error: Exception) -> UserError:
     """The error that says in one line what is wrong with a file."""
-    return ValueError(f"{path}: {' '.join(str(error).split()) or type(error).__name__}")
+    return UserError(f"{path}: {' '.join(str(error).split()) or type(error).__name__}")

@@ -1,6 +1,5 @@
 """The models that are measured: published shapes with random weights, and the embedded checkpoint."""
 
-import json
 import random
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +11,8 @@ import torch
 import checkpoint
 from checkpoint import EMBEDDED
 from config import ModelConfig
+from errors import UserError
+from files import read_json
 from model import Transformer
 
 
@@ -65,20 +66,17 @@ class Subject:
 
 
 def published(shape: str) -> tuple[dict[str, Any], torch.dtype | None]:
-    """config.json of NAME[:DTYPE], and the dtype if one is named. ValueError if there is no such thing."""
+    """config.json of NAME[:DTYPE], and the dtype if one is named. UserError if there is no such thing."""
     name, _, dtype = shape.partition(":")
     if dtype and dtype not in checkpoint.DTYPES:
-        raise ValueError(f"dtype {dtype!r} of --shape {shape} is not supported; use {', '.join(checkpoint.DTYPES)}")
+        raise UserError(f"dtype {dtype!r} of --shape {shape} is not supported; use {', '.join(checkpoint.DTYPES)}")
     if name in SHAPES:
         raw = SHAPES[name]
     else:
         file = EMBEDDED / "config.json" if name == "embedded" else Path(name)
         if not file.is_file():
-            raise ValueError(f"shape {name!r} is neither a file nor one of embedded, {', '.join(SHAPES)}")
-        try:
-            raw = json.loads(file.read_text())
-        except ValueError as error:
-            raise ValueError(f"{file}: not JSON ({error})") from None
+            raise UserError(f"shape {name!r} is neither a file nor one of embedded, {', '.join(SHAPES)}")
+        raw = read_json(file)
     return raw, checkpoint.DTYPES[dtype] if dtype else None
 
 

@@ -37,7 +37,7 @@ FULL = Cell()
 
 
 def grid(policies: Sequence[str], layers: Sequence[str], ps: Sequence[float], budgets: Sequence[float]) -> list[Cell]:
-    """The full cache, then every combination; p only where the layer policy has one. ValueError for what none has."""
+    """The full cache, then every combination; p only where the layer policy has one. UserError for what none has."""
     for budget in budgets:
         check_budget(budget)
     cells = [FULL]
@@ -52,7 +52,7 @@ def grid(policies: Sequence[str], layers: Sequence[str], ps: Sequence[float], bu
 
 
 def check(model: Transformer, cell: Cell, ids: Sequence[int], new: int) -> None:
-    """ValueError, in one line, if `cell` cannot run a prompt with `new` tokens after it."""
+    """UserError, in one line, if `cell` cannot run a prompt with `new` tokens after it."""
     Engine(model, cell.policy, cell.layer_policy(), cell.budget).check(Request(ids, new))
 
 

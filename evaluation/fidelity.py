@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from errors import UserError
 from evaluation.cells import FULL, Batch, Cell
 from evaluation.tasks import Row
 
@@ -18,9 +19,9 @@ class Fidelity:
     name, metric = "fidelity", "kl"
 
     def __init__(self, text: Sequence[int], context: int, new: int, count: int):
-        """`count` pieces of `text`, evenly spread; ValueError if it is too short for one."""
+        """`count` pieces of `text`, evenly spread; UserError if it is too short for one."""
         if len(text) <= context + new:
-            raise ValueError(f"the text has {len(text)} tokens; --length {context} and --read {new} need more")
+            raise UserError(f"the text has {len(text)} tokens; --length {context} and --read {new} need more")
         self.new = new
         starts = [n * (len(text) - context - new - 1) // max(count - 1, 1) for n in range(count)]
         pieces = [list(text[start : start + context + new + 1]) for start in starts]

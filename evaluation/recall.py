@@ -8,6 +8,7 @@ the question is its beginning: any model that can copy from its context can answ
 import random
 from collections.abc import Callable, Sequence
 
+from errors import UserError
 from evaluation import tiny_data as data
 from evaluation.cells import Batch, Cell
 from evaluation.tasks import Row
@@ -30,7 +31,7 @@ class Recall:
         self.name = f"{'needle' if facts == 1 else 'recall'} {length}"
         rng, self.rows, self.decode = random.Random(f"{self.name} {seed}"), [], decode
         if len(filler) <= length:
-            raise ValueError(f"the text has {len(filler)} tokens, too few to hide facts among {length} of them")
+            raise UserError(f"the text has {len(filler)} tokens, too few to hide facts among {length} of them")
         for n in range(count):
             depth = (n + 0.5) / count
             ids, answer = data.recall_prompt(rng, encode, filler, length, facts, depth)

@@ -19,8 +19,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from checkpoint import HUB_ID
+from errors import UserError
 from evaluation.cells import Batch, Cell
 from evaluation.tasks import Row
+from files import parse_json
 from tokenizer import Tokenizer
 
 LONGBENCH = json.loads((Path(__file__).parent / "longbench.json").read_text())["datasets"]
@@ -41,16 +43,16 @@ FIRST_LINE = {"trec", "triviaqa", "samsum"}  # LongBench counts only the first l
 
 
 class Standard:
-    """One file as a task. ValueError, one line with file and row, for what is not in the published format."""
+    """One file as a task. UserError, one line with file and row, for what is not in the published format."""
 
     def __init__(self, name: str, lines: Sequence[bytes], tokenizer: Tokenizer, eos_ids: Collection[int], limit: int):
         records = [_parsed(line, f"{name} row {n}") for n, line in enumerate(lines, 1) if line.strip()]
         if not records:
-            raise ValueError(f"{name} has no rows")
+            raise UserError(f"{name} has no rows")
         self.kind = next((kind for kind, fields in FORMATS.items() if fields.keys() <= records[0].keys()), None)
         if self.kind is None:
             known = "; ".join(f"{kind}: {', '.join(fields)}" for kind, fields in FORMATS.items())
-            raise ValueError(f"{name} row 1 has the fields {', '.join(records[0])}; known formats: {known}")
+            raise UserError(f"{name} row 1 has the fields {', '.join(records[0])}; known formats: {known}")
         for n, record in enumerate(records, 1):
             _check(record, FORMATS[self.kind], f"{name} row {n}")
         path = Path(name)
@@ -59,7 +61,7 @@ class Standard:
         prompt, answers, self.new, self.metric = self._format(name)
         self.name, self.tokenizer, self.eos_ids = f"{self.kind}: {self.dataset}", tokenizer, eos_ids
         if limit <= self.new:
-            raise ValueError(f"{name}: {limit} positions leave no room for a prompt and {self.new} new tokens")
+            raise UserError(f"{name}: {limit} positions leave no room for a prompt and {self.new} new tokens")
         self.rows = []
         for n, record in enumerate(records):
             ids = middle_cut(tokenizer.encode(prompt(record)), limit - self.new)
@@ -74,11 +76,11 @@ class Standard:
         if self.kind == "ruler":
             task = next((task for task in RULER if self.dataset.startswith(task)), None)
             if task is None:
-                raise ValueError(f"{name}: {self.dataset} is no RULER task; their names begin with {', '.join(RULER)}")
+                raise UserError(f"{name}: {self.dataset} is no RULER task; their names begin with {', '.join(RULER)}")
             return lambda r: r["input"] + r.get("answer_prefix", ""), lambda record: record["outputs"], *RULER[task]
         own = LONGBENCH.get(str(self.dataset).removesuffix("_e"))
         if own is None:
-            raise ValueError(f"{name}: dataset {self.dataset} is not among {', '.join(LONGBENCH)} (English ones only)")
+            raise UserError(f"{name}: dataset {self.dataset} is not among {', '.join(LONGBENCH)} (English ones only)")
         return lambda r: own["prompt"].format(**r), lambda record: record["answers"], own["new"], own["metric"]
 
     def results(self, batch: Batch, cell: Cell, rows: Sequence[Row]) -> list[dict]:
@@ -100,12 +102,12 @@ def read(source: str) -> Iterator[tuple[str, list[bytes]]]:
         try:
             path = Path(snapshot_download(source, repo_type="dataset", allow_patterns=["*.jsonl", "*.zip"]))
         except Exception as error:  # the client's own, its http library's, the operating system's
-            raise ValueError(f"{source} is no file here, and the hub did not give it: {error}") from error
+            raise UserError(f"{source} is no file here, and the hub did not give it: {error}") from error
     if not path.exists():
-        raise ValueError(f"{source} does not exist")
+        raise UserError(f"{source} does not exist")
     files = sorted(path.rglob("*.jsonl")) + sorted(path.rglob("*.zip")) if path.is_dir() else [path]
     if not files:
-        raise ValueError(f"{source} holds no .jsonl file")
+        raise UserError(f"{source} holds no .jsonl file")
     for file in files:
         if file.suffix != ".zip":
             yield str(file), file.read_bytes().splitlines()
@@ -121,23 +123,17 @@ def middle_cut(ids: list[int], limit: int) -> list[int]:
 
 
 def _parsed(line: bytes, where: str) -> dict:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} is not a JSON object")
-    return record
+    return parse_json(line, where)
 
 
 def _check(record: dict, fields: dict[str, type], where: str) -> None:
     for field, kind in fields.items():
         if field not in record:
-            raise ValueError(f"{where} lacks the field {field!r}")
+            raise UserError(f"{where} lacks the field {field!r}")
         value = record[field]
         if not isinstance(value, kind) or kind is list and not (value and all(isinstance(v, str) for v in value)):
             wanted = "text" if kind is str else "a list of texts"
-            raise ValueError(f"{where}: the field {field!r} must be {wanted}, not {json.dumps(value)[:60]}")
+            raise UserError(f"{where}: the field {field!r} must be {wanted}, not {json.dumps(value)[:60]}")
 
 
 def f1(said: str, answers: Sequence[str], classes: Sequence[str] = ()) -> float:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from errors import UserError
 from evaluation.cells import FULL, Batch, Cell, check
 from model import Transformer
 
@@ -35,7 +36,7 @@ class Task(Protocol):
 class Log:
     """A jsonl file with one line per result. Its first line holds the settings that the results depend on.
 
-    ValueError if the file is there and `resume` is not asked for, or if its settings are others.
+    UserError if the file is there and `resume` is not asked for, or if its settings are others.
     """
 
     def __init__(self, path: Path, settings: dict, resume: bool):
@@ -43,12 +44,12 @@ class Log:
         settings = json.loads(json.dumps({"settings": settings}))
         if path.exists() and path.stat().st_size:
             if not resume:
-                raise ValueError(f"{path} holds results; go on with --resume, or give another --out")
+                raise UserError(f"{path} holds results; go on with --resume, or give another --out")
             whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
             first, *records = map(json.loads, whole)
             if first != settings:
                 differ = [name for name, value in settings["settings"].items() if first["settings"].get(name) != value]
-                raise ValueError(f"{path} was made with other settings ({', '.join(differ)}); give another --out")
+                raise UserError(f"{path} was made with other settings ({', '.join(differ)}); give another --out")
             for record in records:
                 self._keep(record)
             path.write_bytes(b"".join(whole))  # without a line that an interruption has cut off
@@ -93,7 +94,7 @@ def batches(rows: Iterable[Row], size: int, slack: float = 0.1) -> Iterator[list
 
 
 def check_all(model: Transformer, tasks: Sequence[Task], cells: Sequence[Cell], size: int) -> None:
-    """ValueError, before anything has run, if a row is too long for the model or a budget too small for a policy."""
+    """UserError, before anything has run, if a row is too long for the model or a budget too small for a policy."""
     for task in tasks:
         for rows in batches(task.rows, size):
             for cell in cells:

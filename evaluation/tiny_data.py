@@ -15,6 +15,8 @@ import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from errors import UserError
+
 KEYS = """amber azure beige birch brass cedar cherry cobalt coral crimson ebony elm emerald fern flax frost gold granite
 gray hazel honey indigo iris ivory jade jasper khaki lava lemon lilac lime linen maple marble maroon mint mocha moss
 navy oak ocean olive onyx opal orange orchid pearl pewter pine plum poplar quartz raven rose ruby rust sable saffron
@@ -95,7 +97,7 @@ def recall_prompt(
     stated = [encode("\n" + fact(*pair)) for pair in chosen]
     room = length - len(ask) - sum(map(len, stated))
     if room < 1:
-        raise ValueError(
+        raise UserError(
             f"{length} tokens are too few for {facts} facts and a question; take at least {length - room + 1}"
         )
     start = rng.randrange(len(filler_ids) - room)

@@ -89,8 +89,8 @@ def test_stop_strings_and_the_report(capsys, tmp_path):
 
 BAD = [
     ("{", "not JSON"),
-    ("[" * 100_000, "not JSON"),
-    ("[1]", "not a JSON object but list"),
+    ("[" * 100_000, "64 deep in each other"),
+    ("[1]", "not a JSON object but [1]"),
     ({"id": "a"}, "give one of prompt and prompt_ids"),
     ({"prompt": "a", "prompt_ids": [1]}, "give one of prompt and prompt_ids"),
     ({"prompt": 5}, "prompt must be a string, not 5"),

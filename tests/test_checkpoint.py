@@ -261,7 +261,7 @@ BROKEN = {
     ),
     "lost shard": (lose_shard, "index.json lists model-00002-of-00003.safetensors, missing"),
     "truncated shard": (then(FORMS["shards"], truncate("model-00003-of-00003.safetensors")), "model-00003-of-00003"),
-    "broken index": (then(FORMS["shards"], write("model.safetensors.index.json", "{")), "index.json cannot be read"),
+    "broken index": (then(FORMS["shards"], write("model.safetensors.index.json", "{")), "index.json: not JSON"),
     "index without map": (then(FORMS["shards"], write("model.safetensors.index.json", "{}")), "index.json.*weight_map"),
     "missing": (tensors_with(lambda tensors: tensors.pop(UP)), f"1 missing: {UP}$"),
     "unknown": (put("model.extra", lambda _: torch.ones(3)), "1 not known: model.extra$"),

@@ -293,9 +293,9 @@ def test_wrong_files(tiny, name, rows, words):
 
 
 def test_wrong_lines(tiny):
-    with pytest.raises(ValueError, match="f row 2 is not JSON"):
+    with pytest.raises(ValueError, match="f row 2: not JSON"):
         standard.Standard("f", [json.dumps(RULER).encode(), b"{"], tiny[1], frozenset(), 2048)
-    with pytest.raises(ValueError, match="f row 1 is not a JSON object"):
+    with pytest.raises(ValueError, match="f row 1: not a JSON object"):
         standard.Standard("f", [b"[1]"], tiny[1], frozenset(), 2048)
 
 

@@ -21,6 +21,8 @@ FLOORS = {
     "chat": 1,
     "model": 1,
     "waiting": 1,
+    "files": -1,
+    "errors": -2,
     "config": 0,
     "commandline": 0,
     "kvcache": 0,

@@ -572,6 +572,6 @@ def test_broken_files(tmp_path: Path, files: dict[str, str], words: list[str]) -
 def test_unreadable_text_and_missing_bos(tmp_path: Path, folders: dict[str, Path]) -> None:
     (tmp_path / "tokenizer.json").write_bytes((folders["json"] / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_bytes(b'{"a": "\xff"}')
-    one_line_error(lambda: load(tmp_path), "tokenizer_config.json", "utf-8")
+    one_line_error(lambda: load(tmp_path), "tokenizer_config.json", "UTF-8")
     write(tmp_path, "tokenizer_config.json", {"add_eos_token": True, "eos_token": "<none>"})
     one_line_error(lambda: load(tmp_path), "tokenizer.json", "'<none>' is not in the vocabulary")

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from errors import UserError
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -28,7 +30,7 @@ class LayerPolicy:
         signals: importance of each layer, mean cosine similarity over its attention (high = less important).
         budget: slots per layer of a uniform plan. caps: the most that each layer can use.
         floor: the token policy's minimum; a layer with a smaller cap needs only its cap.
-        ValueError: the budget does not cover the floors.
+        UserError: the budget does not cover the floors.
         """
         raise NotImplementedError
 
@@ -83,10 +85,10 @@ def pour(wishes: Sequence[float], lows: Sequence[int], caps: Sequence[int], tota
 
 
 def total_slots(budget: int, caps: Sequence[int], floor: int) -> int:
-    """Slots of all layers together: `budget * L`, or what they can use if that is less. ValueError below the floors."""
+    """Slots of all layers together: `budget * L`, or what they can use if that is less. UserError below the floors."""
     need = -(-sum(min(floor, cap) for cap in caps) // len(caps))
     if budget < need:
-        raise ValueError(
+        raise UserError(
             f"a budget of {budget} slots per layer is below the {need} that the token policy needs: "
             f"raise --budget to at least {need}"
         )

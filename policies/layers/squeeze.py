@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate, combinations
 from typing import ClassVar
 
+from errors import UserError
 from policies.layers.base import LayerPolicy, Plan, fit, granule_size, pour, total_slots
 
 
@@ -24,7 +25,7 @@ class Squeeze(LayerPolicy):
 
     def __post_init__(self):
         if isinstance(self.p, bool) or not isinstance(self.p, int | float) or not 0 < self.p <= 1:
-            raise ValueError(f"p must be in (0, 1], not {self.p!r}")
+            raise UserError(f"p must be in (0, 1], not {self.p!r}")
 
     def allocate(self, signals: Sequence[float], budget: int, caps: Sequence[int], floor: int) -> Plan:
         groups = three_means(signals)
@@ -75,7 +76,7 @@ def three_means(signals: Sequence[float]) -> list[int]:
 
     In one dimension the best clusters are intervals that never part equal values, so every pair of cuts between
     distinct values is tried: no seeds, no iterations. Of equally good pairs the lowest cuts win. Fewer than 3 distinct
-    signals: each layer gets the rank of its value (0 or 1). ValueError for a signal that is not finite.
+    signals: each layer gets the rank of its value (0 or 1). UserError for a signal that is not finite.
     """
     check_finite(signals)
     layers = len(signals)
@@ -108,4 +109,4 @@ def three_means(signals: Sequence[float]) -> list[int]:
 def check_finite(signals: Sequence[float]) -> None:
     for layer, signal in enumerate(signals):
         if not math.isfinite(signal):
-            raise ValueError(f"importance signal of layer {layer} is {signal}, not a finite number")
+            raise UserError(f"importance signal of layer {layer} is {signal}, not a finite number")

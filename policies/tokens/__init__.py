@@ -6,6 +6,7 @@ A policy is a small frozen dataclass that is its own configuration. To add one: 
 
 from dataclasses import fields
 
+from errors import UserError
 from policies.tokens.base import TokenPolicy
 from policies.tokens.full import Full
 from policies.tokens.h2o import H2O, H2OMean
@@ -22,13 +23,13 @@ TOKEN_POLICIES: dict[str, type[TokenPolicy]] = {
 
 
 def make(name: str, **options) -> TokenPolicy:
-    """The policy of that name, configured. ValueError for a name or an option that does not exist."""
+    """The policy of that name, configured. UserError for a name or an option that does not exist."""
     if name not in TOKEN_POLICIES:
-        raise ValueError(f"unknown policy {name!r}; known: {', '.join(TOKEN_POLICIES)}")
+        raise UserError(f"unknown policy {name!r}; known: {', '.join(TOKEN_POLICIES)}")
     known = [field.name for field in fields(TOKEN_POLICIES[name])]
     for option in options:
         if option not in known:
-            raise ValueError(f"policy {name!r} has no option {option!r}; it has: {', '.join(known) or 'none'}")
+            raise UserError(f"policy {name!r} has no option {option!r}; it has: {', '.join(known) or 'none'}")
     return TOKEN_POLICIES[name](**options)
 
 

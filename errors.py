@@ -1,0 +1,46 @@
+"""The one class of error that a user can put right, and how a value stands in its line."""
+
+from typing import Any
+
+LONGEST = 80  # characters of a value in an error
+
+
+class UserError(ValueError):
+    """Something a user can put right: a file, a flag, an option, a request.
+
+    Its text is one line that names the value, the limit and the way out. The command lines print it and exit with code
+    2 (commandline.py); every other exception is a fault of this project and keeps its traceback.
+    """
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: strings quoted, nothing that moves a cursor, at most 80 characters."""
+    try:
+        text = repr(value)
+    except Exception:  # a value of somebody else's class, or an integer with more digits than Python writes
+        text = f"<{type(value).__name__}>"
+    return cut(text)
+
+
+def cut(text: str) -> str:
+    """At most 80 characters of a text, without control characters."""
+    text = visible(text[: LONGEST + 1])
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
+
+
+def place(path: Any) -> str:
+    """The last 80 characters of a path, which say more than its first ones."""
+    text = visible(str(path))
+    return text if len(text) <= LONGEST else "..." + text[3 - LONGEST :]
+
+
+def visible(text: str) -> str:
+    """One line of the text: runs of blanks are one blank, what cannot be printed is escaped."""
+    text = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what an error says, cut like a value, or its kind if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return cut(lines[0]) if lines else type(error).__name__
