@@ -2,6 +2,7 @@
 
     a line in    {"id": "a", "prompt": "..."} or "prompt_ids": [...]; also max_new_tokens, temperature, seed
     a line out   {"id": "a", "text": "...", "tokens": [...], "finish_reason": "eos", "prompt_tokens": 12}
+                 "error", one line, where the finish_reason is "error": logits that are not finite
 
 The file is read twice and never held: the first time to find what is wrong with it and how long its requests are.
 OUTPUT.job.json holds what was asked for and what was decided: plan, length, rows, seed. It is on the disk before the
@@ -68,6 +69,7 @@ class Summary:
     """tokens, seconds: of this run; from the first prompt to the last answer, loading not included."""
 
     done: int = 0
+    failed: int = 0  # of those done: their result is an error
     before: int = 0  # done by earlier runs
     prompt_tokens: int = 0
     tokens: int = 0
@@ -189,7 +191,8 @@ class Job:
         """Everything the results depend on goes to the disk, before the first of them does."""
         if not self.state:
             first = (line for _, line in self.lines(engine, max_length) if isinstance(line, Line))
-            plan, importance = engine.plan_for(islice(first, rows), max_length)
+            # some to spare, for prompts whose importance is not finite
+            plan, importance = engine.plan_for(islice(first, rows + 64), max_length, rows)
             self.state = {
                 "asked": self.asked,
                 "input": survey.digest,
@@ -202,7 +205,7 @@ class Job:
         self.state["batch_size"] = rows
         new = self.file.with_name(self.file.name + ".new")
         with new.open("w") as file:
-            json.dump(self.state, file)
+            json.dump(self.state, file, allow_nan=False)
             file.flush()
             os.fsync(file.fileno())
         new.replace(self.file)
@@ -215,9 +218,10 @@ class Job:
         started = time.perf_counter()
         with tqdm(total=survey.count, initial=len(done), unit="request", disable=None) as bar:
             for completion in engine.generate(lines, self.state["batch_size"], length, samplings, apart=True):
-                file.write(json.dumps(self._result(completion)).encode() + b"\n")
+                file.write(json.dumps(self._result(completion), allow_nan=False).encode() + b"\n")
                 file.flush()
                 summary.done += 1
+                summary.failed += completion.error is not None
                 summary.prompt_tokens += len(completion.request.ids)
                 summary.tokens += len(completion.tokens)
                 summary.seconds = time.perf_counter() - started
@@ -268,10 +272,11 @@ class Job:
     def _result(completion: Completion) -> dict[str, Any]:
         line = completion.request
         line.text.end()
-        return {
+        result = {
             "id": line.id,
             "text": line.text.text,
             "tokens": completion.tokens,
             "finish_reason": completion.finish_reason,
             "prompt_tokens": len(line.ids),
         }
+        return result if completion.error is None else result | {"error": completion.error}

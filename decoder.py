@@ -20,7 +20,8 @@ APPEND_CHUNK = 256  # tokens of a later turn that go through the model at once
 class Decoder:
     """A batch of B rows under one plan. All that a step reads and writes keeps its shape and address.
 
-    tokens [B]: the last token of each row, not yet fed; seen [B]: how many have been. No step waits for the device.
+    tokens [B]: the last token of each row, not yet fed, NOT_FINITE if its logits gave none (sampling.py); seen [B]: how
+    many have been. No step waits for the device.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Decoder:
 
     def logits(self) -> Tensor:
         """Feed `tokens` and return the logits [B, vocab] of what follows."""
-        x = self.model.embedded(self.tokens[:, None], self.seen[:, None])
+        x = self.model.embedded(self.tokens.clamp(min=0)[:, None], self.seen[:, None])  # NOT_FINITE is no id
         for block in self.blocks:
             x = block(x)
         self.seen += 1

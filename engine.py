@@ -15,17 +15,19 @@ cache (compact); then one token a step is computed (decode), overwriting the tok
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from numbers import Integral
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from decoder import Decoder, Store
-from errors import UserError
+from errors import UserError, shown
 from graphs import Code, compiled_graphs
 from kvcache import KVCache, Memory, Prompt
 from memory import Needs
@@ -35,23 +37,38 @@ from policies import tokens as token_policies
 from policies.layers import LayerPolicy, Plan
 from policies.layers.base import total_slots
 from policies.tokens import TokenPolicy
-from sampling import GREEDY, Sampler, Sampling
-from waiting import Waiting
+from sampling import GREEDY, NOT_FINITE, Sampler, Sampling
+from waiting import NotFinite, Waiting, mean_signal
 
 READ_TOKENS = 16384  # of all prompts of a batch, that go through a block at once: more take memory, not less time
 DEFAULT_BUDGET = 0.4  # of the sequence, for a bounded policy without a budget (results/eval_defaults)
 SMALLEST_DEFAULT = 64  # slots: below that there is nothing to gain
+CAPTURED_LENGTHS = 256  # tokens: sequences within a multiple of it get the same part of a plan that is given
+MOST_TOKENS = 2**20  # of a prompt and its answer, unless the model has more positions: more is a slip
 
 
 @dataclass(frozen=True)
 class Request:
-    """Token ids in. `stop` is asked after each token, with all new ids so far, whether to end."""
+    """Token ids in. `stop` is asked after each token, with all new ids so far, whether to end.
+
+    ids: a sequence, an array or a tensor [S] of integers; a list of ints is kept as it is. UserError for other types.
+    """
 
     ids: Sequence[int]
     max_new_tokens: int = 128
     sampling: Sampling = GREEDY
     eos_ids: Collection[int] = ()
     stop: Callable[[list[int]], bool] | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "ids", integers(self.ids, "prompt ids"))
+        eos_ids = list(self.eos_ids) if isinstance(self.eos_ids, Set) else self.eos_ids
+        object.__setattr__(self, "eos_ids", frozenset(integers(eos_ids, "eos_ids")))
+        object.__setattr__(self, "max_new_tokens", whole(self.max_new_tokens, "max-new-tokens"))
+        if not isinstance(self.sampling, Sampling):
+            raise UserError(f"sampling must be a Sampling, not {shown(self.sampling)}")
+        if self.stop is not None and not callable(self.stop):
+            raise UserError(f"stop must be a function of the new ids, not {shown(self.stop)}")
 
 
 @dataclass
@@ -60,7 +77,7 @@ class Figures:
 
     plan: list[int]
     groups: list[int] | None
-    importance: list[float]
+    importance: list[float] | None  # None: of none of the prompts that came first it is finite
     budget_slots: int
     kv_bytes: int
     state_bytes: int
@@ -80,7 +97,8 @@ class Figures:
 class Completion:
     """Token ids out. `tokens` holds a final end-of-sequence too.
 
-    finish_reason is eos, stop, length or interrupted; or error, for a request that cannot run: `error` says why.
+    finish_reason is eos, stop, length or interrupted; or error, for a request that cannot run, or whose logits are not
+    finite: `error` says why in one line, `tokens` are those before. figures: None if it never ran.
     """
 
     request: Request
@@ -98,16 +116,20 @@ class Completion:
         elif len(self.tokens) == self.request.max_new_tokens:
             self.finish_reason = "length"
 
+    def fail(self, error: str) -> None:
+        self.error, self.finish_reason = error, "error"
+
 
 class Stream:
-    """The tokens of one request, as they are made. `completion` grows along and holds the figures."""
+    """The tokens of one request, as they are made. `completion` grows along and holds the figures, or an error."""
 
     def __init__(self, steps: Iterator[list[Completion]], completion: Completion):
         self._steps, self.completion = steps, completion
 
     def __iter__(self) -> Iterator[int]:
         for _ in self._steps:
-            yield self.completion.tokens[-1]
+            if not self.completion.error:
+                yield self.completion.tokens[-1]
 
     def close(self) -> None:
         """End it here; what has been made stays in `completion`."""
@@ -135,17 +157,36 @@ class Engine:
         self.model = model
         self.policy = token_policies.make(policy) if isinstance(policy, str) else policy
         self.layer_policy = layer_policies.make(layers) if isinstance(layers, str) else layers
+        if not isinstance(self.policy, TokenPolicy):
+            raise UserError(f"policy must be a token policy or its name, not {shown(policy)}")
+        if not isinstance(self.layer_policy, LayerPolicy):
+            raise UserError(f"layers must be a layer policy or its name, not {shown(layers)}")
+        if not isinstance(compile, bool):
+            raise UserError(f"compile must be True or False, not {shown(compile)}")
         self.budget, self.plan = budget, plan
         if budget is not None:
             if not self.policy.bounded:
-                raise UserError(f"policy {self.policy.name} keeps every token and takes no budget, not {budget}")
+                raise UserError(f"policy {self.policy.name} keeps every token and takes no budget, not {shown(budget)}")
             check_budget(budget)
-        if plan is not None and len(plan) != model.config.n_layers:
-            raise UserError(f"the plan has {len(plan)} layers, the model {model.config.n_layers}")
         self.device = model.embed.weight.device
         self.code, self.store = Code(compile, self.device), Store()
         # Steps that are started before the tokens of the first of them are looked at, so that the device never waits.
         self.lag = 2 if self.device.type == "cuda" else 0
+
+    @property
+    def plan(self) -> list[int] | None:
+        """Slots per layer, if they are given. A sequence gets no more of them than it can use."""
+        return self._given_plan
+
+    @plan.setter
+    def plan(self, plan: Sequence[int] | None) -> None:
+        if plan is not None:
+            plan, layers = integers(plan, "a plan's slots"), self.model.config.n_layers
+            if len(plan) != layers:
+                raise UserError(f"the plan has {len(plan)} layers, the model {layers}")
+            if wrong := [slots for slots in plan if not 1 <= slots < 2**63]:
+                raise UserError(f"a plan's slots are integers from 1 to 2**63 - 1, not {shown(wrong[0])}")
+        self._given_plan = plan
 
     def stream(
         self,
@@ -156,9 +197,10 @@ class Engine:
         stop: Callable[[list[int]], bool] | None = None,
     ) -> Stream:
         """One request's tokens as they are made. UserError, before anything is allocated, for one that cannot run."""
-        completion = Completion(Request(ids, max_new_tokens, sampling, eos_ids, stop))
-        self.check(completion.request)
-        return Stream(self._serve(iter([completion]), 1, len(ids) + max_new_tokens, [sampling]), completion)
+        request = Request(ids, max_new_tokens, sampling, eos_ids, stop)
+        self.check(request)
+        completion, length = Completion(request), len(request.ids) + request.max_new_tokens
+        return Stream(self._serve(iter([completion]), 1, length, [sampling]), completion)
 
     def conversation(self, sampling: Sampling = GREEDY) -> "Conversation":
         """Turns that go on from each other over one cache. See `Conversation`."""
@@ -189,15 +231,20 @@ class Engine:
         one and there are always `batch_size` rows. It needs a plan or a layer policy that does not read the prompts;
         see `plan_for`.
         """
+        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+            if value is not None and whole(value, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {value}")
+        if not isinstance(requests, Iterable):
+            raise UserError(f"requests must be a sequence or an iterable of Request, not {shown(requests)}")
         if isinstance(requests, Sequence):
-            samplings = [request.sampling for request in requests]
-            lengths = [len(r.ids) + r.max_new_tokens for r in requests if not self.refusal(r)]
-            batch_size = max(len(lengths), 1) if batch_size is None else batch_size
+            able = [request for request in requests if not self.refusal(request)]
+            samplings, lengths = [r.sampling for r in able], [len(r.ids) + r.max_new_tokens for r in able]
+            batch_size = max(len(able), 1) if batch_size is None else batch_size
             max_length = max_length or max(lengths, default=0)
         if batch_size is None or max_length is None:
             raise UserError("requests that are not a sequence need a batch_size and a max_length")
-        if batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, not {batch_size}")
+        if max_length > self.longest:
+            raise UserError(f"max_length can be {self.longest} at most, not {shown(max_length)}; {self._longest_why}")
         if max_length:  # else nothing can run
             known = self._plan(None, self._budget_slots(max_length), max_length)
             if apart and known is None:
@@ -206,17 +253,25 @@ class Engine:
             yield from (completion for completion in updated if completion.finish_reason)
 
     @torch.inference_mode()
-    def plan_for(self, requests: Iterable[Request], max_length: int) -> tuple[Plan, list[float]]:
+    def plan_for(
+        self, requests: Iterable[Request], max_length: int, count: int | None = None
+    ) -> tuple[Plan, list[float] | None]:
         """The plan, and the importance of each layer, for sequences of `max_length` tokens that begin with these.
 
-        Prompts are read one by one, and nothing is kept of them.
+        Prompts are read one by one, up to the first `count` whose importance is finite, and nothing is kept of them. If
+        it is finite for none of them, the plan is the one for equal layers and the importance None.
         """
         policies, signals = self._policies(max_length), []
         for request in requests:
             rotary = self._rotary([request])
-            signals.append(self._prefill(*self._padded([request]), rotary, policies, lambda *_: None)[1])
-        importance = [fmean(layer) for layer in zip(*signals, strict=True)]
-        return self._plan(importance, self._budget_slots(max_length), max_length), importance
+            own = self._prefill(*self._padded([request]), rotary, policies, lambda *_: None)[1]
+            if all(map(math.isfinite, own)):
+                signals.append(own)
+            if len(signals) == count:
+                break
+        importance = [fmean(layer) for layer in zip(*signals, strict=True)] or None
+        known = importance or [0.0] * self.model.config.n_layers
+        return self._plan(known, self._budget_slots(max_length), max_length), importance
 
     def needs(self, max_length: int, longest_prompt: int | None = None, apart: bool = False) -> Needs:
         """Bytes for sequences of `max_length` tokens, before anything is allocated. The model may be on meta.
@@ -224,7 +279,7 @@ class Engine:
         apart: as in `generate`; prompts are read one by one and none waits for the plan.
         """
         c, caps, budget_slots = self.model.config, self._caps(max_length), self._budget_slots(max_length)
-        slots = min(budget_slots * len(caps), sum(caps)) if self.plan is None else sum(self.plan)
+        slots = min(budget_slots * len(caps), sum(caps)) if self.plan is None else sum(self._cut_plan(max_length))
         item = self.model.embed.weight.element_size()
         wide = max(4, item)
         heads, groups = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
@@ -266,22 +321,50 @@ class Engine:
 
     def refusal(self, request: Request, seen: int = 0) -> str | None:
         """Why the request cannot run whatever the budget, in one line."""
-        config, length = self.model.config, seen + len(request.ids) + request.max_new_tokens
+        if not isinstance(request, Request):
+            return f"a request must be a Request, not {shown(request)}"
+        config, new = self.model.config, request.max_new_tokens
         if not len(request.ids):
             return "the prompt is empty; give at least one token"
-        if request.max_new_tokens < 1:
-            return f"max-new-tokens must be at least 1, not {request.max_new_tokens}"
+        if new < 1:
+            return f"max-new-tokens must be at least 1, not {shown(new)}"
         if not (min(request.ids) >= 0 and max(request.ids) < config.vocab_size):
             wrong = next(i for i in request.ids if not 0 <= i < config.vocab_size)
-            return f"token id {wrong} is outside the vocabulary (0 to {config.vocab_size - 1})"
-        learned = config.position_offset is not None
-        if (learned or not self.policy.bounded) and length > config.max_positions:
-            return (
-                f"{f'{seen} earlier + ' * bool(seen)}{len(request.ids)} prompt + {request.max_new_tokens} new tokens "
-                f"exceed the model's {config.max_positions} {'learned ' if learned else ''}positions; shorten them"
-                + ("" if learned else " or use a bounded policy such as streaming")
-            )
+            return f"token id {shown(wrong)} is outside the vocabulary (0 to {config.vocab_size - 1})"
+        if not self._endless:
+            earlier = f"{seen} earlier + " * bool(seen)
+        else:  # what came before is in slots that do not grow
+            earlier, seen = "", 0
+        if seen + len(request.ids) + new > self.longest:
+            return f"{earlier}{len(request.ids)} prompt + {shown(new)} new tokens exceed {self._longest_why}"
         return None
+
+    @property
+    def _endless(self) -> bool:
+        """Whether a sequence may be longer than the model's positions."""
+        return self.policy.bounded and self.model.config.position_offset is None
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a prompt and its answer."""
+        positions = self.model.config.max_positions
+        return max(positions, MOST_TOKENS) if self._endless else positions
+
+    @property
+    def _longest_why(self) -> str:
+        positions, learned = self.model.config.max_positions, self.model.config.position_offset is not None
+        if self._endless:
+            return f"the {self.longest} that one request may have; shorten them"
+        way = "" if learned else " or use a bounded policy such as streaming"
+        return f"the model's {positions} {'learned ' if learned else ''}positions; shorten them{way}"
+
+    @property
+    def not_finite(self) -> str:
+        """What is said of logits that are not finite, in one line."""
+        dtype = str(self.model.embed.weight.dtype).removeprefix("torch.")
+        wider = {"float16": "bfloat16 or float32", "bfloat16": "float32", "float32": "float64"}.get(dtype)
+        way = f"try another --dtype, such as {wider}" if wider else "check the weights and config.json"
+        return f"the logits are not finite in {dtype}: a number overflows or the weights are broken; {way}"
 
     def _caps(self, length: int) -> list[int]:
         """The most slots that each layer can use for sequences of `length` tokens: a sliding window is a cap."""
@@ -299,11 +382,11 @@ class Engine:
         if self.plan is not None:
             for layer, (slots, cap) in enumerate(zip(self.plan, self._caps(length), strict=True)):
                 needed = min(floor, cap) if self.policy.bounded else cap
-                if type(slots) is not int or slots < needed:
+                if slots < needed:
                     raise UserError(
                         f"the plan gives layer {layer} {slots} slots; policy {self.policy.name} needs at least {needed}"
                     )
-            return sum(self.plan) // len(self.plan)
+            return sum(self._cut_plan(length)) // len(self.plan)
         if not self.policy.bounded:
             return length
         if self.budget is None:
@@ -328,14 +411,21 @@ class Engine:
     ) -> Iterator[list[Completion]]:
         """Yields after each step the completions that got a token; ends when all have finished."""
         queue, running = self._checked(queue, length), []
-        with ExitStack() as stack:
+        while True:
             yield from self._admit(queue, batch, running)
-            if running:
+            if not running:
+                return
+            with ExitStack() as stack, suppress(NotFinite):
                 requests = [completion.request for completion in running]
                 rows = batch if apart else len(requests)
                 decoder, figures = self._start(requests, length, later=samplings, stack=stack, rows=rows, apart=apart)
                 running += [None] * (rows - len(running))
                 yield from self._decode(decoder, figures, running, queue, self.lag, apart)
+                return
+            for completion in running:  # those that come next may give a plan
+                completion.fail(self.not_finite)
+            yield running
+            running = []
 
     def _checked(self, queue: Iterator[Completion], length: int) -> Iterator[Completion]:
         """All of them; those that cannot run have an error."""
@@ -347,7 +437,7 @@ class Engine:
                     f"{len(request.ids)} prompt + {request.max_new_tokens} new tokens exceed max-length {length}"
                 )
             if completion.error:
-                completion.finish_reason = "error"
+                completion.fail(completion.error)
             yield completion
 
     @staticmethod
@@ -399,7 +489,10 @@ class Engine:
                 updated = []
                 for row, token in enumerate(tokens()):
                     if (completion := owners[row]) and not completion.finish_reason:
-                        completion.append(token)
+                        if token == NOT_FINITE:
+                            completion.fail(self.not_finite)
+                        else:
+                            completion.append(token)
                         updated.append(completion)
                         if completion.finish_reason:
                             running[row] = None
@@ -410,7 +503,7 @@ class Engine:
                     figures.compile_s += elapsed
                 else:
                     figures.decode_s += elapsed
-                    figures.decode_tokens += len(updated)
+                    figures.decode_tokens += sum(not completion.error for completion in updated)
                 graphs = compiled_graphs()
                 yield updated
                 free = [row for row, completion in enumerate(running) if completion is None]
@@ -486,7 +579,7 @@ class Engine:
         return decoder, Figures(
             plan=plan.slots,
             groups=plan.groups,
-            importance=importance,
+            importance=importance if all(map(math.isfinite, importance)) else None,
             budget_slots=budget_slots,
             kv_bytes=decoder.cache.kv_bytes,
             state_bytes=decoder.cache.state_bytes,
@@ -518,6 +611,7 @@ class Engine:
     ) -> tuple[Tensor, list[float]]:
         """ids [R, S], right-padded -> logits [R, vocab] after each row's last token, and every layer's importance.
 
+        A row of which any layer's signal is not finite has logits of NaN; the importance is that of the other rows.
         keep(layer, signal [R], prompt) is called after each layer: what it does not keep is gone before the next one.
         """
         x = self.model.embedded(ids, torch.arange(ids.shape[1], device=self.device)[None])
@@ -531,23 +625,32 @@ class Engine:
                 x[rows], *part = block.prefill(x[rows], turned, real, policy)
                 parts.append(part)
             signal, prompt = torch.cat([part[0] for part in parts]), Prompt.joined([part.pop() for part in parts])
-            signals.append(signal.mean())
+            signals.append(signal)
             keep(layer, signal, prompt)
             del prompt, part
         last = x[torch.arange(len(lengths), device=self.device), lengths - 1]
-        return self.model.logits(last), torch.stack(signals).tolist()
+        broken = ~torch.stack(signals).isfinite().all(0)
+        logits = self.model.logits(last).masked_fill(broken[:, None], math.nan)
+        return logits, torch.stack([mean_signal(signal) for signal in signals]).tolist()
 
     def _plan(self, importance: list[float] | None, budget_slots: int, length: int) -> Plan | None:
         """Slots per layer; None if the importance is needed for it and not known yet."""
         caps = self._caps(length)
-        if self.plan is not None:  # only windows cap it: longer sequences may follow
-            windows = map(self.model.config.window, range(len(caps)))
-            return Plan([min(slots, window or slots) for slots, window in zip(self.plan, windows, strict=True)])
+        if self.plan is not None:
+            return Plan(self._cut_plan(length))
         if importance is None:
             if self.layer_policy.uses_signals:
                 return None
             importance = [0.0] * len(caps)
         return self.layer_policy.allocate(importance, budget_slots, caps, self.policy.floor)
+
+    def _cut_plan(self, length: int) -> list[int]:
+        """The plan that is given, without the slots that sequences of `length` tokens cannot use.
+
+        What is captured is for one plan, so there many lengths share one.
+        """
+        unit = CAPTURED_LENGTHS if self.code.capture else 1
+        return [min(slots, cap) for slots, cap in zip(self.plan, self._caps(-(-length // unit) * unit), strict=True)]
 
     def _cache(self, slots: Sequence[int], batch: int, memory: Memory) -> KVCache:
         c, dtype = self.model.config, self.model.embed.weight.dtype
@@ -586,6 +689,7 @@ class Engine:
         """
         if apart:
             each = [self._refill(decoder, [row], [request]) for row, request in zip(rows, requests, strict=True)]
+            each = [own for own in each if all(map(math.isfinite, own))] or each
             return [fmean(layer) for layer in zip(*each, strict=True)]
         (ids, lengths), rotary = self._padded(requests), self._rotary(requests, length)
         at = torch.tensor(rows, device=self.device)
@@ -630,8 +734,11 @@ class Conversation:
         unfed = self._unfed
         if self._stream and (said := self._stream.completion.tokens):  # else nobody listened to the turn before
             unfed = said[-1:] if self._stream.completion.finish_reason != "eos" else []
-        completion = Completion(Request([*unfed, *ids], max_new_tokens, self.sampling, eos_ids, stop))
-        self.engine.check(completion.request, self.seen, self._limit)
+        if self._stream and self._stream.completion.error:
+            raise UserError(f"{self._stream.completion.error}; this conversation cannot go on, begin a new one")
+        request = Request([*unfed, *integers(ids, "prompt ids")], max_new_tokens, self.sampling, eos_ids, stop)
+        self.engine.check(request, self.seen, self._limit)
+        completion = Completion(request)
         if self._stream:
             self._stream.close()
         self._stream, self._unfed = Stream(self._answer(completion), completion), unfed
@@ -644,7 +751,12 @@ class Conversation:
     @torch.inference_mode()
     def _answer(self, completion: Completion) -> Iterator[list[Completion]]:
         if self._decoder is None:
-            self._decoder, self._figures = self.engine._start([completion.request], self._limit, endless=True)
+            try:
+                self._decoder, self._figures = self.engine._start([completion.request], self._limit, endless=True)
+            except NotFinite:
+                completion.fail(self.engine.not_finite)
+                yield [completion]
+                return
             figures = self._figures
         else:
             figures = self._append(completion.request)
@@ -667,10 +779,26 @@ def rows_at_once(prompt: int) -> int:
 
 def check_budget(budget: float) -> None:
     """UserError unless `budget` is an integer above 1 (slots per layer) or a number in (0, 1] (a share)."""
-    whole = isinstance(budget, int) and not isinstance(budget, bool)
-    if (
-        isinstance(budget, bool)
-        or not isinstance(budget, (int, float))
-        or not (0 < budget <= 1 or whole and budget > 1)
-    ):
-        raise UserError(f"budget must be a fraction in (0, 1] or an integer of slots above 1, not {budget}")
+    number = isinstance(budget, int | float) and not isinstance(budget, bool)
+    if not (number and (0 < budget <= 1 or isinstance(budget, int) and budget > 1)):
+        raise UserError(f"budget must be a fraction in (0, 1] or an integer of slots above 1, not {shown(budget)}")
+
+
+def whole(value: Any, name: str) -> int:
+    """An integer, of Python or of numpy; UserError for anything else, True and False included."""
+    if type(value) is int:
+        return value
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise UserError(f"{name} must be an integer, not {shown(value)}")
+    return int(value)
+
+
+def integers(values: Any, name: str) -> list[int]:
+    """The integers in a sequence, a numpy array or a tensor of one dimension; UserError for anything else."""
+    if type(values) is list and all(type(value) is int for value in values):
+        return values
+    if isinstance(values, Tensor) or type(values).__module__ == "numpy":
+        values = values.tolist()  # what is no integer of one dimension gives no integers
+    if isinstance(values, str | bytes | bytearray) or not isinstance(values, Sequence):
+        raise UserError(f"{name} must be a sequence of integers, not {shown(values)}")
+    return [whole(value, f"each of {name}") for value in values]

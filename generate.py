@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
         completion = follow(stream, text, echo=not args.json)
     save_plan(args, engine, completion.figures)
     if args.json:
-        print(json.dumps(report_json(args, engine, completion, text.text)))
+        print(json.dumps(report_json(args, engine, completion, text.text), allow_nan=False))
     else:
         print(report(engine, completion))
     return 0
@@ -218,8 +218,8 @@ def run_job(
     if summary.figures:
         save_plan(args, engine, summary.figures)
     result = job_json(args, engine, survey.bad, rows, length, needs.row_full * rows, summary)
-    print(json.dumps(result) if args.json else job_report(result, summary))
-    return 2 if survey.bad else 0
+    print(json.dumps(result, allow_nan=False) if args.json else job_report(result, summary))
+    return 2 if survey.bad or summary.failed else 0
 
 
 def job_json(
@@ -239,6 +239,7 @@ def job_json(
     return {
         "output": args.output,
         "done": summary.done,
+        "failed": summary.failed,
         "done_before": summary.before,
         "bad_lines": bad,
         "prompt_tokens": summary.prompt_tokens,
@@ -261,7 +262,8 @@ def job_json(
 def job_report(result: dict[str, Any], summary: Summary) -> str:
     bad = f", {len(result['bad_lines'])} bad lines" if result["bad_lines"] else ""
     before = f", {summary.before} before" if summary.before else ""
-    lines = [f"requests {summary.done} done{before}{bad}: {result['output']}"]
+    failed = f", {summary.failed} of them with an error" if summary.failed else ""
+    lines = [f"requests {summary.done} done{failed}{before}{bad}: {result['output']}"]
     if summary.figures:
         kv, full = result["kv_bytes"], result["kv_bytes_full"]
         lines = [
@@ -281,7 +283,7 @@ def job_report(result: dict[str, Any], summary: Summary) -> str:
 def save_plan(args: argparse.Namespace, engine: Engine, figures: Figures) -> None:
     if args.save_plan is not None:
         saved = {"plan": figures.plan, "policy": engine.policy.name, "layers": engine.layer_policy.name}
-        Path(args.save_plan).write_text(json.dumps(saved) + "\n")
+        Path(args.save_plan).write_text(json.dumps(saved, allow_nan=False) + "\n")
 
 
 def choose_policies(args: argparse.Namespace) -> tuple[token_policies.TokenPolicy, layer_policies.LayerPolicy]:
@@ -482,7 +484,10 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def follow(stream: Stream, text: TextSoFar, echo: bool) -> Completion:
-    """Consume the stream, printing as it comes. Ctrl-C ends it with what was generated so far."""
+    """Consume the stream, printing as it comes. Ctrl-C ends it with what was generated so far.
+
+    UserError for logits that are not finite, with the text before them printed.
+    """
     steps = iter(stream)
     try:
         for _ in steps:
@@ -493,8 +498,10 @@ def follow(stream: Stream, text: TextSoFar, echo: bool) -> Completion:
             raise
         stream.completion.finish_reason = stream.completion.finish_reason or "interrupted"
     text.end()
-    if echo:
+    if echo and (text.text or not stream.completion.error):
         text.print(last=True)
+    if stream.completion.error:
+        raise UserError(stream.completion.error)
     return stream.completion
 
 
@@ -537,7 +544,8 @@ def layer_table(figures: Figures, width: int = 40) -> list[str]:
     for layer, slots in enumerate(figures.plan):
         group = "-" if figures.groups is None else figures.groups[layer]
         bar = "#" * max(1, round(width * slots / max(figures.plan)))
-        lines.append(f"{layer:5}  {figures.importance[layer]:6.3f}  {group:>5}  {slots:5}  {bar}")
+        signal = "-" if figures.importance is None else f"{figures.importance[layer]:.3f}"
+        lines.append(f"{layer:5}  {signal:>6}  {group:>5}  {slots:5}  {bar}")
     return lines
 
 

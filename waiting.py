@@ -12,12 +12,23 @@ before it has moved. K and V take one layer's whole prompt, and the arena or all
 that comes what the first layer outside leaves free, and one layer's copy while it is cut or moved.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from kvcache import Memory, Prompt
+
+
+class NotFinite(Exception):
+    """No prompt has a finite signal, so no plan can be made."""
+
+
+def mean_signal(signal: Tensor) -> Tensor:
+    """The mean [] over the rows [R] whose signal is finite; NaN without any. One broken row spoils no plan."""
+    finite = signal.isfinite()
+    return signal.masked_fill(~finite, 0).sum() / finite.sum()
 
 
 class Waiting:
@@ -38,7 +49,9 @@ class Waiting:
 
     def keep(self, layer: int, signal: Tensor, prompt: Prompt) -> None:
         """Take in the next layer: its signal [R], and its prompt [R, K, S, D]."""
-        self.signals.append(signal.mean().item())
+        self.signals.append(mean_signal(signal).item())
+        if not math.isfinite(self.signals[-1]):
+            raise NotFinite
         bounds = self.upper_bounds(self.signals)
         self.prompts.append(prompt)
         self.bounds.append(bounds[-1])

@@ -122,7 +122,7 @@ def test_fewer_slots_keep_a_subset(chosen):
 
 @pytest.mark.parametrize("policy", BOUNDED)
 def test_only_what_decoding_needs_is_stored(model, policy):
-    stream = Engine(model, policy, plan=PLAN).stream(random_ids(20), max_new_tokens=2)
+    stream = Engine(model, policy, plan=PLAN).stream(random_ids(20), max_new_tokens=12)
     list(stream)
     per_slot = 8 + 8 if policy in ("h2o", "h2o-mean", "tova") else 0  # a score in float64 and a position, per KV head
     assert stream.completion.figures.state_bytes == sum(PLAN) * 2 * per_slot
