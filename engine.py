@@ -590,9 +590,13 @@ class Engine:
         )
 
     def _padded(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
-        """The prompts as ids [R, S], padded on the right, and their lengths [R]."""
+        """The prompts as ids [R, S], padded on the right, and their lengths [R].
+
+        Padding repeats a row's own last token. No token attends to it, but 0 * inf would be NaN: another token might
+        overflow where the row's own do not.
+        """
         lengths = [len(request.ids) for request in requests]
-        ids = torch.zeros(len(requests), max(lengths), dtype=torch.int64)
+        ids = torch.tensor([request.ids[-1:] * max(lengths) for request in requests])
         for row, request in enumerate(requests):
             ids[row, : lengths[row]] = torch.tensor(request.ids)
         return ids.to(self.device), torch.tensor(lengths, device=self.device)

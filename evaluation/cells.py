@@ -12,12 +12,13 @@ from torch import Tensor
 
 from decoder import Decoder
 from engine import Engine, Request, check_budget
+from errors import UserError
 from kvcache import Memory, Prompt
 from model import Transformer
 from policies import layers as layer_policies
 from policies import tokens as token_policies
 from policies.layers import LayerPolicy
-from sampling import GREEDY
+from sampling import GREEDY, NOT_FINITE
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,13 @@ class Batch:
 
         self.logits, self.importance = engine._prefill(padded, self.lengths, self.rotary, self.policies, keep)
         self.signals = torch.stack(signals, dim=1)  # [B, L]
+        self.not_finite = engine.not_finite
+        self._check(self.logits)
+
+    def _check(self, logits: Tensor) -> None:
+        """UserError if there is no next token in the logits [B, vocab] of a row: no figure may come of them."""
+        if not logits.amax(-1).isfinite().all():
+            raise UserError(self.not_finite)
 
     def _start(self, cell: Cell) -> Decoder:
         """A cache of its own for `cell`; `plan` and `kv_share` (of the full cache) say how large it is."""
@@ -98,7 +106,9 @@ class Batch:
         decoder = self._start(cell)
         for tokens in following.to(self.lengths.device).T:
             decoder.tokens.copy_(tokens)
-            yield decoder.logits()
+            logits = decoder.logits()
+            self._check(logits)
+            yield logits
 
     @torch.inference_mode()
     def greedy(self, cell: Cell, eos_ids: Collection[int] = ()) -> list[list[int]]:
@@ -109,6 +119,8 @@ class Batch:
         while len(steps) < self.new and not all(ended):
             decoder.step()
             steps.append(decoder.tokens.tolist())
+            if any(token == NOT_FINITE and not end for token, end in zip(steps[-1], ended, strict=True)):
+                raise UserError(self.not_finite)
             ended = [before or token in eos_ids for before, token in zip(ended, steps[-1], strict=True)]
         rows = [list(row) for row in zip(*steps, strict=True)]
         return [row[: next((n for n, token in enumerate(row) if token in eos_ids), len(row))] for row in rows]

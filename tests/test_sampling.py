@@ -191,6 +191,15 @@ def test_equal_seeds_whatever_the_batch(settings):
         assert torch.equal(torch.stack([sampler(beside)[row] for _ in range(6)]), want)
 
 
+@pytest.mark.parametrize("top_p", [1.0, 1 - 1e-12])
+def test_a_sum_that_rounds_up_to_1_excludes_nothing(top_p):
+    """Beside a row that is restricted; the likely tokens' probabilities add up to 1 in fp32 before the others come."""
+    logits = torch.zeros(2, VOCABS[0])
+    logits[:, 100:] = -18.0
+    rows = [Sampling(1.0, top_p=top_p, seed=1), Sampling(1.0, top_k=7, seed=1)]
+    assert (Sampler(rows).probabilities(logits) > 0).sum(-1).tolist() == [VOCABS[0], 7]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e4])
 def test_limits(dtype, size):
