@@ -4,6 +4,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -149,15 +150,18 @@ class Store:
 
     def __init__(self):
         self.idle: OrderedDict[Hashable, Decoder] = OrderedDict()
-        self.memory, self.busy = Memory(), False
+        self.memory, self._lent = Memory(), Lock()
+
+    @property
+    def busy(self) -> bool:
+        return self._lent.locked()
 
     @contextmanager
     def lend(self, size: int) -> Iterator[Memory]:
         """Memory for a K arena of `size` elements, and what goes with it."""
-        if self.busy:
+        if not self._lent.acquire(blocking=False):  # also by another thread
             yield Memory()
             return
-        self.busy = True
         try:
             if not self.memory.fits("k", size):  # let go of the smaller one before the larger one is made
                 self.idle.clear()
@@ -168,7 +172,7 @@ class Store:
             self.memory = Memory()
             raise
         finally:
-            self.busy = False
+            self._lent.release()
 
     def decoder(self, key: Hashable, memory: Memory, make: Callable[[], Decoder]) -> tuple[Decoder, bool]:
         """A decoder for `key` in the memory that was lent, or any other, and whether it was made for this."""

@@ -1,6 +1,7 @@
 """How the code of a step runs: as it stands or compiled, its calls bound to their graphs, the whole step captured."""
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -49,8 +50,6 @@ class CudaGraphs:
 
 def compiled(function: Callable) -> Callable:
     """The function through Inductor, as one graph for each kind of input; where it cannot be one, an error."""
-    # Every policy, and every kind of model, adds its own graphs to the same code: the default limit allows 8 in all.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
     return torch.compile(function, fullgraph=True)
 
 
@@ -76,6 +75,9 @@ class Bound:
         if self.code:
             return self.code([*self.before, x, *self.after])[0]
         with _heard() as calls:
+            # Every policy, and every kind of model, adds its own graphs to the same code: the default limit allows 8 in
+            # all. Dynamo's settings are those of the thread that compiles.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
             out = self.function(self.first, x, *self.rest)
         if len(calls) == 1:
             [(code, inputs, outputs)] = calls
@@ -85,21 +87,30 @@ class Bound:
         return out
 
 
+_listening = threading.RLock()  # held by the thread whose calls are heard
+
+
 @contextmanager
 def _heard() -> Iterator[list[tuple[Callable, list, Sequence]]]:
-    """What Inductor's graphs run while it is open: each call's code, inputs and outputs."""
+    """What Inductor's graphs run in this thread while it is open: each call's code, inputs and outputs.
+
+    One thread at a time: who else comes waits. Other threads may run compiled code of their own meanwhile.
+    """
     from torch._inductor.output_code import CompiledFxGraph  # seconds that only who compiles should wait
 
-    calls, call = [], CompiledFxGraph.__call__
+    with _listening:
+        calls, call, thread = [], CompiledFxGraph.__call__, threading.get_ident()
 
-    def listening(graph: CompiledFxGraph, inputs: Sequence[Any]) -> Sequence[Any]:
-        held = list(inputs)  # the code empties its own
-        outputs = call(graph, inputs)
-        calls.append((graph.current_callable, held, outputs))
-        return outputs
+        def listening(graph: CompiledFxGraph, inputs: Sequence[Any]) -> Sequence[Any]:
+            if threading.get_ident() != thread:
+                return call(graph, inputs)
+            held = list(inputs)  # the code empties its own
+            outputs = call(graph, inputs)
+            calls.append((graph.current_callable, held, outputs))
+            return outputs
 
-    CompiledFxGraph.__call__ = listening
-    try:
-        yield calls
-    finally:
-        CompiledFxGraph.__call__ = call
+        CompiledFxGraph.__call__ = listening
+        try:
+            yield calls
+        finally:
+            CompiledFxGraph.__call__ = call

@@ -1,5 +1,6 @@
 """Compiled code, and calls that are bound to its graphs."""
 
+import threading
 from functools import partial
 
 import pytest
@@ -125,3 +126,68 @@ def test_an_error_in_a_first_call_leaves_nothing_behind():
         with pytest.raises(ValueError, match="no result"):
             bound(torch.ones(1))
     assert bound.code is None and CompiledFxGraph.__call__ is before
+
+
+@pytest.mark.slow
+def test_threads_that_compile_at_the_same_time():
+    """Each has an engine, and hears its own graphs only; nothing of it stays."""
+    torch._dynamo.reset()
+    before, ids = CompiledFxGraph.__call__, random_ids(20)
+    forms = [("window", dict(n_layers=2)), ("knorm", dict(n_layers=1, activation="relu", ffn_dim=72))]
+    want = [list(Engine(random_model(**form), policy).stream(ids, max_new_tokens=9)) for policy, form in forms]
+    engines = [Engine(random_model(**form), policy, compile=True) for policy, form in forms]
+    got, limits, together = {}, set(), threading.Barrier(2)
+
+    def run(number: int) -> None:
+        together.wait()
+        got[number] = [list(engines[number].stream(ids, max_new_tokens=9)) for _ in range(2)]
+        limits.add(torch._dynamo.config.recompile_limit)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [got.get(number) for number in range(2)] == [[tokens] * 2 for tokens in want]
+    assert CompiledFxGraph.__call__ is before and limits == {128}
+    for engine in engines:
+        for decoder in engine.store.idle.values():
+            assert all(call.code for call in (*decoder.blocks, decoder.head))
+
+
+def test_a_call_of_another_thread_is_not_heard():
+    """While one thread's first call runs, another one calls what is compiled; then its own first call fails."""
+    before, inside, release = CompiledFxGraph.__call__, threading.Event(), threading.Event()
+    other = compiled(product)
+    x, kept = torch.ones(2), torch.full((2,), 3.0)
+    with torch.inference_mode():
+        other(kept, x)
+    alien = []
+
+    def slow(_, x):
+        inside.set()
+        assert release.wait(60)
+        with torch.inference_mode():
+            return run(kept, x)
+
+    def failing(_, x):
+        raise ValueError("no result")
+
+    run, bound, errors = compiled(product), Bound(slow, None), []
+
+    def second() -> None:
+        assert inside.wait(60)
+        with torch.inference_mode():
+            alien.append(other(kept, x))  # while `slow` listens
+        release.set()
+        try:
+            Bound(failing, None)(x)
+        except ValueError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    out = bound(x)
+    thread.join()
+    assert torch.equal(out, product(kept, x)) and torch.equal(alien[0], out) and len(errors) == 1
+    assert bound.code and bound.before == [kept][: len(bound.before)] and CompiledFxGraph.__call__ is before
