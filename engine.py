@@ -233,7 +233,9 @@ class Engine:
         """
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value is not None and whole(value, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {value}")
+                raise UserError(f"{name} must be at least 1, not {shown(value)}")
+        if samplings is not None and not all(isinstance(sampling, Sampling) for sampling in samplings):
+            raise UserError(f"samplings must be some of Sampling, not {shown(samplings)}")
         if not isinstance(requests, Iterable):
             raise UserError(f"requests must be a sequence or an iterable of Request, not {shown(requests)}")
         if isinstance(requests, Sequence):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from errors import UserError
+from errors import UserError, shown
 from policies.layers.base import LayerPolicy, Plan, fit
 
 
@@ -17,8 +17,8 @@ class Pyramid(LayerPolicy):
     uses_signals: ClassVar[bool] = False
 
     def __post_init__(self):
-        if isinstance(self.beta, bool) or not isinstance(self.beta, int | float) or not 1 <= self.beta < float("inf"):
-            raise UserError(f"beta must be a number of at least 1, not {self.beta!r}")
+        if isinstance(self.beta, bool) or not isinstance(self.beta, int | float) or not 1 <= self.beta < 2**63:
+            raise UserError(f"beta must be a number of at least 1, not {shown(self.beta)}, and below 2**63")
 
     def allocate(self, signals: Sequence[float], budget: int, caps: Sequence[int], floor: int) -> Plan:
         layers = len(caps)

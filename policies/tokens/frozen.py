@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from errors import UserError
+from errors import UserError, shown
 from policies.tokens.base import TokenPolicy
 from policies.tokens.scoring import highest
 
@@ -27,8 +27,8 @@ class Frozen(TokenPolicy):
     recent: int = 64
 
     def __post_init__(self):
-        if type(self.recent) is not int or self.recent < 1:
-            raise UserError(f"recent must be an integer of at least 1, not {self.recent!r}")
+        if type(self.recent) is not int or not 1 <= self.recent < 2**31:
+            raise UserError(f"recent must be an integer of at least 1, not {shown(self.recent)}, and below 2**31")
 
     def ring(self, slots: int) -> int:
         return max(min(self.recent, slots // 2), 1)

@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from errors import UserError, shown
 from policies.tokens.evicting import Evicting
 
 QUERY_CHUNK = 128  # prompt queries whose attention rows exist at the same time
@@ -27,6 +28,10 @@ class H2O(Evicting):
     name: ClassVar[str] = "h2o"
     floor: ClassVar[int] = 2
     queries: ClassVar[int] = QUERY_CHUNK
+
+    def __post_init__(self):
+        if type(self.corrected) is not bool:
+            raise UserError(f"corrected must be True or False, not {shown(self.corrected)}")
 
     def within_window(self, window: int) -> "H2O":
         return WindowedH2O(self.corrected, window=window)

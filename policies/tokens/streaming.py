@@ -8,7 +8,7 @@ therefore stored unrotated (`TokenPolicy.sinks`), and attention turns a fresh co
 from dataclasses import dataclass
 from typing import ClassVar
 
-from errors import UserError
+from errors import UserError, shown
 from policies.tokens.base import TokenPolicy
 
 
@@ -18,8 +18,11 @@ class Streaming(TokenPolicy):
     sinks: int = 4
 
     def __post_init__(self):
-        if type(self.sinks) is not int or self.sinks < 1:
-            raise UserError(f"sinks must be an integer of at least 1, not {self.sinks!r}; without sinks use window")
+        if type(self.sinks) is not int or not 1 <= self.sinks < 2**31:
+            raise UserError(
+                f"sinks must be an integer of at least 1, not {shown(self.sinks)}, and below 2**31; without sinks use "
+                f"window"
+            )
 
     @property
     def floor(self) -> int:
