@@ -245,9 +245,8 @@ class Engine:
             max_length = max_length or max(lengths, default=0)
         if batch_size is None or max_length is None:
             raise UserError("requests that are not a sequence need a batch_size and a max_length")
-        if max_length > self.longest:
-            raise UserError(f"max_length can be {self.longest} at most, not {shown(max_length)}; {self._longest_why}")
         if max_length:  # else nothing can run
+            self.check_length(max_length)
             known = self._plan(None, self._budget_slots(max_length), max_length)
             if apart and known is None:
                 raise UserError(f"requests that run apart need a plan; {self.layer_policy.name} makes it from prompts")
@@ -280,6 +279,7 @@ class Engine:
 
         apart: as in `generate`; prompts are read one by one and none waits for the plan.
         """
+        self.check_length(max_length)
         c, caps, budget_slots = self.model.config, self._caps(max_length), self._budget_slots(max_length)
         slots = min(budget_slots * len(caps), sum(caps)) if self.plan is None else sum(self._cut_plan(max_length))
         item = self.model.embed.weight.element_size()
@@ -351,6 +351,11 @@ class Engine:
         """The most tokens of a prompt and its answer."""
         positions = self.model.config.max_positions
         return max(positions, MOST_TOKENS) if self._endless else positions
+
+    def check_length(self, max_length: int) -> None:
+        """UserError for a length that no request can have."""
+        if max_length > self.longest:
+            raise UserError(f"a max-length of {shown(max_length)} tokens exceeds {self._longest_why}")
 
     @property
     def _longest_why(self) -> str:

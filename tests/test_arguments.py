@@ -167,6 +167,7 @@ def test_one_request_that_asks_for_too_much(policy, learned):
         assert words in refused(engine.check, request)
         assert words in refused(engine.conversation().stream, request.ids, request.max_new_tokens)
     assert words in refused(next, engine.generate(iter([good]), 1, HUGE))
+    assert words in refused(engine.needs, 10**12)
     assert engine.refusal(Request([1] * 10, 4096 - 10)) is None
     if policy != "full" and not learned:
         assert engine.refusal(Request([1] * 10, MOST_TOKENS - 10), seen=10**9) is None
@@ -182,6 +183,9 @@ def test_one_line_that_asks_for_too_much(capsys, tmp_path, how):
     out, err = capsys.readouterr()
     result = json.loads(out)
     assert result["max_length"] == 12 and result["done"] == 1 and list(result["bad_lines"]) == ["1", "3"]
+    assert generate.main([*paths[:3], str(tmp_path / "other"), "--max-length", str(10**12), *how]) == 2
+    assert not (tmp_path / "other").exists()
+    assert "a max-length of 1000000000000 tokens exceeds" in capsys.readouterr().err
     assert err.count("\n") == 2 and err.count("positions" if not how else "exceed the 1048576") == 2
 
 
