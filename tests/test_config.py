@@ -54,7 +54,7 @@ def their_rotary(config) -> dict[str, Any]:
     head_dim = 2 if head_dim is None and config.model_type == "mixtral" else head_dim
     if head_dim not in range(2, 1 << 16):  # frequencies that fill the memory
         raise Nothing
-    if config.model_type == "gpt_neox" and head_dim != 2:  # its attention does not read it, its frequencies do
+    if config.model_type == "gpt_neox" and hasattr(config, "head_dim"):  # its frequencies read it, its attention not
         raise Nothing
     rotary = next(value for name, value in vars(module).items() if name.endswith("RotaryEmbedding"))(config)
     kinds = sorted(set(config.layer_types)) if config.model_type == "gemma3_text" else [None]
@@ -93,6 +93,8 @@ def meaning(config) -> dict[str, Any]:
         windows = [c.sliding_window if each == "sliding_attention" else None for each in c.layer_types]
         if "sliding_attention" in c.layer_types and c.sliding_window is None:
             raise Nothing
+    if kind == "mixtral" and c.num_local_experts is None:
+        raise Nothing
     gemma = kind.startswith("gemma")
     found = dict(
         model_type=kind,
