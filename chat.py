@@ -63,7 +63,7 @@ class ChatTemplate:
 
     def _shown(self, messages: Sequence[Message]) -> list[Message]:
         """The messages as the template gets them: a seam after the first letter of each special token's name."""
-        names = "|".join(map(re.escape, self.tokenizer.special_names)) or "(?!)"
+        names = "|".join(map(re.escape, self.tokenizer.special_ids)) or "(?!)"
         first_letter = re.compile(f"(?={names})(.)", re.DOTALL)  # also where names overlap
         plain = [message | {"content": re.sub(f"[{_SEAM}{_ANSWER}]", "", message["content"])} for message in messages]
         return [message | {"content": first_letter.sub(rf"\1{_SEAM}", message["content"])} for message in plain]

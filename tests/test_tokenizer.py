@@ -352,18 +352,21 @@ def test_special_at_the_ends(loaded: dict[str, Tokenizer], form: str) -> None:
 
 
 def test_settings_decide_on_bos_and_eos(folders: dict[str, Path], form: str, tmp_path: Path) -> None:
+    """Except beside a tokenizer.json, which says itself what it adds."""
     for file in folders[form].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     names = {"tiktoken": ("<|begin_of_text|>", "<|end_of_text|>")}.get(form, ("<s>", "</s>"))
     tokens = {"bos_token": names[0], "eos_token": {"content": names[1]}}
     write(tmp_path, "special_tokens_map.json", tokens)
     write(tmp_path, "tokenizer_config.json", {"add_bos_token": False, "bos_token": None})
-    plain = load(tmp_path).encode("hello", special=False)
-    assert load(tmp_path).encode("hello") == plain
+    plain, ours = load(tmp_path).encode("hello", special=False), load(tmp_path).encode("hello")
+    assert ours == (load(folders[form]).encode("hello") if "json" in form else plain)
     write(tmp_path, "tokenizer_config.json", {"add_bos_token": False, "add_eos_token": True})
     tokenizer = load(tmp_path)
     eos = tokenizer.encode(names[1], special=False, parse_special=True)
-    assert len(eos) == 1 and tokenizer.encode("hello") == plain + eos
+    assert len(eos) == 1 and tokenizer.eos == eos[0]
+    assert tokenizer.encode("hello") == (ours if "json" in form else plain + eos)
+    assert tokenizer.bos == tokenizer.encode(names[0], special=False, parse_special=True)[0]
 
 
 def test_added_tokens_of_qwen_form(loaded: dict[str, Tokenizer]) -> None:
@@ -382,7 +385,24 @@ def test_added_tokens_of_sentencepiece_form(folders: dict[str, Path], tmp_path: 
     assert tokenizer.vocab_size == 602
     ids = tokenizer.encode("<|user|>hello<tool>", special=False, parse_special=True)
     assert (ids[0], ids[-1]) == (600, 601) and tokenizer.decode(ids) == "hello<tool>"
-    assert not {600, 601} & set(tokenizer.encode("<|user|>hello<tool>"))
+    assert {600, 601} & set(tokenizer.encode("<|user|>hello<tool>")) == {601}  # what is not special is always parsed
+    write(tmp_path, "tokenizer_config.json", {"eos_token": "<|end|>", "extra_special_tokens": ["<0x41>", "<more>"]})
+    tokenizer = load(tmp_path)  # tokens that are only named: pieces of the model, or new ones after all others
+    byte = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).piece_to_id("<0x41>")
+    assert tokenizer.encode("<more><|end|><0x41>", special=False, parse_special=True) == [601, 600, byte]
+    assert tokenizer.eos == 600 and tokenizer.vocab_size == 602
+
+
+def test_flags_of_added_tokens_of_sentencepiece_form(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((folders["pieces"] / "tokenizer.model").read_bytes())
+    flags = {"600": {"lstrip": True}, "601": {"rstrip": True}, "602": {"single_word": True}, "603": {}}
+    decoder = {i: {"content": f"<{i}>", "special": False} | flag for i, flag in flags.items()}
+    decoder["602"]["content"] = "word"
+    tokenizer = load(write(tmp_path, "tokenizer_config.json", {"added_tokens_decoder": decoder}))
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    ids = tokenizer.encode("a <600> b <601> c word words <603> d", special=False)
+    parts = [model.encode(part) for part in ("a", " b ", "c ", " words ", " d")]
+    assert ids == [*parts[0], 600, *parts[1], 601, *parts[2], 602, *parts[3], 603, *parts[4]]
 
 
 def test_metaspace_and_wordpiece_decoders(tmp_path: Path) -> None:
@@ -569,9 +589,34 @@ def test_broken_files(tmp_path: Path, files: dict[str, str], words: list[str]) -
     one_line_error(lambda: load(tmp_path), *words)
 
 
-def test_unreadable_text_and_missing_bos(tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_unreadable_text(tmp_path: Path, folders: dict[str, Path]) -> None:
     (tmp_path / "tokenizer.json").write_bytes((folders["json"] / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_bytes(b'{"a": "\xff"}')
     one_line_error(lambda: load(tmp_path), "tokenizer_config.json", "UTF-8")
-    write(tmp_path, "tokenizer_config.json", {"add_eos_token": True, "eos_token": "<none>"})
-    one_line_error(lambda: load(tmp_path), "tokenizer.json", "'<none>' is not in the vocabulary")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eos_token": 5},
+        {"bos_token": {"content": None}},
+        {"pad_token": {"content": "x", "lstrip": "yes"}},
+        {"image_token": {"special": True}},
+        {"extra_special_tokens": "abc"},
+        {"extra_special_tokens": [5]},
+        {"extra_special_tokens": {"x_token": 5}},
+        {"additional_special_tokens": 5},
+        {"model_specific_special_tokens": [5]},
+        {"added_tokens_decoder": []},
+        {"added_tokens_decoder": {"x": {"content": "y"}}},
+        {"added_tokens_decoder": {"1": "y"}},
+        {"added_tokens_decoder": {"1": {"content": "y", "special": 1}}},
+    ],
+)
+def test_broken_settings(folders: dict[str, Path], form: str, settings: dict, tmp_path: Path) -> None:
+    for file in folders[form].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    kind = {"merges": "GPT2Tokenizer", "qwen": "Qwen2Tokenizer"}.get(form)
+    write(tmp_path, "tokenizer_config.json", settings | {"tokenizer_class": kind})
+    if form != "tiktoken" or not any("special_tokens" in key or "added" in key for key in settings):
+        one_line_error(lambda: load(tmp_path), "token")
