@@ -62,7 +62,10 @@ class Tokenizer:
         The names of special tokens in the text, such as "</s>", are ordinary text unless `parse_special`. Which added
         tokens are special is what the tokenizer's files say; the others ("<think>" in Qwen 3) are always parsed.
         """
-        text.encode()  # a lone surrogate is no text: one UnicodeEncodeError, a UserError, whatever the form
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{shown(text[error.start])} at {error.start} is half a character, and no text") from None
         ids = self.split(text, parse_special)
         return [*self.prefix, *ids, *self.suffix] if special else ids
 
@@ -80,43 +83,63 @@ class TextStream:
     stop string and what follows never will be. `flush()` at the end returns what was still held back.
 
     With several stop strings the one completed first counts, wherever the borders between tokens are; of those
-    completed by the same character, the longest.
+    completed by the same character, the longest. A special token has no text, but a stop string may hold its name.
 
     With `continues` the ids go on from an earlier text, so that the space before their first word is kept.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), continues: bool = False):
-        if "" in stops:  # also true of a plain string, which would stop at each of its characters
-            raise UserError(f"stop strings must be a list of non-empty strings, not {stops!r}")
+        if isinstance(stops, str) or "" in stops:
+            raise UserError(f"stop strings must be a list of non-empty strings, not {shown(stops)}")
         self.stopped = False
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
+        # What special tokens write here, which is never shown: surrogates, since no UTF-8 gives them.
+        named = [name for name in tokenizer.special_ids if any(name in stop for stop in stops)]
+        marks = dict(zip(sorted(named, key=len, reverse=True), map(chr, range(0xD800, 0xDFFF)), strict=False))
+        names = re.compile("|".join(map(re.escape, marks)) or "(?!)")
+        self._marked = tuple(names.sub(lambda name: marks[name[0]], stop) for stop in stops if names.search(stop))
+        ids = tokenizer.special_ids.items() if marks else ()
+        self._marks = {i: marks.get(name, "\udfff") for name, i in ids}
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._drop_space = tokenizer.drops_space and not continues
         self._held = ""  # printable, but perhaps the beginning of a stop string
 
     def push(self, token: int) -> str:
         """Take the next id, return the text to print."""
-        return "" if self.stopped else self._release(self._utf8.decode(self._tokenizer.token_bytes(token)))
+        if self.stopped:
+            return ""
+        if token in self._marks:
+            return self._release(self._marks[token])
+        return self._release(self._utf8.decode(self._tokenizer.token_bytes(token)))
 
     def flush(self) -> str:
         """Return the text still held back; the sequence has ended."""
         text = "" if self.stopped else self._release(self._utf8.decode(b"", final=True))
         rest, self._held = self._held, ""
-        return text + rest
+        return text + self._shown(rest)
 
     def _release(self, text: str) -> str:
-        if self._drop_space and text:
+        if self._drop_space and self._shown(text):
             text, self._drop_space = text.removeprefix(" "), False
         text, self._held = self._held + text, ""
-        found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        shown = self._shown(text)
+        at = range(len(text) + 1)  # where each shown character is, and the end
+        if len(shown) < len(text):
+            at = [place for place, c in enumerate(text) if not "\ud800" <= c <= "\udfff"] + [len(text)]
+        found = [(at[n + len(stop) - 1] + 1, at[n]) for stop in self._stops if (n := shown.find(stop)) >= 0]
+        found += [(n + len(stop), n) for stop in self._marked if (n := text.find(stop)) >= 0]
         if found:
             self.stopped = True
-            return text[: min(found)[1]]
-        held = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        cut = len(text) - held
+            return self._shown(text[: min(found)[1]])
+        begun = [at[-n - 1] for stop in self._stops for n in range(1, len(stop)) if shown.endswith(stop[:n])]
+        begun += [len(text) - n for stop in self._marked for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        cut = min(begun, default=len(text))
         self._held = text[cut:]
-        return text[:cut]
+        return self._shown(text[:cut])
+
+    def _shown(self, text: str) -> str:
+        return re.sub("[\ud800-\udfff]", "", text) if self._marks else text
 
 
 def load(folder: Path) -> Tokenizer | None:

@@ -12,6 +12,7 @@ import tokenizers
 import transformers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from errors import UserError
 from tokenizer import TextStream, Tokenizer, eos_ids, load
 
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466"  # four emoji joined by ZWJ into one
@@ -328,7 +329,7 @@ def test_special_names_in_text_are_text(tokenizer: Tokenizer) -> None:
 
 
 def test_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match="surrogates not allowed"):
+    with pytest.raises(UserError, match=r"^'.ud800' at 1 is half a character"):
         tokenizer.encode("a\ud800")
 
 
@@ -520,6 +521,41 @@ def test_bad_stops(loaded: dict[str, Tokenizer], stops: list[str]) -> None:
         TextStream(loaded["json"], stops)
 
 
+def naive_special(parts: list[tuple[str, bool]], stops: list[str]) -> tuple[str, bool]:
+    """As `naive`, over (character or name of a special token, whether it is special): no such name is shown."""
+    for end in range(len(parts) + 1):
+        starts = []
+        for start in range(end):
+            full = "".join(text for text, _ in parts[start:end])
+            shown = "".join(text for text, special in parts[start:end] if not special)
+            ends = not parts[end - 1][1] and not parts[start][1]
+            if any(full == stop or shown == stop and ends for stop in stops):
+                starts.append(start)
+        if starts:
+            return "".join(text for text, special in parts[: min(starts)] if not special), True
+    return "".join(text for text, special in parts if not special), False
+
+
+def test_stops_that_hold_special_tokens(tokenizer: Tokenizer) -> None:
+    """Alone, within text and several of them; other special tokens do not hide a stop string that has none."""
+    rng, hits = random.Random(4), 0
+    special = rng.sample(sorted(tokenizer.special_ids), min(3, len(tokenizer.special_ids)))
+    letters = {c: tokenizer.encode(f"x{c}", special=False)[-1] for c in "ab"}
+    letters = {c: i for c, i in letters.items() if tokenizer.token_bytes(i) == c.encode()}
+    for _ in range(300):
+        parts = [(rng.choice([*letters, *special]), False) for _ in range(12)]
+        parts = [(text, text in special) for text, _ in parts]
+        stops = ["".join(rng.choices([*letters, *special], k=rng.randrange(1, 5))) for _ in range(rng.randrange(1, 4))]
+        wanted, stopped = naive_special(parts, stops)
+        stream, text = TextStream(tokenizer, stops, continues=True), ""
+        for part, is_special in parts:
+            text += stream.push(tokenizer.special_ids[part] if is_special else letters[part])
+            assert wanted.startswith(text)
+        assert (text + stream.flush(), stream.stopped) == (wanted, stopped), (parts, stops)
+        hits += stopped
+    assert len(letters) == 2 and 100 < hits < 300
+
+
 # ---- eos ids ----
 
 
@@ -540,6 +576,20 @@ def test_eos_ids(tmp_path: Path, generation: dict | None, config: dict | None, w
         if value is not None:
             write(tmp_path, name, value)
     assert eos_ids(tmp_path) == wanted
+
+
+def test_eos_of_the_tokenizer(folders: dict[str, Path], tmp_path: Path) -> None:
+    """In a chat it is one more; otherwise it counts where the configs name none."""
+    for file in folders["qwen"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer = load(tmp_path)
+    assert tokenizer.eos == 500
+    assert eos_ids(tmp_path, tokenizer) == eos_ids(tmp_path, tokenizer, chat=True) == {500}
+    write(tmp_path, "config.json", {"eos_token_id": 7})
+    assert eos_ids(tmp_path, tokenizer) == {7} and eos_ids(tmp_path, tokenizer, chat=True) == {7, 500}
+    write(tmp_path, "generation_config.json", {"eos_token_id": [8, 9]})
+    assert eos_ids(tmp_path, tokenizer) == {8, 9} and eos_ids(tmp_path, tokenizer, chat=True) == {8, 9, 500}
+    assert eos_ids(tmp_path, None, chat=True) == {8, 9}
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"eos_token_id": "2"}', '{"eos_token_id": [true]}'])
