@@ -101,6 +101,15 @@ def test_ordinary_files_are_not_tried(tmp_path: Path, monkeypatch: pytest.Monkey
     assert load(tmp_path).decode(load(tmp_path).encode("Hello 12345")) == "Hello 12345"
 
 
+TRIED = [name for name in BAD if "charsmap" in name or "prefix" in name]
+
+
+@pytest.mark.parametrize("name", [*TRIED, "no chunks", "template", "stripping decoder", "part that is none"])
+def test_risky_files_are_tried(tmp_path: Path, name: str) -> None:
+    """What such a file does to the process depends on the memory that is free."""
+    assert tokenizer._risky(tmp_path, json.dumps(data_of(train_bytes()) | BAD[name]).encode())
+
+
 def test_what_is_tried_is_loaded(tmp_path: Path) -> None:
     data = data_of(train_bytes()) | {"normalizer": {"type": "Nmt"}}
     assert tokenizer._risky(tmp_path, json.dumps(data).encode())
