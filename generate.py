@@ -411,7 +411,11 @@ def parse_ids(text: str) -> list[int]:
 
 def prompt_text(args: argparse.Namespace) -> str:
     if args.prompt not in (None, "-"):
-        data, name = args.prompt.encode("utf-8", "surrogateescape"), "--prompt"
+        name = "--prompt"
+        try:
+            data = args.prompt.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:
+            raise UserError("--prompt holds half of a surrogate pair, which is no character") from None
     elif args.prompt == "-":
         name = "standard input"
         with accessing(name):

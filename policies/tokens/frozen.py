@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from errors import UserError
+from errors import UserError, shown
 from policies.tokens.base import TokenPolicy
 from policies.tokens.scoring import highest
 
@@ -28,7 +28,7 @@ class Frozen(TokenPolicy):
 
     def __post_init__(self):
         if type(self.recent) is not int or self.recent < 1:
-            raise UserError(f"recent must be an integer of at least 1, not {self.recent!r}")
+            raise UserError(f"recent must be an integer of at least 1, not {shown(self.recent)}")
 
     def ring(self, slots: int) -> int:
         return max(min(self.recent, slots // 2), 1)
