@@ -299,6 +299,9 @@ def check_apart(outputs: Mapping[str, Path | str], inputs: Mapping[str, Path | s
     An input that is a folder stands for the files in it. The standard streams are paths of every run.
     """
     named = list(outputs.items())
+    for path in (*outputs.values(), *inputs.values()):
+        with accessing(path):  # it can be a name
+            pass
     for index, (flag, path) in enumerate(named):
         for other, taken in [*named[:index], *inputs.items()]:
             if same_file(path, taken):

@@ -6,16 +6,20 @@ import io
 import json
 import os
 import resource
-import signal
+import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import bench_batch
 import bench_chat
 import pytest
 import train_tiny
+from conftest import quick
 
 import batch
 import bench
@@ -25,7 +29,8 @@ import files
 import generate
 from errors import UserError
 
-PROGRAMS = {m.__name__: m for m in (generate, evaluate, bench, bench_batch, bench_chat, train_tiny)}
+COMMANDS = {m.__name__: m for m in (generate, evaluate, bench, bench_batch, bench_chat, train_tiny)}
+PROGRAMS = dict(COMMANDS)
 TEXT = "It was a dark and stormy night. " * 40
 
 
@@ -46,8 +51,8 @@ def unloaded(monkeypatch):
         raise Reached
 
     monkeypatch.setattr(generate.checkpoint, "load", reached)
-    monkeypatch.setattr(bench, "make", reached)
-    monkeypatch.setattr(train_tiny, "new_model", reached)
+    monkeypatch.setattr(bench.roofline, "copy_rate", reached)
+    monkeypatch.setattr(train_tiny, "run", reached)
     monkeypatch.setattr(bench_batch, "draw", reached)
 
 
@@ -93,7 +98,7 @@ NASTY = {
 }
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", COMMANDS)
 def test_whatever_a_flag_says_is_answered_in_one_short_line(capsys, monkeypatch, unloaded, program):
     given, refused = flags(program, monkeypatch), 0
     for flag in given:
@@ -112,7 +117,7 @@ def ours() -> Exception:
         return error
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", COMMANDS)
 @pytest.mark.parametrize(
     "fault", [ours(), OSError(5, "no"), RuntimeError("no"), KeyError(1)], ids=lambda e: type(e).__name__
 )
@@ -120,11 +125,10 @@ def test_faults_of_ours_keep_their_traceback(monkeypatch, program, fault):
     def fails(*args):
         raise fault
 
-    for name in ("parse", "run", "evaluate"):
-        if hasattr(PROGRAMS[program], name):
-            with monkeypatch.context() as patch, pytest.raises(type(fault)):
-                patch.setattr(PROGRAMS[program], name, fails)
-                PROGRAMS[program].main([])
+    for name in ("parse", "evaluate" if program == "evaluate" else "run"):
+        with monkeypatch.context() as patch, pytest.raises(type(fault)):
+            patch.setattr(PROGRAMS[program], name, fails)
+            PROGRAMS[program].main([])
 
 
 def test_faults_of_ours_inside_of_a_run_keep_their_traceback(monkeypatch, tmp_path):
@@ -132,11 +136,14 @@ def test_faults_of_ours_inside_of_a_run_keep_their_traceback(monkeypatch, tmp_pa
         raise ours()
 
     (tmp_path / "in").write_text('{"prompt": "a"}\n')
-    for args in (["--prompt", "a"], ["--input", "in", "--output", "out"], ["--interactive", "--prompt", "a"]):
-        for name in ("_prefill", "_refill", "_padded"):
-            with monkeypatch.context() as patch, pytest.raises(ValueError, match="shorter than"):
-                patch.setattr(generate.Engine, name, fails)
-                generate.main(args)
+    monkeypatch.setattr(generate.Engine, "_prefill", fails)
+    for args in (
+        ["--prompt", "a"],
+        ["--input", "in", "--output", "out", "--squeeze"],
+        ["--interactive", "--prompt", "a"],
+    ):
+        with pytest.raises(ValueError, match="shorter than"):
+            generate.main(args)
 
 
 def test_a_package_that_is_missing_is_named(capsys, monkeypatch):
@@ -165,8 +172,8 @@ def write(path: str | Path, text: str = TEXT) -> str:
     return str(path)
 
 
-def contents() -> dict[str, str]:
-    return {str(path): path.read_text() for path in Path().rglob("*") if path.is_file()}
+def contents() -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
 
 def checkpoint_folder() -> str:
@@ -254,10 +261,10 @@ def test_outputs_that_cannot_be_are_refused_at_once(capsys, unloaded, program):
     places += ["folder", "no/a", "m" * 250] if program != "evaluate" else []
     for args in OUTPUTS[program]:
         for place in places:
-            if place == "m" * 250 and "--output" not in args:  # here only the name of the job's state is too long
+            if place == "m" * 250 and args[-1] != "--output":  # there only the name of the job's state is too long
                 continue
             assert refusal(capsys, program, *args, place) is not None, (args, place)
-    assert contents() == {"in": '{"prompt": "a"}\n'}
+    assert contents() == {"in": b'{"prompt": "a"}\n'}
 
 
 INPUTS = {
@@ -269,7 +276,7 @@ INPUTS = {
 
 @pytest.mark.parametrize("program", INPUTS)
 def test_inputs_that_never_end_are_refused(capsys, monkeypatch, unloaded, program):
-    monkeypatch.setattr(evaluate.checkpoint, "load", lambda *_: (None, evaluate.checkpoint.ModelConfig))
+    monkeypatch.setattr(evaluate.checkpoint, "load", lambda *_: (None, SimpleNamespace(max_positions=2048)))
     for args in INPUTS[program]:
         for place in ("/dev/zero", "/dev/urandom", "/dev/full"):
             assert refusal(capsys, program, *args, place) is not None, args
@@ -295,37 +302,71 @@ def test_standard_input_that_never_ends_is_refused(capsys, monkeypatch):
 # ---- standard streams
 
 
-def forked(call: Callable[[], int], prepare: Callable[[], None]) -> tuple[int, str]:
-    """The exit code of `call` in a process of its own, after `prepare`, and the traceback if there is one."""
-    report = Path("report")
-    if pid := os.fork():
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), report.read_text() if report.exists() else ""
+class Server:
+    """Runs command lines, each in a fork of a process that has imported them and started no thread."""
+
+    def __init__(self):
+        command, pipe = [sys.executable, __file__], subprocess.PIPE
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)
+
+    def __call__(self, program: str, args: list[str], **how: Any) -> tuple[int, str]:
+        """The exit code, and the traceback if there is one. how: see `child`."""
+        print(json.dumps([os.getcwd(), program, args, how]), file=self.process.stdin, flush=True)
+        return tuple(json.loads(self.process.stdout.readline()))
+
+
+@pytest.fixture(scope="module")
+def forked():
+    server = Server()
+    yield server
+    server.process.communicate()
+
+
+def serve() -> None:
+    for line in sys.stdin:
+        cwd, program, args, how = json.loads(line)
+        os.chdir(cwd)
+        if (pid := os.fork()) == 0:
+            child(program, args, **how)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        print(json.dumps([code, Path("report").read_text() if Path("report").exists() else ""]), flush=True)
+
+
+def child(
+    program: str, args: list[str], output: str = "stdout", closed: Sequence[int] = (), most: int | None = None
+) -> NoReturn:
+    """As Python finds its streams when the shell has redirected them, or closed some.
+
+    output: a file for standard output, or `pipe` for one whose reader has gone. most: bytes that a file may have.
+    """
+    reading, writing = os.pipe()
+    os.close(reading)
+    error = os.open("stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    out = writing if output == "pipe" else os.open(output, os.O_WRONLY | os.O_CREAT)
+    for number, to in enumerate((os.open("/dev/null", os.O_RDONLY), out, error)):
+        os.dup2(to, number)
+    os.closerange(3, 100)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if number in closed:
+            os.close(number)
+            setattr(sys, name, None)
+        else:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+    if most is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     code = 1
     try:
-        prepare()
-        code = call()
-        sys.stdout.flush()
-    except BaseException as error:
-        if not isinstance(error, SystemExit):
-            report.write_text(traceback.format_exc())
-        code = error.code if isinstance(error, SystemExit) else 1
+        code = PROGRAMS[program].main(args)
+    except SystemExit as error:
+        code = error.code
+    except BaseException:
+        Path("report").write_text(traceback.format_exc())
     finally:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with suppress(OSError):
+                stream.flush()
         os._exit(code)
-
-
-def closed(*numbers: int) -> Callable[[], None]:
-    """As Python finds its streams when the shell has closed some."""
-
-    def prepare() -> None:
-        for number, name in enumerate(("stdin", "stdout", "stderr")):
-            if number in numbers:
-                os.close(number)
-                setattr(sys, name, None)
-            else:
-                os.dup2(os.open("/dev/null" if number == 0 else name, os.O_RDWR | os.O_CREAT), number)
-                setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
-
-    return prepare
 
 
 RUNS = {
@@ -336,83 +377,62 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("numbers", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
-@pytest.mark.parametrize(
-    "program", ["generate", *(pytest.param(name, marks=pytest.mark.slow) for name in list(RUNS)[1:])]
-)
-def test_closed_streams_are_no_traceback(program, numbers):
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("program", quick("generate", of=RUNS))
+def test_closed_streams_are_no_traceback(forked, program, closed):
     write("text")
     for args, wanted in ((RUNS[program], 0), (["--nonsense"], 2), (["--help"], 0)):
-        assert forked(lambda args=args: PROGRAMS[program].main(args), closed(*numbers)) == (wanted, "")
+        assert forked(program, args, closed=closed) == (wanted, "")
     if program == "generate":
         assert len(json.loads(Path("plan").read_text())["plan"]) == 8
-        assert forked(lambda: generate.main(["--prompt", "-"]), closed(*numbers)) == (2, "")
+        assert forked(program, ["--prompt", "-"], closed=closed) == (2, "")
 
 
-def test_a_closed_number_is_not_taken_by_a_file():
-    """What a library writes to descriptor 1 or 2 must not land in the next file that is opened."""
+def noise(args: list[str]) -> int:
+    """What a library writes to descriptors 1 and 2 while an output is open."""
 
-    def run() -> int:
-        def call() -> int:
-            with open("precious", "w") as file:
-                os.write(1, b"noise"), os.write(2, b"noise")
-                return int(file.fileno() < 3)
+    def call() -> int:
+        with open("precious", "w"):
+            os.write(1, b"noise")
+            os.write(2, b"noise")
+        return 0
 
-        return commandline.guarded("x", call)
-
-    assert forked(run, closed(0, 1, 2)) == (0, "") and Path("precious").read_text() == ""
+    return commandline.guarded("noise", call)
 
 
-def to(path: str, number: int) -> Callable[[], None]:
-    def prepare() -> None:
-        closed()()
-        os.dup2(os.open(path, os.O_WRONLY), number)
-
-    return prepare
+PROGRAMS["noise"] = SimpleNamespace(main=noise)
 
 
-def test_a_full_standard_output_is_one_line(tmp_path):
+def test_a_closed_number_is_not_taken_by_a_file(forked):
+    assert forked("noise", [], closed=(0, 1, 2)) == (0, "") and Path("precious").read_text() == ""
+
+
+def test_a_full_standard_output_is_one_line(forked):
     for args in (RUNS["generate"], ["--help"], [*RUNS["generate"], "--json"], ["--interactive", "--prompt", "a"]):
-        Path("stderr").unlink(missing_ok=True)
-        assert forked(lambda args=args: generate.main(args), to("/dev/full", 1)) == (2, "")
+        assert forked("generate", args, output="/dev/full") == (2, "")
         assert Path("stderr").read_text() == "generate.py: error: standard output: No space left on device\n"
-    assert forked(lambda: generate.main(["--nonsense"]), to("/dev/full", 2)) == (2, "")
 
 
-def test_a_closed_pipe_ends_quietly():
-    def prepare() -> None:
-        closed()()
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python does
-        reading, writing = os.pipe()
-        os.close(reading)
-        os.dup2(writing, 1)
-
+def test_a_closed_pipe_ends_quietly(forked):
     for args in (RUNS["generate"], ["--help"]):
-        assert forked(lambda args=args: generate.main(args), prepare) == (141, "")
+        assert forked("generate", args, output="pipe") == (141, "")
         assert Path("stderr").read_text() == ""
 
 
 # ---- a disk that is full
 
 
-def test_a_full_disk_leaves_whole_lines_to_go_on_with(tmp_path):
-    write(
-        "in", "".join(json.dumps({"id": n, "prompt_ids": [5, 6, n], "max_new_tokens": 9}) + "\n" for n in range(1, 9))
-    )
+def test_a_full_disk_leaves_whole_lines_to_go_on_with(forked):
+    lines = [{"id": n, "prompt_ids": [5, 6, n], "max_new_tokens": 80} for n in range(1, 9)]
+    write("in", "".join(json.dumps(line) + "\n" for line in lines))
     args = ["--input", "in", "--batch-size", "2", "--policy", "h2o", "--budget", "6", "--output"]
-    assert forked(lambda: generate.main([*args, "whole"]), closed()) == (0, "")
+    assert forked("generate", [*args, "whole"]) == (0, "")
     whole = Path("whole").read_bytes().splitlines(keepends=True)
-
-    def prepare() -> None:
-        closed()()
-        most = len(b"".join(whole[:3])) + 20
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-
-    assert forked(lambda: generate.main([*args, "out"]), prepare) == (2, "")
-    told = Path("stderr").read_text()
-    assert told == "generate.py: error: out: File too large; out is whole, --resume goes on with it\n"
-    assert Path("out").read_bytes() == b"".join(whole[:3])
-    assert forked(lambda: generate.main([*args, "out", "--resume"]), closed()) == (0, "")
+    kept = b"".join(whole[:5])
+    assert forked("generate", [*args, "out"], most=len(kept) + 20) == (2, "")
+    told = "generate.py: error: out: File too large; out is whole, --resume goes on with it\n"
+    assert Path("stderr").read_text() == told and Path("out").read_bytes() == kept
+    assert forked("generate", [*args, "out", "--resume"]) == (0, "")
     assert sorted(Path("out").read_bytes().splitlines(keepends=True)) == sorted(whole)
 
 
@@ -524,3 +544,7 @@ def test_lines_are_read_without_holding_long_ones(tmp_path):
     assert read == [(1, b"a\n", 2), (2, None, 1001), (3, b"c\n", 2), (4, b"\n", 1), (5, b"d" * 99, 99)]
     assert lines.sha256.digest() == files.sha256(path.read_bytes()).digest()
     assert len({line.digest for line in files.Lines(path, 99)}) == 5
+
+
+if __name__ == "__main__":
+    serve()
