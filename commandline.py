@@ -71,14 +71,9 @@ class Stream:
 
 @contextmanager
 def streams() -> Iterator[None]:
-    """Standard streams that can be used: /dev/null stands in for a closed one, and no file that is opened later takes
-    its number; a character that the terminal's encoding lacks is replaced.
+    """Standard streams that can be used: /dev/null stands in for a closed one and takes its number, the lowest free
+    one, so that no file that is opened later does; a character that the terminal's encoding lacks is replaced.
     """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     output, error = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     if isinstance(output, io.TextIOWrapper) and output.errors == "strict":
