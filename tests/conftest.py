@@ -46,7 +46,7 @@ def _audit(event: str, args: tuple) -> None:
                 strays.append(real)
 
 
-ALLOWED = (os.path.realpath(tempfile.gettempdir()), "/dev/", "/proc")
+ALLOWED = (os.path.realpath(tempfile.gettempdir()), "/dev", "/proc")
 sys.addaudithook(_audit)
 
 
