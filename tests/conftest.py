@@ -1,4 +1,7 @@
 import os
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from model import ModelConfig, Transformer
 # The tensors are small, and threads that wait for each other slow down on a busy machine; for what tests start, too.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MPLCONFIGDIR"] = os.path.join(tempfile.gettempdir(), "squeeze_fast_matplotlib")  # its cache of fonts
 
 
 def quick(*few, of) -> list:
@@ -18,6 +22,42 @@ def quick(*few, of) -> list:
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)
+
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHES = {"__pycache__", ".pytest_cache", ".hypothesis", ".ruff_cache"}
+strays: list[str] = []  # paths outside of temporary folders that this process has opened to write
+
+
+def _audit(event: str, args: tuple) -> None:
+    """Python tells of every file that it opens, makes, renames or removes."""
+    if event == "open":
+        path, _, flags = args
+        writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        paths = [path] if writes and flags & os.O_TMPFILE != os.O_TMPFILE else []  # that one never has a name
+    elif event in ("os.mkdir", "os.remove", "os.truncate"):
+        paths = args[:1]
+    else:
+        paths = args[:2] if event == "os.rename" else []
+    for path in paths:
+        if isinstance(path, str | bytes | os.PathLike):
+            real = os.path.realpath(os.fsdecode(path))
+            if not (real.startswith(ALLOWED) or CACHES & set(Path(real).parts)):
+                strays.append(real)
+
+
+ALLOWED = (os.path.realpath(tempfile.gettempdir()), "/dev", "/proc")
+sys.addaudithook(_audit)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_written_elsewhere(tmp_path_factory):
+    """Also when the path cannot be opened: a test names only places of its own."""
+    own = str(tmp_path_factory.getbasetemp())
+    strays.clear()
+    yield
+    found = [path for path in strays if not path.startswith(own)]
+    assert not found, f"a test has written to {found}"
 
 
 def random_model(dtype: torch.dtype = torch.float64, seed: int = 1, **changes) -> Transformer:

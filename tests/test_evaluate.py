@@ -1,7 +1,10 @@
 """Evaluation against slow definitions: the naive cache, the engine's own batches, metrics by hand, whole runs."""
 
 import json
+import random
+import subprocess
 import sys
+import time
 import types
 import zipfile
 from pathlib import Path
@@ -17,6 +20,7 @@ import checkpoint
 import evaluate
 import tokenizer as tokenizers
 from engine import Engine, Request
+from errors import UserError
 from evaluation import standard
 from evaluation.cells import FULL, Batch, Cell, grid
 from evaluation.fidelity import Fidelity
@@ -24,6 +28,7 @@ from evaluation.recall import Recall
 from evaluation.summary import Scores, interval, wilson
 from evaluation.tasks import Log, Row, batches
 
+ROOT = Path(__file__).resolve().parent.parent
 TEXT = max(evaluate.tiny_data.source_files()[1][:9], key=lambda file: file.stat().st_size)
 SMALL = f"--text {TEXT} --length 96 --lengths 64,80 --texts 3 --read 6 --needles 8 --questions 6 --batch 3".split()
 GRID = "--policies streaming,h2o --layers uniform,squeeze --budgets 0.3,0.6".split()
@@ -155,6 +160,105 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(small, tmp_path, capsys,
     assert evaluate.main([*args, "--resume"]) == 0
 
 
+@pytest.mark.slow
+def test_thirty_kills_lose_nothing(tmp_path):
+    """Between results, in the middle of one, and while a torn last line is cut off."""
+    args = [*GRID, "--tasks", "fidelity", "--length", "96", "--read", "6", "--texts", "40", "--batch", "2"]
+    args = ["--text", str(TEXT), *args]
+    assert evaluate.main([*args, "--out", str(tmp_path / "whole")]) == 0
+    whole = (tmp_path / "whole" / "predictions.jsonl").read_bytes()
+    log, rng = tmp_path / "killed" / "predictions.jsonl", random.Random(3)
+    command = [sys.executable, "evaluate.py", *args, "--out", str(log.parent), "--resume"]
+    for kill in range(30):
+        before = log.stat().st_size if log.exists() else 0
+        if torn := kill % 3 == 2:
+            log.write_bytes(log.read_bytes() + b'{"task": "fidelity", "row": 1, "pol')
+        start = log.stat().st_size if log.exists() else 0
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+            begun = time.monotonic()
+            while run.poll() is None and time.monotonic() < begun + 60:
+                if log.exists() and (log.stat().st_size != start if torn else log.stat().st_size > before):
+                    break
+                time.sleep(0.0005 if torn else 0.01)
+            time.sleep(0 if torn else rng.uniform(0, 0.3))
+            run.kill()
+        assert log.stat().st_size >= before and log.read_bytes()[:before] == whole[:before]
+        assert whole.startswith(log.read_bytes()[: log.read_bytes().rindex(b"\n") + 1])
+    assert subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+    assert log.read_bytes() == whole
+    shown = [json.loads((folder / "summary.json").read_text()) for folder in (tmp_path / "whole", log.parent)]
+    assert {**shown[0], "command": 0} == {**shown[1], "command": 0}
+
+
+WRONG = {  # what a line of results may say instead, and what is told
+    "empty": ("", "not JSON"),
+    "a list": ("[]", "not a JSON object"),
+    "torn inside": ('{"task": "fid', "not JSON"),
+    "deep": ("[" * 9999, "deep"),
+    **{f"no {name}": ({name: ...}, f"'{name}' is missing") for name in ("task", "row", "p", "kv_share", "kl", "loss")},
+    **{
+        f"odd {name}": ({name: [1]}, f"'{name}' must be") for name in ("task", "row", "policy", "budget", "kl", "agree")
+    },
+    "NaN": ({"kl": float("nan")}, "NaN"),
+    "huge": ({"row": 10**30}, "'row' must be"),
+    "truth": ({"row": True}, "'row' must be"),
+    "plan": ({"plan": [0]}, "'plan' must be"),
+    "signal": ({"policy": "full", "signal": "x"}, "'signal' must be"),
+    "twice": ({}, "the result of line 2 again"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_every_line_of_a_log_is_checked(tmp_path, name):
+    change, words = WRONG[name]
+    row = {
+        "task": "fidelity",
+        "row": 0,
+        "policy": "h2o",
+        "layers": "uniform",
+        "p": None,
+        "budget": 0.5,
+        "kv_share": 0.5,
+    }
+    row |= {"kl": 0.1, "agree": 1.0, "loss": 2.0}
+    needed = {"fidelity": evaluate.summary.needed(types.SimpleNamespace(metric="kl"))}
+    other = change if isinstance(change, str) else {k: v for k, v in (row | change).items() if v is not ...}
+    other = other if isinstance(other, str) else json.dumps(other)
+    path = tmp_path / "predictions.jsonl"
+    text = json.dumps({"settings": {"a": 1}}) + "\n" + json.dumps(row) + "\n" + other + "\n"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        Log(path, {"a": 1}, True, needed)
+    assert "predictions.jsonl line 3 is no result" in str(caught.value) and words in str(caught.value)
+    assert len(str(caught.value)) < 300 and path.read_text() == text
+    path.write_text(text[: text.rindex("{") if not isinstance(change, str) else len(text) - len(other) - 1] + '{"torn')
+    Log(path, {"a": 1}, True, needed).close()
+    assert len(path.read_text().splitlines()) == 2  # only the torn line has gone
+
+
+def test_first_lines_of_a_log(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    header = '{"settings": {"a": 1}}\n'
+    for text, words in (("hello", "no result"), ("{}\n", "'settings' is missing"), ("[1]\n", "not a JSON object")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=f"predictions.jsonl line 1 .*{words}"):
+            Log(path, {"a": 1}, True)
+        assert path.read_text() == text
+    for text in ("", header[:9], header, header + '{"t'):
+        path.write_text(text)
+        log = Log(path, {"a": 1}, True)
+        assert path.read_text() == header
+        with pytest.raises(UserError, match="is being written by another run"):
+            Log(path, {"a": 1}, True)
+        log.close()
+
+
+def test_results_that_are_no_numbers_end_the_run(tmp_path):
+    log = Log(tmp_path / "a", {}, False)
+    with pytest.raises(UserError, match="kl is nan; the model's numbers overflow, so try another --dtype"):
+        log.add({"task": "fidelity", "row": 0, **FULL.__dict__, "kl": float("nan")})
+
+
 def test_interrupt(tmp_path, capsys, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
@@ -276,10 +380,14 @@ def test_prompts_of_standard_files(tiny):
 @pytest.mark.parametrize(
     ("name", "rows", "words"),
     [
-        ("a.jsonl", [LONG, {"input": "x", "context": "y"}], "a.jsonl row 2 lacks the field 'answers'"),
-        ("a.jsonl", [LONG, LONG, LONG | {"answers": "x"}], "row 3: the field 'answers' must be a list of texts"),
-        ("a.jsonl", [LONG | {"answers": []}], "row 1: the field 'answers' must be a list of texts, not []"),
-        ("vt.jsonl", [RULER, RULER | {"outputs": [7]}], "vt.jsonl row 2: the field 'outputs'"),
+        ("a.jsonl", [LONG, {"input": "x", "context": "y"}], "a.jsonl row 2: 'answers' is missing"),
+        (
+            "a.jsonl",
+            [LONG, LONG, LONG | {"answers": "x"}],
+            "row 3: 'answers' must be a list, each of it a text",
+        ),
+        ("a.jsonl", [LONG | {"answers": []}], "row 1: 'answers' is empty"),
+        ("vt.jsonl", [RULER, RULER | {"outputs": [7]}], "vt.jsonl row 2: 'outputs' must be"),
         ("a.jsonl", [{"question": "x", "id": 3}], "row 1 has the fields question, id; known formats: longbench"),
         ("a.jsonl", [LONG | {"dataset": "dureader"}], "dataset dureader is not among narrativeqa"),
         ("sort.jsonl", [RULER], "sort is no RULER task; their names begin with niah"),
