@@ -1,0 +1,66 @@
+"""config.json: fields x values x families. What is accepted has to be what transformers makes of it."""
+
+import json
+import random
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from families import BY_NAME
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from config import ALIASES, ONLY
+
+from .bases import Bases, copied
+from .odd import Input, changed_json
+
+NAMES = tuple(BY_NAME)
+IDS = [1 + 7 * n % 100 for n in range(12)]
+NEW = 4
+OTHERS = ("rope_scaling", "rope_theta", "torch_dtype", "quantization_config", "layer_types", "sliding_window")
+
+
+def plain(name: str, folder: Path, bases: Bases) -> Input:
+    copied(bases.family(name), folder)
+    ids = ",".join(map(str, IDS))
+    return Input("generate.py", f"--checkpoint model --prompt-ids {ids} --max-new-tokens {NEW} --json".split(), 101)
+
+
+def mutate(rng: random.Random, name: str, given: Input, folder: Path, done: Path) -> Input:
+    file = folder / "model" / "config.json"
+    data, about = changed_json(rng, json.loads(file.read_text()), fields(name))
+    file.write_bytes(data)
+    return replace(given, about=f"{name}: {about}")
+
+
+@cache
+def fields(name: str) -> list[str]:
+    """What transformers' class of the family has, and what other names there are for it."""
+    known = AutoConfig.for_model(BY_NAME[name].config["model_type"]).to_dict()
+    return sorted({*known, *OTHERS, *(rng_name for rng_name in (*ALIASES, *ONLY))} - UNREAD)
+
+
+UNREAD = set(  # of every class and of no effect on a model
+    """architectures transformers_version id2label label2id problem_type chunk_size_feed_forward output_attentions
+    output_hidden_states return_dict is_encoder_decoder use_cache initializer_range _name_or_path""".split()
+)
+
+
+def doubt(folder: Path, answer: dict, same: bool) -> str | None:
+    """What is wrong with an answer: transformers refuses the folder, or gives other tokens."""
+    if answer.get("dtype") != "float32" or answer.get("finish_reason") == "error":
+        return None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder / "model", dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+        )
+        ids = list(IDS)
+        with torch.inference_mode():
+            for _ in range(NEW):
+                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    except Exception as error:  # transformers' own, of any kind
+        lines = str(error).strip().splitlines() or [""]
+        return None if same else f"transformers refuses it: {type(error).__name__}: {lines[0][:200]}"
+    theirs = ids[len(IDS) :][: len(answer["tokens"])]
+    return None if theirs == answer["tokens"] else f"transformers gives {theirs}, not {answer['tokens']}"
