@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from config import ALIASES, ONLY
 
-from .bases import Bases, copied
+from .bases import copied, family
 from .odd import Input, changed_json
 
 NAMES = tuple(BY_NAME)
@@ -21,8 +21,8 @@ NEW = 4
 OTHERS = ("rope_scaling", "rope_theta", "torch_dtype", "quantization_config", "layer_types", "sliding_window")
 
 
-def plain(name: str, folder: Path, bases: Bases) -> Input:
-    copied(bases.family(name), folder)
+def plain(name: str, folder: Path) -> Input:
+    copied(family(folder, name), folder)
     ids = ",".join(map(str, IDS))
     return Input("generate.py", f"--checkpoint model --prompt-ids {ids} --max-new-tokens {NEW} --json".split(), 101)
 
@@ -47,9 +47,9 @@ UNREAD = set(  # of every class and of no effect on a model
 )
 
 
-def doubt(folder: Path, answer: dict, same: bool) -> str | None:
+def doubt(folder: Path, answer: dict | None, same: bool) -> str | None:
     """What is wrong with an answer: transformers refuses the folder, or gives other tokens."""
-    if answer.get("dtype") != "float32" or answer.get("finish_reason") == "error":
+    if answer is None or answer.get("dtype") != "float32" or answer.get("finish_reason") == "error":
         return None
     try:
         model = AutoModelForCausalLM.from_pretrained(

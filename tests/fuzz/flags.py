@@ -1,18 +1,16 @@
-"""Every flag of every command line with odd values, found by asking the parsers; pairs of flags; odd files under flags."""
+"""Every flag of every command line with odd values and odd files, alone and with others. The parsers know the flags."""
 
 import argparse
-import importlib
 import random
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
-from .bases import TEXT, VOCAB, Bases, copied
+from .bases import TEXT, VOCAB, copied, text
 from .jobs import EVALUATE, LINES, write_lines
-from .odd import TEXTS, Input, shortened
+from .odd import SCRIPTS, TEXTS, Input, program, shortened
 
-SCRIPTS = ("bench_batch", "bench_chat", "train_tiny")  # those that have flags
 NAMES = ("generate", "generate", "job", "talk", "evaluate", "evaluate", "checkpoint", "bench", *SCRIPTS)
 WITHOUT = {"--compile", "--help", "--export-only", "--draw", "--run"}  # take minutes, or write into the project
 PROMPT = ["--prompt", "Once upon a time"]
@@ -20,8 +18,8 @@ BRING = {"--prompt", "--prompt-file", "--prompt-ids", "--interactive", "--input"
 WITHOUT_PAIRS = 0.7  # share of the inputs that have one odd flag
 
 
-def plain(name: str, folder: Path, bases: Bases) -> Input:
-    copied(bases.text(), folder)
+def plain(name: str, folder: Path) -> Input:
+    copied(text(folder), folder)
     (folder / "text.txt").write_text(TEXT * 4, encoding="utf-8")
     (folder / "prompt.txt").write_text(TEXT[:60], encoding="utf-8")
     write_lines(folder / "input.jsonl", LINES)
@@ -81,11 +79,6 @@ USUAL = {  # values that are right more often, so that runs get further
     "shape": ["tiny", "tiny:bf16", "model/config.json", "embedded:fp16", "tiny:int8"],
     "files": ["input.jsonl", "text.txt", "model", "."],
 }
-
-
-def program(name: str):
-    """The module of a command line."""
-    return importlib.import_module(name.removesuffix(".py"))
 
 
 @cache

@@ -5,7 +5,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
-from .bases import TEXT, VOCAB, Bases
+from .bases import TEXT, VOCAB, text
 from .odd import DEEP, TEXTS, VALUES, Input, Raw, change, changed_bytes, changed_json, dumped, shortened
 
 NAMES = ("lines", "lines", "state", "results", "plan", "prompt", "standard", "log", "bench")
@@ -16,13 +16,19 @@ LINES = [
     {"id": "c", "prompt": "The end of caf\u00e9", "temperature": 0, "max_new_tokens": 5},
     {"prompt": "no id"},
 ]
-STANDARD = {"input": "Which?", "context": TEXT[:300], "answers": ["x", "the"], "dataset": "hotpotqa", "all_classes": None}
+STANDARD = {
+    "input": "Which?",
+    "context": TEXT[:300],
+    "answers": ["x", "the"],
+    "dataset": "hotpotqa",
+    "all_classes": None,
+}
 EVALUATE = """--policies streaming --layers squeeze --budgets 0.5 --p 0.4 --batch 2 --length 32 --lengths 32 --read 4
 --texts 2 --questions 2 --needles 2 --out out --dtype fp32""".split()
 
 
-def plain(name: str, folder: Path, bases: Bases) -> Input:
-    checkpoint = ["--checkpoint", str(bases.text())]
+def plain(name: str, folder: Path) -> Input:
+    checkpoint = ["--checkpoint", str(text(folder))]
     cache = "--policy streaming --layers squeeze --budget 0.6 --max-new-tokens 4 --seed 1 --json".split()
     if name in ("lines", "state", "results"):
         write_lines(folder / "input.jsonl", LINES)
@@ -69,7 +75,19 @@ def mutate(rng: random.Random, name: str, given: Input, folder: Path, done: Path
         about = odd_line(rng, folder / "output.jsonl", None, ["id", "text", "tokens"])
     elif name == "plan":
         path = folder / "plan.json"
-        plans = [[9, 14], [9], [9, 14, 3], [1, 1], [2, 2], [5, 5], [9, 10**19], [9, 10**400], [0, 0], [True, 9], [9.0, 9]]
+        plans = [
+            [9, 14],
+            [9],
+            [9, 14, 3],
+            [1, 1],
+            [2, 2],
+            [5, 5],
+            [9, 10**19],
+            [9, 10**400],
+            [0, 0],
+            [True, 9],
+            [9.0, 9],
+        ]
         odd = rng.choice([*plans, [10**6, 10**6], ["9", 9], [[9], 9], [9, rng.choice(VALUES)], *VALUES])
         if rng.random() < 0.7:
             path.write_bytes(dumped(rng.choice([odd, {"plan": odd}])).encode("utf-8", "surrogatepass"))
@@ -80,7 +98,7 @@ def mutate(rng: random.Random, name: str, given: Input, folder: Path, done: Path
     elif name == "prompt":
         odd = [b"", b"\n", b"\0", b"\xff\xfe", "\ud800".encode("utf-8", "surrogatepass"), b"x" * 10**6, b"\x80" * 99]
         odd += ["\U0010ffff\u202e\u200d".encode() * 20, "\ufeffx".encode(), "\ufdd0\ufdd1".encode(), b"<s></s>" * 9]
-        odd += [" ".encode() * 300, changed_bytes(rng, stdin)[0], b"\x1b[2J" * 10, "e\u0301".encode() * 60]
+        odd += [b" " * 300, changed_bytes(rng, stdin)[0], b"\x1b[2J" * 10, "e\u0301".encode() * 60]
         ids = ["", ",", "1", "1,2", "-1", "2047", "2048", "99999999999999999999", "9" * 5000, "1.5", "1,,2", "x", "nan"]
         ids += [" 1 , 2 ", "1_0,2", "\u0665", "+1", "1;2", "[1,2]", "0x10", "1," * 600, ",".join("9" * 10**5), "\x00"]
         if rng.random() < 0.6:
@@ -94,11 +112,15 @@ def mutate(rng: random.Random, name: str, given: Input, folder: Path, done: Path
         fields = [*STANDARD, "outputs", "document", "summary", "answer_prefix", "article", "highlights"]
         about = odd_line(rng, folder / "hotpotqa.jsonl", None, fields)
         if rng.random() < 0.3:
-            other = rng.choice(["niah_1.jsonl", "xsum.jsonl", "trec.jsonl", "validation.jsonl", "x.zip", "a\x1b[2J.jsonl"])
+            other = rng.choice(
+                ["niah_1.jsonl", "xsum.jsonl", "trec.jsonl", "validation.jsonl", "x.zip", "a\x1b[2J.jsonl"]
+            )
             (folder / "hotpotqa.jsonl").rename(folder / other)
             argv, about = [*argv[:-1], other], f"{about} in {other!r}"
     elif name == "log":
-        about = odd_line(rng, folder / "out" / "predictions.jsonl", None, ["settings", "task", "row", "policy", "budget"])
+        about = odd_line(
+            rng, folder / "out" / "predictions.jsonl", None, ["settings", "task", "row", "policy", "budget"]
+        )
     else:
         path = folder / "out.json"
         data, about = changed_json(rng, json.loads(path.read_text()), ["stages"])
@@ -132,7 +154,14 @@ def odd_line(rng: random.Random, path: Path, lines: list[dict] | None, fields: l
     at = rng.randrange(len(lines))
     if draw < 0.25:
         whole = [b"", b"{}", b"[]", b"null", b"5", b'"x"', b"{", b"\xff", b"\0", b"\xef\xbb\xbf" + written[at], b"# no"]
-        whole += [b"[" * DEEP, written[at] * 2, written[at], b" " * 10**6, b'{"a":' * DEEP, written[at].replace(b'"', b"'")]
+        whole += [
+            b"[" * DEEP,
+            written[at] * 2,
+            written[at],
+            b" " * 10**6,
+            b'{"a":' * DEEP,
+            written[at].replace(b'"', b"'"),
+        ]
         odd = rng.choice(whole)
         written.insert(at, odd)
         about = f"a line {shortened(repr(odd))}"
@@ -151,7 +180,10 @@ def odd_line(rng: random.Random, path: Path, lines: list[dict] | None, fields: l
 
 
 ASKS = [  # for too much, or next to too much
-    *map(Raw, ["1000000000000", "512", "511", "500", "100", "1e-45", "1e30", "1e300", "2.0", "-1e-9", "18446744073709551615"]),
+    *map(
+        Raw,
+        ["1000000000000", "512", "511", "500", "100", "1e-45", "1e30", "1e300", "2.0", "-1e-9", "18446744073709551615"],
+    ),
     Raw("[" + ",".join(["5"] * 300_000) + "]"),
     Raw("[2047]"),
     Raw("[2048]"),

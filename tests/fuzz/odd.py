@@ -1,10 +1,12 @@
 """What is odd: JSON values, texts of flags, bytes; and putting them into something that works."""
 
+import importlib
 import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 DEEP = 100_000  # lists in each other, far beyond what a recursive parser stands
@@ -23,6 +25,14 @@ class Input:
     stdin: bytes = b""
     outputs: tuple[str, ...] = ()
     about: str = "nothing"
+
+
+SCRIPTS = ("bench_batch", "bench_chat", "train_tiny")  # those that have flags
+
+
+def program(name: str) -> ModuleType:
+    """The module of a command line."""
+    return importlib.import_module(name.removesuffix(".py"))
 
 
 class Raw(str):
@@ -44,8 +54,9 @@ VALUES = [
 ]
 TEXTS = [  # of a flag
     *"nan inf -inf 1e999 -1 -0 0 1 2 3 7 0.5 1.0 1.5 1e-45 1e-400 1e3 0x10 +5 1_000 9223372036854775808".split(),
-    *"true none null auto full uniform squeeze squeeze:p=nan streaming:sinks=-1 h2o: :x h2o:x=1 snapkv:recent=0".split(),
-    *"[] {} - -- , 1,2 1,,2 0.5,nan ../x . / /dev/null /dev/full /dev/zero /dev/stdout /dev/stdin /proc/self/mem".split(),
+    *"true none null auto full uniform squeeze squeeze:p=nan streaming:sinks=-1 h2o: :x h2o:x=1".split(),
+    *"[] {} - -- , 1,2 1,,2 0.5,nan ../x . / /dev/null /dev/full /dev/zero /dev/stdout /dev/stdin".split(),
+    *"snapkv:recent=0 /proc/self/mem h2o-mean".split(),
     *"missing missing/x a/b x/y/z float16 int8 meta cuda:99 cpu:0 bf16 float64 fidelity".split(),
     *["99999999999999999999", "9" * 5000, "-" + "9" * 400, "x" * 100_000, "1" + ",1" * 50_000],
     *["", " ", " 5 ", "\u0665", "5\n6", "a\x1b[2Jb", "\u202ex", "\udcff\udcfe", "\U0001f600", "caf\u00e9", "{x!r}%s%n"],

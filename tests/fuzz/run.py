@@ -16,6 +16,7 @@ or another result whose numbers make sense and, for a config.json, are those of 
 import argparse
 import faulthandler
 import gc
+import importlib
 import json
 import os
 import random
@@ -32,12 +33,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 TESTS = Path(__file__).resolve().parent.parent
 ROOT = TESTS.parent
+if __name__ == "__main__":
+    sys.path[:1] = map(str, (ROOT, TESTS))  # not this folder: its modules belong to the package
+
+from fuzz.odd import SCRIPTS, Input, program  # noqa: E402
+
 COUNTS = {"configs": 3200, "weights": 1500, "texts": 1500, "jobs": 1500, "flags": 1500}
 SECONDS = 10  # of processor time in one input; the clock may show three times as much on a busy machine
 GROWTH = 2 << 30  # bytes of memory that an input may add
@@ -64,24 +71,21 @@ class Workshop:
     """Makes inputs below `root`, runs them here and judges what they did. `tell` is told of each step."""
 
     def __init__(self, root: Path, tell: Callable[..., None]):
-        from fuzz import bases, configs, flags, jobs, texts, weights
-
-        self.sources = {"configs": configs, "weights": weights, "texts": texts, "jobs": jobs, "flags": flags}
         self.root, self.tell = root, tell
-        self.bases = bases.Bases(root / "bases")
+        self.sources: dict[str, Any] = {}
         self.references: dict[tuple[str, str], tuple[Path, Any]] = {}
         self.outside: list[str] = []  # what a run wrote that is not below root
         self.running = False
         sys.addaudithook(self._audit)
 
     def attempt(self, kind: str, number: int) -> None:
-        source, rng = self.sources[kind], random.Random(f"{kind} {number}")
+        source, rng = self._source(kind), random.Random(f"{kind} {number}")
         name = source.NAMES[number % len(source.NAMES)]
         done, expected = self._reference(kind, name)
         if expected is None:
             return self.tell(about=name, outcome="nonsense", detail="it does not work without anything odd either")
         folder = self._folder(f"{kind}-{number}")
-        given = source.mutate(rng, name, source.plain(name, folder, self.bases), folder, done)
+        given = source.mutate(rng, name, source.plain(name, folder), folder, done)
         self.tell(about=given.about, argv=[given.program, *given.argv])
         before = _memory("VmRSS:")
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -91,14 +95,13 @@ class Workshop:
         if grown > GROWTH and outcome in GOOD:
             outcome, detail = "memory", f"{grown >> 20} MiB more"
         self.tell(outcome=outcome, detail=detail)
-        if outcome in ("same result", "other result") and hasattr(source, "doubt"):
-            if doubt := source.doubt(folder, _answer(given, folder, ran), outcome == "same result"):
+        if outcome in GOOD and hasattr(source, "doubt"):
+            answer = None if outcome == "one line" else _answer(given, folder, ran)
+            if doubt := source.doubt(folder, answer, outcome == "same result"):
                 self.tell(outcome="nonsense", detail=doubt)
 
-    def run(self, given, folder: Path) -> Ran:
+    def run(self, given: Input, folder: Path) -> Ran:
         """Call the program's main() as the interpreter would, with the folder as the working directory."""
-        from fuzz.flags import SCRIPTS, program
-
         streams = [folder / f".{name}" for name in ("stdin", "stdout", "stderr")]
         streams[0].write_bytes(given.stdin)
         kept = (folder / "output.jsonl").read_bytes() if (folder / "output.jsonl").is_file() else b""
@@ -125,11 +128,18 @@ class Workshop:
         out, err = (path.read_bytes().decode("utf-8", "backslashreplace") for path in streams[1:])
         return Ran(code, out, err, error, frozenset(kept.decode("utf-8", "replace").splitlines()))
 
+    def _source(self, kind: str) -> Any:
+        if kind not in self.sources:
+            self.sources[kind] = importlib.import_module(f"fuzz.{kind}")
+            if kind in COUNTS:
+                warm()
+        return self.sources[kind]
+
     def _reference(self, kind: str, name: str) -> tuple[Path, Any]:
         """A finished run that has nothing odd, and its answer."""
         if (kind, name) not in self.references:
             folder = self._folder(f"{kind} {name}")
-            given = self.sources[kind].plain(name, folder, self.bases)
+            given = self._source(kind).plain(name, folder)
             ran = self.run(given, folder)
             fine = ran.code == 0 and not _nonsense(given, folder, ran)
             self.references[kind, name] = folder, _answer(given, folder, ran) if fine else None
@@ -142,16 +152,14 @@ class Workshop:
         folder.mkdir(parents=True)
         return folder
 
-    def _judged(self, given, folder: Path, ran: Ran, expected: Any) -> tuple[str, str]:
-        from fuzz.flags import SCRIPTS
-
+    def _judged(self, given: Input, folder: Path, ran: Ran, expected: Any) -> tuple[str, str]:
         lines = [line.rpartition("\r")[2] for line in ran.err.split("\n")]  # what is before it is a progress bar
         lines = [line for line in lines if line.strip()]
         last = lines[-1] if lines else ""
-        if ran.error:
-            return "traceback", ran.error
         if self.outside:
             return "written outside", ", ".join(self.outside)
+        if ran.error:
+            return "traceback", ran.error
         if found := [line for line in lines if "Traceback (most" in line or "panicked at" in line]:
             return "traceback", f"{found[0]}\n{ran.err[-2000:]}"
         if ran.code == 2 and lines:
@@ -220,9 +228,9 @@ def _streams(paths: list[Path]) -> Iterator[None]:
         file = os.open(path, os.O_RDONLY if number == 0 else os.O_RDWR | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)
+    reading, writing = partial(open, closefd=False, encoding="utf-8"), partial(open, mode="w", closefd=False)
+    sys.stdin, sys.stdout = reading(0), writing(1, encoding="utf-8")
+    sys.stderr = writing(2, encoding="utf-8", errors="backslashreplace", buffering=1)
     mine = (sys.stdin, sys.stdout, sys.stderr)
     try:
         yield
@@ -256,7 +264,7 @@ def _strict(text: str) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
-def _written(given, folder: Path, kept: frozenset[str] = frozenset()) -> dict[str, Any]:
+def _written(given: Input, folder: Path, kept: frozenset[str] = frozenset()) -> dict[str, Any]:
     """The JSON that the run wrote, by file, without the lines `kept`. NotFinite, ValueError."""
     found = {}
     for name in given.outputs:
@@ -275,7 +283,7 @@ def _said(ran: Ran) -> Any:
     return _strict(last) if last.startswith("{") and last.endswith("}") else None
 
 
-def _answer(given, folder: Path, ran: Ran) -> Any:
+def _answer(given: Input, folder: Path, ran: Ran) -> Any:
     """What two runs with one result have in common."""
     try:
         said, written = _said(ran), _written(given, folder)
@@ -296,7 +304,7 @@ def _timeless(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
-def _nonsense(given, folder: Path, ran: Ran) -> tuple[str, str] | None:
+def _nonsense(given: Input, folder: Path, ran: Ran) -> tuple[str, str] | None:
     """A fault in the numbers of a run that says it went well."""
     try:
         said, written = _said(ran), _written(given, folder, ran.kept)
@@ -319,7 +327,7 @@ def _nonsense(given, folder: Path, ran: Ran) -> tuple[str, str] | None:
     return ("nonsense", wrong[0]) if wrong else None
 
 
-def _wrong(said: dict[str, Any], given) -> str | None:
+def _wrong(said: dict[str, Any], given: Input) -> str | None:
     tokens, plan, signals = (said.get(name) for name in ("tokens", "plan", "importance"))
     if tokens is not None:
         if not all(type(token) is int and 0 <= token < given.vocab for token in tokens):
@@ -347,14 +355,13 @@ def work(root: Path) -> None:
     orders, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    crashed = open(root / f"crash-{os.getpid()}", "w")
+    crashed = (root / f"crash-{os.getpid()}").open("w")
     faulthandler.enable(crashed)
     faulthandler.register(signal.SIGUSR1, crashed)
 
     def tell(**said: Any) -> None:
         print(json.dumps(said), file=answers, flush=True)
 
-    warm()
     workshop = Workshop(root, tell)
     tell()
     for order in orders:
@@ -385,9 +392,9 @@ def warm() -> None:
 
 
 class Worker:
-    """A process that runs inputs, and its limits."""
+    """A process that runs inputs, and its limits: seconds of processor time, bytes of growth."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, seconds: float, growth: int):
         home = {name: str(root / "home") for name in "HOME XDG_CACHE_HOME HF_HOME MPLCONFIGDIR TMPDIR".split()}
         (root / "home").mkdir(exist_ok=True)
         path = os.pathsep.join(map(str, (ROOT, TESTS, ROOT / "scripts")))
@@ -395,12 +402,12 @@ class Worker:
         environment |= {"PYTHONDONTWRITEBYTECODE": "1", "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
         environment |= {"TORCHINDUCTOR_CACHE_DIR": str(root / "home")}
         command = [sys.executable, "-c", f"from fuzz import run; run.work(run.Path({str(root)!r}))"]
-        self.root = root
+        self.root, self.seconds, self.growth = root, seconds, growth
         self.process = subprocess.Popen(
             command, env=environment, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
         )
         self.held = b""
-        self._follow({}, seconds=300)
+        self._follow({})
 
     def attempt(self, kind: str, number: int) -> dict[str, Any]:
         record: dict[str, Any] = {"input": f"{kind}:{number}"}
@@ -411,10 +418,12 @@ class Worker:
             raise RuntimeError(f"{record['input']}: the suite itself failed\n{record['broken']}")
         return record
 
-    def _follow(self, record: dict[str, Any], seconds: float = SECONDS) -> None:
+    def _follow(self, record: dict[str, Any]) -> None:
         """Collect what the worker says until it is done, or end it."""
         started, used, memory = time.monotonic(), self._used(), self._memory()
         while True:
+            prepared = "about" in record  # before that the worker imports, and makes the input
+            seconds, growth = (self.seconds, self.growth) if prepared else (30 * SECONDS, 2 * GROWTH)
             if select.select([self.process.stdout], [], [], 0.05)[0]:
                 data = os.read(self.process.stdout.fileno(), 1 << 20)
                 if not data:
@@ -426,14 +435,14 @@ class Worker:
                     if not said:
                         return
                     record |= said
-                    started, used = time.monotonic(), self._used()
+                    started, used, memory = time.monotonic(), self._used(), self._memory()
                 continue
             if self._used() - used > seconds or time.monotonic() - started > 3 * seconds:
                 self.process.send_signal(signal.SIGUSR1)  # to see where it is
                 time.sleep(0.2)
                 self._ended(record, "hang", f"{time.monotonic() - started:.0f} s")
                 return
-            if self._memory() - memory > GROWTH:
+            if self._memory() - memory > growth:
                 self._ended(record, "memory", f"{(self._memory() - memory) >> 20} MiB more")
                 return
 
@@ -467,13 +476,15 @@ class Worker:
         return 0
 
 
-def attempts(wanted: list[tuple[str, int]], root: Path) -> Iterator[dict[str, Any]]:
+def attempts(
+    wanted: list[tuple[str, int]], root: Path, seconds: float = SECONDS, growth: int = GROWTH
+) -> Iterator[dict[str, Any]]:
     """What becomes of each input: {"input", "about", "outcome", "detail", "argv"}."""
-    worker = Worker(root)
+    worker = Worker(root, seconds, growth)
     try:
         for kind, number in wanted:
             if not worker.alive:
-                worker = Worker(root)
+                worker = Worker(root, seconds, growth)
             yield worker.attempt(kind, number)
     finally:
         worker.close()
@@ -502,7 +513,10 @@ def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
 def table(counts: dict[str, dict[str, int]]) -> str:
     rows = {**counts, "all": {name: sum(each[name] for each in counts.values()) for name in (*GOOD, *FAULTS)}}
     lines = [f"{'':10}" + "".join(f"{name:>17}" for name in rows)]
-    return "\n".join(lines + [f"{name:16}" + "".join(f"{row[name]:>9}" + 8 * " " for row in rows.values()) for name in (*GOOD, *FAULTS)])
+    return "\n".join(
+        lines
+        + [f"{name:16}" + "".join(f"{row[name]:>9}" + 8 * " " for row in rows.values()) for name in (*GOOD, *FAULTS)]
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -536,5 +550,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.path[:1] = map(str, (ROOT, TESTS))  # not this folder: its modules belong to the package
     sys.exit(main())

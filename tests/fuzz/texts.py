@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .bases import CHATML, FORMS, VOCAB, Bases, copied
+from .bases import CHATML, FORMS, VOCAB, copied, text
 from .odd import VALUES, Input, Raw, change_file, changed_bytes, changed_json, dumped, shortened
 
 CHAT, TALK = "chat", "talk"  # a chat template in use, once and in a conversation
@@ -22,7 +22,13 @@ HUGE = 10**10
 STEPS = {
     "normalizer": [
         *[{"type": each} for each in "NFC NFD NFKC NFKD Lowercase StripAccents Nmt ByteLevel Odd".split()],
-        {"type": "BertNormalizer", "clean_text": "?", "handle_chinese_chars": True, "strip_accents": "?", "lowercase": True},
+        {
+            "type": "BertNormalizer",
+            "clean_text": "?",
+            "handle_chinese_chars": True,
+            "strip_accents": "?",
+            "lowercase": True,
+        },
         {"type": "Strip", "strip_left": "?", "strip_right": True},
         {"type": "Prepend", "prepend": "?"},
         {"type": "Replace", "pattern": {"String": "?"}, "content": "a"},
@@ -30,8 +36,14 @@ STEPS = {
         {"type": "Replace", "pattern": {"Regex": "(a|a)*$"}, "content": "?"},
         {"type": "Replace", "pattern": {"Regex": ""}, "content": "xx"},
         {"type": "Replace", "pattern": {"Regex": "(?=.)"}, "content": "xxxxxxxx"},
-        {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aaaaaaaaaa"}] * 12},
-        {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 1000}] * 5},
+        {
+            "type": "Sequence",
+            "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aaaaaaaaaa"}] * 12,
+        },
+        {
+            "type": "Sequence",
+            "normalizers": [{"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 1000}] * 5,
+        },
         {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
         {"type": "Precompiled", "precompiled_charsmap": "/////wAA"},
         {"type": "Precompiled", "precompiled_charsmap": "ALQCAACEAAAAAACAAQAAgMz8AgC4BQAAhyIAgMzkAgC4PQAAeyIAgMzsAgC4"},
@@ -56,7 +68,13 @@ STEPS = {
     "post_processor": [
         {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": "?", "use_regex": True},
         {"type": "BertProcessing", "sep": ["?", 1], "cls": ["<s>", "?"]},
-        {"type": "RobertaProcessing", "sep": ["</s>", 2], "cls": ["<s>", 99999], "trim_offsets": True, "add_prefix_space": True},
+        {
+            "type": "RobertaProcessing",
+            "sep": ["</s>", 2],
+            "cls": ["<s>", 99999],
+            "trim_offsets": True,
+            "add_prefix_space": True,
+        },
         {
             "type": "TemplateProcessing",
             "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
@@ -93,7 +111,13 @@ STEPS = {
         {"type": "BPE", "vocab": {}, "merges": []},
         {"type": "BPE", "vocab": {"a": 4294967295}, "merges": []},
         {"type": "BPE", "vocab": {"a": 0, "b": 0}, "merges": []},
-        {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "?", "continuing_subword_prefix": "##", "max_input_chars_per_word": "?"},
+        {
+            "type": "WordPiece",
+            "vocab": {"a": 0},
+            "unk_token": "?",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": "?",
+        },
         {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"},
         {"type": "Unigram", "unk_id": "?", "vocab": [["a", -1.0], ["b", -2.0]], "byte_fallback": False},
         {"type": "Unigram", "unk_id": 0, "vocab": [["a", "?"], ["", -2.0]], "byte_fallback": True},
@@ -127,7 +151,7 @@ BODIES = [  # of a chat template, {!} stands for some of the messages
     "{{ ('x' * 10**6).replace('x', 'y' * 10**6) }}",
     "{{ ('x' * 10**6) | wordwrap(1) }}",
     "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
-    "{% set ns = namespace(s=[1]) %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s | length }}",
+    "{% set ns = namespace(s=[1]) %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s }}",
     "{% set ns = namespace(n=3) %}{% for i in range(60) %}{% set ns.n = ns.n * ns.n %}{% endfor %}{{ ns.n }}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
@@ -201,8 +225,8 @@ BODIES = [  # of a chat template, {!} stands for some of the messages
 ]
 
 
-def plain(name: str, folder: Path, bases: Bases) -> Input:
-    copied(bases.text(name if name in FORMS else "json"), folder)
+def plain(name: str, folder: Path) -> Input:
+    copied(text(folder, name if name in FORMS else "json"), folder)
     argv = ["--checkpoint", "model", "--max-new-tokens", "4"]
     if name == TALK:
         return Input("generate.py", [*argv, "--interactive"], VOCAB, b"Hello\nand <s> more\n\nbye\n")
@@ -259,7 +283,10 @@ def whole(rng: random.Random, path: Path) -> str:
     return f"{path.name}: {about}"
 
 
-ODD_IN_A_STEP = [*VALUES, *["", "a", "\u2581", " ", "<s>", "</s>", "\x00", "(", "[", "\\", "e\u0301", "a b", "aa", "a*"] * 2]
+ODD_IN_A_STEP = [
+    *VALUES,
+    *["", "a", "\u2581", " ", "<s>", "</s>", "\x00", "(", "[", "\\", "e\u0301", "a b", "aa", "a*"] * 2,
+]
 
 
 def filled(rng: random.Random, step):
@@ -274,7 +301,11 @@ def filled(rng: random.Random, step):
 def another_file(rng: random.Random, model: Path) -> str:
     """Files that mostly are not there."""
     contents = {
-        "special_tokens_map.json": {"bos_token": "<s>", "eos_token": {"content": "</s>", "special": True}, "unk_token": "x"},
+        "special_tokens_map.json": {
+            "bos_token": "<s>",
+            "eos_token": {"content": "</s>", "special": True},
+            "unk_token": "x",
+        },
         "added_tokens.json": {"<x>": 2000, "ab": 2001},
         "generation_config.json": {"eos_token_id": [2, 3], "temperature": 0.5},
         "chat_template.json": {"chat_template": CHATML},
@@ -294,7 +325,9 @@ def template(rng: random.Random, model: Path, settings: Path) -> str:
         data, about = changed_bytes(rng, CHATML.encode())
         source = data.decode("utf-8", rng.choice(["replace", "surrogateescape"]))
     else:
-        source = rng.choice([*VALUES, [{"name": "default", "template": CHATML}], [{"name": "x", "template": CHATML}], [5]])
+        source = rng.choice(
+            [*VALUES, [{"name": "default", "template": CHATML}], [{"name": "x", "template": CHATML}], [5]]
+        )
         about = shortened(dumped(source))
     if isinstance(source, str) and not isinstance(source, Raw) and rng.random() < 0.5:
         del said["chat_template"]
@@ -312,7 +345,9 @@ def pieces(rng: random.Random, path: Path) -> str:
     at = rng.choice([n for n, each in enumerate(message) if each[0] == number])
     inner = fields(message[at][2])
     if number == 3 and rng.random() < 0.6:  # the table of characters, which is a compiled trie
-        charsmap = rng.choice([b"", b"\0", rng.randbytes(4), rng.randbytes(100), b"\xff" * 8, b"\4\0\0\0" + rng.randbytes(9)])
+        charsmap = rng.choice(
+            [b"", b"\0", rng.randbytes(4), rng.randbytes(100), b"\xff" * 8, b"\4\0\0\0" + rng.randbytes(9)]
+        )
         inner, about = [*inner, (2, 2, charsmap)], f"charsmap {charsmap[:20].hex()}"
     else:
         n = rng.randrange(len(inner))
@@ -322,7 +357,9 @@ def pieces(rng: random.Random, path: Path) -> str:
         elif wire == 5:
             value = struct.pack("<f", rng.choice([float("nan"), float("inf"), -float("inf"), 1e38, 0.0]))
         else:
-            value = rng.choice([b"", b"x", "\u2581".encode() * 1000, b"\0", b"<0x4>", b"<0x41>", b"\xff", rng.randbytes(9)])
+            value = rng.choice(
+                [b"", b"x", "\u2581".encode() * 1000, b"\0", b"<0x4>", b"<0x41>", b"\xff", rng.randbytes(9)]
+            )
         inner[n], about = (key, wire, value), f"field {number}.{key} = {shortened(repr(value))}"
     message[at] = (number, 2, written(inner))
     path.write_bytes(written(message))

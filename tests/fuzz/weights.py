@@ -1,4 +1,4 @@
-"""Files of weights: headers, bytes, types, shapes and names of safetensors and .bin, indexes, and objects in pickles."""
+"""Files of weights: headers, bytes, types, shapes and names of safetensors and .bin, indexes, objects in pickles."""
 
 import io
 import json
@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .bases import Bases, copied, load_file, replaced
+from .bases import copied, family, replaced, shards
 from .odd import VALUES, Input, changed_bytes, changed_json, dumped, shortened
 
 NAMES = ("safetensors", "shards", "bin", "bin before 1.6", "bin shards")
@@ -23,8 +24,8 @@ DTYPES = "F64 F32 F16 BF16 I64 I32 I16 I8 U8 BOOL F8_E4M3 F8_E5M2 U16 C64 F4 F6 
 CANARY = "ran"  # a file that code in a checkpoint would make
 
 
-def plain(name: str, folder: Path, bases: Bases) -> Input:
-    model = copied(bases.shards() if "shards" in name else bases.family("llama-gqa"), folder)
+def plain(name: str, folder: Path) -> Input:
+    model = copied(shards(folder) if "shards" in name else family(folder, "llama-gqa"), folder)
     if name.startswith("bin"):
         for file in sorted(model.glob("*.safetensors")):
             save(load_file(file), model / renamed(file.name), older="1.6" in name)
@@ -102,7 +103,16 @@ def header(rng: random.Random, file: Path) -> str:
     elif way == 3:
         about[rng.choice(["dtype", "shape", "data_offsets", "odd"])] = rng.choice(VALUES)
     elif way == 4:
-        names = ["", "x", tensor + "x", "\x00", "../x", "lm_head.weight", tensor.replace("layers.0", "layers.9"), "a" * 9999]
+        names = [
+            "",
+            "x",
+            tensor + "x",
+            "\x00",
+            "../x",
+            "lm_head.weight",
+            tensor.replace("layers.0", "layers.9"),
+            "a" * 9999,
+        ]
         said[rng.choice(names)] = said.pop(tensor)
     elif way == 5:
         said["__metadata__"] = rng.choice([{"a": 1}, {"format": "tf"}, {"format": "pt", "x": "y" * 10**6}, *VALUES])
@@ -115,7 +125,9 @@ def header(rng: random.Random, file: Path) -> str:
         text = text[:-1] + f", {json.dumps(tensor)}: {json.dumps(about)}".encode() + b"}"
     else:
         text = dumped(said).encode("utf-8", "surrogatepass")
-    length = rng.choice([len(text)] * 15 + [0, 1, len(text) - 1, len(text) + 1, len(data) * 2, 10**8 + 1, 2**63, 2**64 - 1])
+    length = rng.choice(
+        [len(text)] * 15 + [0, 1, len(text) - 1, len(text) + 1, len(data) * 2, 10**8 + 1, 2**63, 2**64 - 1]
+    )
     replaced(file, struct.pack("<Q", length) + text + rest)
     return f"header, way {way} at {tensor}, length {length} of {len(text)}: {shortened(dumped(about))}"
 
@@ -124,7 +136,17 @@ def index(rng: random.Random, file: Path, shards: list[Path]) -> str:
     said = json.loads(file.read_text())
     weight_map = said["weight_map"]
     tensor, other = rng.choice(list(weight_map)), rng.choice(shards).name
-    places = ["../x.safetensors", "/etc/passwd", "/dev/zero", "", ".", "missing.safetensors", "config.json", "a/b", "\x00"]
+    places = [
+        "../x.safetensors",
+        "/etc/passwd",
+        "/dev/zero",
+        "",
+        ".",
+        "missing.safetensors",
+        "config.json",
+        "a/b",
+        "\x00",
+    ]
     way = rng.randrange(6)
     if way == 0:
         weight_map[tensor] = other  # perhaps where it is not
@@ -137,9 +159,9 @@ def index(rng: random.Random, file: Path, shards: list[Path]) -> str:
     elif way == 4:  # in two shards, of which one counts
         path = file.parent / other
         if path.suffix == ".safetensors":
-            from safetensors.torch import save_file
-
-            tensors = load_file(path) | {tensor: torch.full_like(load_file(file.parent / weight_map[tensor])[tensor], 0.5)}
+            tensors = load_file(path) | {
+                tensor: torch.full_like(load_file(file.parent / weight_map[tensor])[tensor], 0.5)
+            }
             path.unlink()
             save_file(tensors, path)
         else:
@@ -208,7 +230,9 @@ def objects(rng: random.Random, file: Path, older: bool) -> str:
         "itself": lambda: tensors | {"self": tensors},
         "an integer more": lambda: tensors | {"step": 5},
     }
-    what, way = rng.choice([("tensor", each) for each in values] + [("key", each) for each in keys] + [("all", e) for e in wholes])
+    what, way = rng.choice(
+        [("tensor", each) for each in values] + [("key", each) for each in keys] + [("all", e) for e in wholes]
+    )
     if what == "tensor":
         made: Any = tensors | {name: values[way]()}
     elif what == "key":
@@ -231,5 +255,5 @@ def tensor_nested(t: torch.Tensor) -> torch.Tensor:
     return torch.nested.nested_tensor([t.flatten()[:2], t.flatten()[:3]])
 
 
-def doubt(folder: Path, answer: dict, same: bool) -> str | None:
+def doubt(folder: Path, answer: dict | None, same: bool) -> str | None:
     return "code in the checkpoint ran" if (folder / CANARY).exists() else None
