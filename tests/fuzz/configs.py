@@ -10,15 +10,16 @@ import torch
 from families import BY_NAME
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from config import ALIASES, ONLY
-
 from .bases import copied, family
 from .odd import Input, changed_json
 
 NAMES = tuple(BY_NAME)
 IDS = [1 + 7 * n % 100 for n in range(12)]
 NEW = 4
-OTHERS = ("rope_scaling", "rope_theta", "torch_dtype", "quantization_config", "layer_types", "sliding_window")
+OTHERS = """rope_scaling rope_theta torch_dtype quantization_config layer_types sliding_window activation hidden_act
+activation_function hidden_activation bias enable_bias ffn_dim ffn_hidden_size num_kv_heads layer_norm_eps rms_norm_eps
+layer_norm_epsilon rotary_emb_base rotary_pct partial_rotary_factor alibi clip_qkv do_layer_norm_before
+word_embed_proj_dim use_bidirectional_attention""".split()
 
 
 def plain(name: str, folder: Path) -> Input:
@@ -38,7 +39,7 @@ def mutate(rng: random.Random, name: str, given: Input, folder: Path, done: Path
 def fields(name: str) -> list[str]:
     """What transformers' class of the family has, and what other names there are for it."""
     known = AutoConfig.for_model(BY_NAME[name].config["model_type"]).to_dict()
-    return sorted({*known, *OTHERS, *(rng_name for rng_name in (*ALIASES, *ONLY))} - UNREAD)
+    return sorted({*known, *OTHERS} - UNREAD)
 
 
 UNREAD = set(  # of every class and of no effect on a model
