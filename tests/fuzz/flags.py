@@ -39,7 +39,7 @@ def plain(name: str, folder: Path) -> Input:
     if name == "bench":
         argv = "--stage decode --shape tiny --prompt 8 --new 4 --rounds 1 --peers eager".split()
         return Input("bench.py", argv, VOCAB, outputs=("out.json",))
-    return Input(f"{name}.py", ["--run", "run"] if name == "train_tiny" else [], VOCAB)
+    return Input(f"{name}.py", "--run run --out exported".split() if name == "train_tiny" else [], VOCAB)
 
 
 def mutate(rng: random.Random, name: str, given: Input, folder: Path, done: Path) -> Input:
