@@ -49,12 +49,7 @@ def plain(name: str, folder: Path) -> Input:
         argv = [*checkpoint, *EVALUATE, "--tasks", "fidelity", "--text", "text.txt", "--resume"]
         return Input("evaluate.py", argv, VOCAB, outputs=("out",))
     argv = "--stage decode --shape tiny --prompt 8 --new 4 --rounds 1 --peers eager --out out.json --plot plot.png"
-    (folder / "out.json").write_text(json.dumps({"stages": {"throughput": {"rows": [BENCH_ROW], "seconds": 1.0}}}))
     return Input("bench.py", [*argv.split(), "--stage", "throughput"], VOCAB, outputs=("out.json",))
-
-
-BENCH_ROW = {"what": "full", "shape": "tiny", "dtype": "float32", "batch": 1, "prompt_tokens": 8, "new_tokens": 4}
-BENCH_ROW |= {"tokens_per_s": 100.0}
 
 
 def write_lines(path: Path, lines: list[dict]) -> None:
@@ -123,19 +118,22 @@ def mutate(rng: random.Random, name: str, given: Input, folder: Path, done: Path
         )
     else:
         path = folder / "out.json"
-        data, about = changed_json(rng, json.loads(path.read_text()), ["stages"])
+        said = json.loads(path.read_text())
+        said["stages"]["prefill"] = said["stages"]["throughput"]  # one that stays
+        data, about = changed_json(rng, said, ["stages"])
         path.write_bytes(data)
     return replace(given, argv=argv, stdin=stdin, about=f"{name}: {about}")
 
 
-RESUMED = {"state": "output.jsonl", "results": "output.jsonl", "log": "out/predictions.jsonl"}
+RESUMED = {"state": "output.jsonl", "results": "output.jsonl", "log": "out/predictions.jsonl", "bench": "out.json"}
 
 
 def go_on(folder: Path, done: Path, name: str) -> None:
-    """The files of the run `done`, cut off after two lines."""
+    """The files of the run `done`, of a file of lines the first two."""
     path = folder / name
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(b"".join((done / name).read_bytes().splitlines(keepends=True)[:2]))
+    lines = (done / name).read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:2] if path.suffix == ".jsonl" else lines))
     job = f"{name}.job.json"
     if (done / job).exists():
         (folder / job).write_bytes((done / job).read_bytes())
