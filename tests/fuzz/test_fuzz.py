@@ -18,13 +18,14 @@ def test_every_fault_is_seen(tmp_path):
 
 
 def test_a_few_of_each_kind(tmp_path):
-    """Few families, since making the checkpoints of all takes longest."""
-    wanted = run.chosen(list(run.COUNTS), 0.04)
+    """Some hundreds. Of the families a fourth: most of the time goes into making their checkpoints."""
+    wanted = run.chosen([kind for kind in run.COUNTS if kind != "configs"], 0.025)
+    wanted += [("configs", 4 * number) for number in range(80)]
     records = list(run.attempts(wanted, tmp_path))
     assert not [record for record in records if record["outcome"] not in run.GOOD]
-    for kind in run.COUNTS:
+    for kind in run.COUNTS:  # inputs are odd, but not so odd that nothing runs
         outcomes = [record["outcome"] for record in records if record["input"].startswith(kind)]
-        assert outcomes.count("one line") > len(outcomes) // 5 and {*outcomes} > {"one line"}  # inputs are odd, not all
+        assert "one line" in outcomes and {"same result", "other result"} & {*outcomes}
 
 
 @pytest.mark.slow
