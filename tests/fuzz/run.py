@@ -72,7 +72,7 @@ class Workshop:
     """Makes inputs below `root`, runs them here and judges what they did. `tell` is told of each step."""
 
     def __init__(self, root: Path, tell: Callable[..., None]):
-        self.root, self.tell = root, tell
+        self.root, self.tell = root.resolve(), tell
         self.sources: dict[str, Any] = {}
         self.references: dict[tuple[str, str], tuple[Path, Any]] = {}
         self.outside: list[str] = []  # what a run wrote that is not below root
@@ -187,6 +187,7 @@ class Workshop:
         return ("same result", last) if same else ("other result", last or ran.out[:300])
 
     def _audit(self, event: str, arguments: tuple) -> None:
+        """Refuse and remember what is written elsewhere than below `root`."""
         if not self.running:
             return
         if event == "open":
@@ -199,12 +200,13 @@ class Workshop:
         else:
             return
         for path in paths:
+            place = str(self.root)
             if isinstance(path, (str, bytes, os.PathLike)):
-                with suppress(ValueError, OSError):
+                with suppress(ValueError, OSError):  # no path at all: nothing is opened
                     place = os.path.realpath(os.fsdecode(path))
-                    if not place.startswith((str(self.root.resolve()), "/dev/", "/proc/")):
-                        self.outside.append(f"{event} {place}")
-                        raise PermissionError(f"a test may not write to {place}")
+            if not place.startswith((str(self.root), "/dev/", "/proc/")):
+                self.outside.append(f"{event} {place}")
+                raise PermissionError(f"a test may not write to {place}")
 
 
 class Reached(BaseException):

@@ -11,6 +11,7 @@ from .odd import Input
 
 NAMES = ("untidy", "traceback", "hang", "memory", "crash", "NaN in JSON", "nonsense", "written outside")
 NAMES += ("one line", "same result", "other result")
+OUTSIDE = Path(__file__).parent / "outside"
 RESULT = '{"tokens": [%s], "text": "x", "finish_reason": "eos", "prompt_tokens": 3, "max_new_tokens": 4}'
 
 
@@ -42,7 +43,7 @@ def main() -> int:
         case "nonsense":
             print(RESULT % 100)
         case "written outside":
-            (Path(__file__).parent / "outside").write_text("x")
+            OUTSIDE.write_text("x")
         case "one line":
             os.write(2, b"fuzz.selftest: error: 5 is not 6; give another\n")
             return 2

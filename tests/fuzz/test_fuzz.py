@@ -14,6 +14,7 @@ def test_every_fault_is_seen(tmp_path):
     assert {record["about"]: record["outcome"] for record in records} == {name: name for name in selftest.NAMES}
     assert {*selftest.NAMES} == {*run.GOOD, *run.FAULTS}
     assert "a fault of ours" in records[selftest.NAMES.index("traceback")]["detail"]
+    assert not selftest.OUTSIDE.exists()
     assert "selftest.py" in records[selftest.NAMES.index("hang")]["detail"]  # where it hangs
 
 
