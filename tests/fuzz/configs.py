@@ -68,7 +68,8 @@ def doubt(folder: Path, answer: dict | None, same: bool) -> str | None:
                 ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
     except Exception as error:  # transformers' own, of any kind
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        unused = re.search(r"field '(\w+)'", text)
-        return None if same or unused and unused[1] in UNUSED else f"transformers refuses it: {text}"
+        field = re.search(r"field '(\w+)'", text)
+        strict = "expected float, got int" in text or field is not None and field[1] in UNUSED
+        return None if same or strict else f"transformers refuses it: {text}"
     theirs = ids[len(IDS) :][: len(answer["tokens"])]
     return None if theirs == answer["tokens"] else f"transformers gives {theirs}, not {answer['tokens']}"

@@ -23,6 +23,7 @@ import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -421,7 +422,7 @@ class Worker:
         record: dict[str, Any] = {"input": f"{kind}:{number}"}
         self.process.stdin.write(f"{kind} {number}\n".encode())
         self._follow(record)
-        shutil.rmtree(self.root / f"worker-{self.process.pid}" / f"{kind}-{number}", ignore_errors=True)
+        record["folder"] = self.root / f"worker-{self.process.pid}" / f"{kind}-{number}"
         if "broken" in record:
             raise RuntimeError(f"{record['input']}: the suite itself failed\n{record['broken']}")
         return record
@@ -485,15 +486,18 @@ class Worker:
 
 
 def attempts(
-    wanted: list[tuple[str, int]], root: Path, seconds: float = SECONDS, growth: int = GROWTH
+    wanted: list[tuple[str, int]], root: Path, seconds: float = SECONDS, growth: int = GROWTH, keep: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """What becomes of each input: {"input", "about", "outcome", "detail", "argv"}."""
+    """What becomes of each input: {"input", "about", "outcome", "detail", "argv", "folder"}."""
     worker = Worker(root, seconds, growth)
     try:
         for kind, number in wanted:
             if not worker.alive:
                 worker = Worker(root, seconds, growth)
-            yield worker.attempt(kind, number)
+            record = worker.attempt(kind, number)
+            yield record
+            if not keep:
+                shutil.rmtree(record["folder"], ignore_errors=True)
     finally:
         worker.close()
 
@@ -537,15 +541,18 @@ def main(argv: list[str] | None = None) -> int:
     wanted = [(kind, int(number)) for kind, _, number in (each.partition(":") for each in args.only or [])]
     wanted = wanted or chosen(args.kinds.split(","), args.share)
     started, records = time.monotonic(), []
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as root:
-        for record in attempts(wanted, Path(root)):
+    root = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    try:
+        for record in attempts(wanted, root, keep=bool(args.only)):
             records.append(record)
             if args.only or record["outcome"] not in GOOD:
-                most = None if args.only else -300
-                print(f"{record['input']}  {record['outcome']}  {record['about']}", flush=True)
-                print("    " + (record["detail"] or "")[most:].replace("\n", "\n    "), flush=True)
+                detail = record["detail"] if args.only else record["detail"][-300:]
+                print(f"{record['input']}  {record['outcome']}  {record['about']}", detail, sep="\n    ", flush=True)
             if args.only:
-                print(f"    {record.get('argv')}")
+                print(f"cd {record['folder']}", shlex.join(["python", *record.get("argv", [])])[:1000], sep="; ")
+    finally:
+        if not args.only:
+            shutil.rmtree(root, ignore_errors=True)
     result = summary(records)
     print(table(result["counts"]))
     if args.out:
