@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import struct
+import warnings
 import zipfile
 from collections import OrderedDict
 from dataclasses import replace
@@ -234,7 +235,8 @@ def objects(rng: random.Random, file: Path, older: bool) -> str:
         [("tensor", each) for each in values] + [("key", each) for each in keys] + [("all", e) for e in wholes]
     )
     if what == "tensor":
-        made: Any = tensors | {name: values[way]()}
+        with warnings.catch_warnings(action="ignore"):  # of prototypes and deprecations, which are odd too
+            made: Any = tensors | {name: values[way]()}
     elif what == "key":
         made = tensors | {keys[way]: tensors[name]}
         if rng.random() < 0.5:
