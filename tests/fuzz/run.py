@@ -14,6 +14,7 @@ or another result whose numbers make sense and, for a config.json, are those of 
 """
 
 import argparse
+import ctypes
 import faulthandler
 import gc
 import importlib
@@ -362,6 +363,7 @@ def _wrong(said: dict[str, Any], given: Input) -> str | None:
 def work(root: Path) -> None:
     """Answer "KIND NUMBER" a line with what happened, a JSON object a line, of which the last is empty."""
     orders, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no worker that hangs outlives the driver
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     crashed = (root / f"crash-{os.getpid()}").open("w")
