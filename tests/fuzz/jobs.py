@@ -91,7 +91,7 @@ def mutate(rng: random.Random, name: str, given: Input, folder: Path, done: Path
             data, about = changed_json(rng, json.loads(path.read_text()))
             path.write_bytes(data)
     elif name == "prompt":
-        odd = [b"", b"\n", b"\0", b"\xff\xfe", "\ud800".encode("utf-8", "surrogatepass"), b"x" * 10**6, b"\x80" * 99]
+        odd = [b"", b"\n", b"\0", b"\xff\xfe", "\ud800".encode("utf-8", "surrogatepass"), b"x" * 10**4, b"\x80" * 99]
         odd += ["\U0010ffff\u202e\u200d".encode() * 20, "\ufeffx".encode(), "\ufdd0\ufdd1".encode(), b"<s></s>" * 9]
         odd += [b" " * 300, changed_bytes(rng, stdin)[0], b"\x1b[2J" * 10, "e\u0301".encode() * 60]
         ids = ["", ",", "1", "1,2", "-1", "2047", "2048", "99999999999999999999", "9" * 5000, "1.5", "1,,2", "x", "nan"]

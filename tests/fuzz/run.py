@@ -533,6 +533,11 @@ def table(counts: dict[str, dict[str, int]]) -> str:
     )
 
 
+def say(text: str) -> None:
+    """Print what may hold anything."""
+    print(text.encode("ascii", "backslashreplace").decode(), flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", default=",".join(COUNTS), help="of which inputs (default: all)")
@@ -549,9 +554,9 @@ def main(argv: list[str] | None = None) -> int:
             records.append(record)
             if args.only or record["outcome"] not in GOOD:
                 detail = record["detail"] if args.only else record["detail"][-300:]
-                print(f"{record['input']}  {record['outcome']}  {record['about']}", detail, sep="\n    ", flush=True)
+                say(f"{record['input']}  {record['outcome']}  {record['about']}\n    {detail}")
             if args.only:
-                print(f"cd {record['folder']}", shlex.join(["python", *record.get("argv", [])])[:1000], sep="; ")
+                say(f"cd {record['folder']}; {shlex.join(['python', *record.get('argv', [])])[:1000]}")
     finally:
         if not args.only:
             shutil.rmtree(root, ignore_errors=True)
