@@ -150,6 +150,8 @@ class Job:
             layers = {len(state[name]) for name in ("plan", "importance", "groups") if state[name] is not None}
             if len(layers) > 1:
                 raise UserError(f"{where}: plan, importance and groups are of {sorted(layers)} layers")
+            if wrong := [cosine for cosine in state["importance"] or () if abs(cosine) > 1.001]:
+                raise UserError(f"{where}: an importance is a cosine, within [-1, 1], not {shown(wrong[0])}")
             self.state = state if resume else {}
         seed = default.sampling.seed
         self.seed = self.state.get("seed", secrets.randbits(63) if seed is None else seed)

@@ -48,7 +48,7 @@ from benchmark.record import check_picture, check_stages, origin
 from benchmark.subjects import SHAPES, Subject, make, published
 from benchmark.timing import OUT_OF_MEMORY, Run, attempt, peak_bytes, race, reset_peak, seconds, synchronise
 from checkpoint import EMBEDDED
-from commandline import Parser, guarded
+from commandline import Parser, count, guarded
 from config import ModelConfig
 from decoder import Store
 from engine import Completion, Engine, Request, rows_at_once
@@ -599,12 +599,6 @@ def peers(text: str) -> tuple[str, ...]:
         if way not in PEERS:
             raise argparse.ArgumentTypeError(f"{shown(way)} is none of {', '.join(PEERS)}")
     return tuple(text.split(","))
-
-
-def count(text: str) -> int:
-    if not (text.isdecimal() and len(text) < 19 and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{shown(text)} is no positive integer")
-    return int(text)
 
 
 def counts(text: str) -> tuple[int, ...]:

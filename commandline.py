@@ -22,6 +22,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         self.given = sys.argv[1:] if args is None else args
+        for arg in self.given:
+            if arg.startswith("--") and arg.endswith("=--"):  # argparse takes that value away
+                self.error(f"argument {arg[:-3]}: expected a value, not '--'")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -37,6 +40,12 @@ def number(text: str) -> int | float:
         return int(text)
     except ValueError:
         return float(text)
+
+
+def count(text: str) -> int:
+    if not (text.isdecimal() and len(text) < 19 and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no positive integer")
+    return int(text)
 
 
 class StreamError(Exception):

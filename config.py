@@ -128,7 +128,7 @@ FIELDS: dict[str, Kind] = {
     "logits_scaling": _POSITIVE,
     "attn_logit_softcapping": _POSITIVE.or_null,  # null: none
     "final_logit_softcapping": _POSITIVE.or_null,
-    "query_pre_attn_scalar": _POSITIVE,
+    "query_pre_attn_scalar": _LENGTH,
     "use_parallel_residual": _YES_NO,
     "new_decoder_architecture": _YES_NO.or_null,  # null, here and below: false
     "multi_query": _YES_NO.or_null,

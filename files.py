@@ -293,10 +293,17 @@ def check_folder(path: Path, name: str) -> None:
         raise UserError(f"{name}: no file can be made in {place(path)}: {error.strerror or reason(error)}") from error
 
 
+CHECKPOINT_FILE = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
+    r"|merges\.txt|tokenizer\.model|chat_template\.jinja|.*\.(safetensors|bin)(\.index\.json)?|.*\.gguf"
+)
+
+
 def check_apart(outputs: Mapping[str, Path | str], inputs: Mapping[str, Path | str]) -> None:
     """UserError if a path that a run writes is another path of the run. Keys are the flags that name them.
 
-    An input that is a folder stands for the files in it. The standard streams are paths of every run.
+    An input that is a folder stands for those files in it that make a checkpoint; others may lie beside them. The
+    standard streams are paths of every run.
     """
     named = list(outputs.items())
     for path in (*outputs.values(), *inputs.values()):
@@ -307,7 +314,8 @@ def check_apart(outputs: Mapping[str, Path | str], inputs: Mapping[str, Path | s
             if same_file(path, taken):
                 raise UserError(f"{flag} {place(path)} is also {other}; give it a place of its own")
         for other, taken in inputs.items():
-            if os.path.isdir(taken) and any(same_file(path, file) for file in Path(taken).iterdir()):
+            parts = Path(taken).iterdir() if os.path.isdir(taken) else ()
+            if any(same_file(path, file) for file in parts if CHECKPOINT_FILE.fullmatch(file.name)):
                 raise UserError(f"{flag} {place(path)} is a file of {other}; give it a place of its own")
         for stream, number in (("standard input", 0), ("standard output", 1), ("standard error", 2)):
             with suppress(OSError):

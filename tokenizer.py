@@ -608,7 +608,7 @@ def _listed(path: Path, settings: dict[str, Any], special: Collection[str]) -> d
     where, listed = "tokenizer_config.json: added_tokens_decoder", settings.get("added_tokens_decoder")
     if listed is None:
         where, names = "added_tokens.json", read_json(path / "added_tokens.json")
-        listed = {i: {"content": name, "special": name in special} for name, i in names.items()}
+        listed = {str(i): {"content": name, "special": name in special} for name, i in names.items()}
     if not isinstance(listed, dict):
         raise UserError(f"{place(path)}: malformed added tokens: {where} must be an object, not {shown(listed)}")
     tokens = {}

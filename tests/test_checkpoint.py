@@ -504,7 +504,7 @@ def test_sizes_that_the_files_do_not_have(name: str, written, tmp_path):
             (folder / "config.json").write_text(json.dumps(raw | small | {field: size}))
             start = time.process_time()
             assert len(the_line(folder)) < 400
-            assert time.process_time() - start < 1, (field, size)
+            assert time.process_time() - start < 2, (field, size)
 
 
 def test_overflow_of_fp16(folder):

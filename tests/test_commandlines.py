@@ -204,7 +204,6 @@ SAME = {  # one path twice, each as the second argument of its flag; {} is anoth
         *(["--text", f"o/{name}.png", "--out", "{o}"] for name in evaluate.PICTURES),
         ["--files", "o/predictions.jsonl", "--out", "{o}"],
         ["--files", "o", "--out", "{o}"],
-        ["--checkpoint", "o", "--out", "{o}"],
     ],
     "bench": [
         ["--stage", "throughput", "--out", "a.png", "--plot", "{a.png}"],

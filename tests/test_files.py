@@ -81,6 +81,11 @@ def test_no_output_is_another_path_of_the_run(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--b .* is also --a"):
         files.check_apart({"--a": "new", "--b": "./new"}, {})
     files.check_apart({"--a": "new", "--b": "newer"}, {"--in": a})
+    (tmp_path / "out").write_text("")
+    (tmp_path / "model.safetensors.index.json").write_text("")
+    files.check_apart({"--out": "out"}, {"--checkpoint": tmp_path})
+    with pytest.raises(UserError, match="is a file of --checkpoint"):
+        files.check_apart({"--out": "model.safetensors.index.json"}, {"--checkpoint": tmp_path})
 
 
 def test_values_in_errors_are_short_and_harmless():
