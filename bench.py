@@ -48,7 +48,7 @@ from benchmark.record import check_picture, check_stages, origin
 from benchmark.subjects import SHAPES, Subject, make, published
 from benchmark.timing import OUT_OF_MEMORY, Run, attempt, peak_bytes, race, reset_peak, seconds, synchronise
 from checkpoint import EMBEDDED
-from commandline import Parser, count, guarded
+from commandline import Parser, guarded, positive
 from config import ModelConfig
 from decoder import Store
 from engine import Completion, Engine, Request, rows_at_once
@@ -559,10 +559,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--stage", action="append", choices=STAGES, help="what to measure (default: all); may be repeated")
     add("--shape", action="append", metavar="NAME[:DTYPE]", help=f"embedded, {', '.join(SHAPES)} or a config.json")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--prompt", type=count, metavar="N", help="prompt tokens")
-    add("--new", type=count, metavar="N", help="new tokens")
+    add("--prompt", type=positive, metavar="N", help="prompt tokens")
+    add("--new", type=positive, metavar="N", help="new tokens")
     add("--batches", type=counts, metavar="1,8,32")
-    add("--rounds", type=count, metavar="N", help="timed turns after the one to warm up")
+    add("--rounds", type=positive, metavar="N", help="timed turns after the one to warm up")
     add("--max-memory", type=float, metavar="GIB", help="throughput on CUDA: what the largest batch has to fit into")
     add("--out", type=Path, metavar="F.json", help="write the results there; stages that it already holds stay")
     add("--peers", type=peers, metavar="A,B", help=f"decode: transformers as {', '.join(PEERS)} (default: all)")
@@ -602,7 +602,7 @@ def peers(text: str) -> tuple[str, ...]:
 
 
 def counts(text: str) -> tuple[int, ...]:
-    return tuple(count(part) for part in text.split(","))
+    return tuple(positive(part) for part in text.split(","))
 
 
 def chosen(args: argparse.Namespace) -> list[tuple[str, Sizes]]:

@@ -42,7 +42,7 @@ def number(text: str) -> int | float:
         return float(text)
 
 
-def count(text: str) -> int:
+def positive(text: str) -> int:
     if not (text.isdecimal() and len(text) < 19 and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{shown(text)} is no positive integer")
     return int(text)

@@ -26,7 +26,7 @@ import checkpoint  # noqa: E402
 from batch import Job  # noqa: E402
 from benchmark.record import origin  # noqa: E402
 from checkpoint import EMBEDDED  # noqa: E402
-from commandline import Parser, count, guarded  # noqa: E402
+from commandline import Parser, guarded, positive  # noqa: E402
 from engine import Engine, Request  # noqa: E402
 from files import check_apart, check_output, write_json, write_whole  # noqa: E402
 from generate import TextSoFar  # noqa: E402
@@ -44,7 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=200, help="only the first ones")
-    parser.add_argument("--threads", type=count, default=2)
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--draw", action="store_true", help="write the file of prompts, and nothing else")
     parser.add_argument("--out", type=Path)

@@ -25,7 +25,7 @@ from tqdm import tqdm  # noqa: E402
 import checkpoint  # noqa: E402
 from benchmark.record import check_picture, origin  # noqa: E402
 from checkpoint import EMBEDDED  # noqa: E402
-from commandline import Parser, count, guarded  # noqa: E402
+from commandline import Parser, guarded, positive  # noqa: E402
 from engine import Conversation, Engine, Request  # noqa: E402
 from evaluation import tiny_data as data  # noqa: E402
 from files import check_apart, check_output, write_json, write_whole  # noqa: E402
@@ -44,7 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--texts", type=int, default=4, help="how many texts to read")
     parser.add_argument("--slots", type=int, default=512)
-    parser.add_argument("--threads", type=count, default=2)
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args(argv)
