@@ -503,7 +503,7 @@ def test_sizes_that_the_files_do_not_have(name: str, written, tmp_path):
             small = {"no_rope_layers": None, "layer_types": None} if name == "smollm3" else {}
             (folder / "config.json").write_text(json.dumps(raw | small | {field: size}))
             start = time.process_time()
-            assert len(the_line(folder)) < 400
+            assert len(the_line(folder)) < 500
             assert time.process_time() - start < 2, (field, size)
 
 
