@@ -6,6 +6,8 @@
     vocab.json and merges.txt    byte-level BPE (GPT-2, OPT, Qwen)
     tokenizer.model              sentencepiece (Llama 2, Mistral), or tiktoken lines "base64 rank" (Llama 3)
 
+A GGUF file stands for a folder; its metadata hold byte-level BPE or sentencepiece.
+
 Decoding is the same for all of them: every id stands for a string of bytes, and a text is those bytes joined and
 read as UTF-8, each invalid stretch as U+FFFD. A stream of ids therefore needs an incremental UTF-8 decoder and
 nothing else: what `TextStream` hands out, joined, is exactly `Tokenizer.decode` of all ids, at a fixed cost a token.
@@ -21,6 +23,7 @@ from threading import Lock
 from typing import Any
 
 import files
+import gguf_file
 from errors import UserError
 
 # The alphabet of byte-level BPE: printable Latin-1 stands for itself, every other byte for a letter from U+0100 on.
@@ -120,6 +123,8 @@ class TextStream:
 def load(folder: Path) -> Tokenizer | None:
     """The tokenizer in `folder`, or None if there is none; UserError if a file of it is broken."""
     settings = read_settings(folder)
+    if gguf_file.is_gguf(folder):
+        return _load_gguf(folder, settings)
     if (folder / "tokenizer.json").exists():
         return _load_json(folder / "tokenizer.json", settings)
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
@@ -144,6 +149,15 @@ def eos_ids(folder: Path) -> frozenset[int]:
         if ids:
             return frozenset(ids)
     return frozenset()
+
+
+def _load_gguf(path: Path, settings: dict[str, Any]) -> Tokenizer | None:
+    match gguf_file.tokenizer_kind(path):
+        case "gpt2":
+            return _wrap(gguf_file.byte_level(path), path, settings)
+        case "llama":
+            return _load_sentencepiece(path, gguf_file.sentencepiece(path), settings)
+    return None
 
 
 def _load_json(path: Path, settings: dict[str, Any]) -> Tokenizer:
@@ -232,7 +246,8 @@ def _load_sentencepiece(path: Path, data: bytes, settings: dict[str, Any]) -> To
     except RuntimeError:
         raise UserError(f"{path}: neither a sentencepiece model nor tiktoken lines") from None
     size = model.vocab_size()
-    added = {i: token for i, token in _added_tokens(path.parent, settings, {}).items() if i >= size}
+    folder = path if gguf_file.is_gguf(path) else path.parent
+    added = {i: token for i, token in _added_tokens(folder, settings, {}).items() if i >= size}
     parsed = {model.id_to_piece(i): i for i in range(size) if model.is_control(i)}
     parsed |= {name: i for i, (name, _) in added.items()}
     names = re.compile(f"({'|'.join(map(re.escape, sorted(parsed, key=len, reverse=True)))})")
@@ -341,6 +356,8 @@ def _added_tokens(folder: Path, settings: dict[str, Any], vocab: dict[str, int])
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty if there is no such file."""
+    if gguf_file.is_gguf(path.parent):
+        return gguf_file.read_json(path)
     return files.read_json(path) if path.exists() else {}
 
 
