@@ -361,7 +361,7 @@ def _check(folder: Path, model: Transformer, found: dict[str, Stored]) -> None:
         "of another shape": [f"{name} {found[name].shape} instead of {wanted[name]}" for name in wrong],
     }
     if texts := [f"{len(names)} {problem}: {_some(names)}" for problem, names in problems.items() if names]:
-        raise UserError(f"the weights in {folder} do not fit what its config says; tensors {'; '.join(texts)}")
+        raise UserError(f"the weights in {folder} do not fit its config.json; tensors {'; '.join(texts)}")
     if config.tie_embeddings and head in found and not torch.equal(found[head].read(), found[embed].read()):
         raise UserError(f"{folder}: config.json says tie_word_embeddings, but {head} differs from {embed}")
 

@@ -202,6 +202,12 @@ def tensors(path: Path) -> list[Stored]:
 def _config(header: Header) -> dict[str, Any]:
     """The metadata in the words of a config.json."""
     architecture, metadata = header.architecture, header.metadata
+    layers = {tensor.split(".")[1] for tensor in header.tensors if tensor.startswith("blk.")}
+    if header.get("block_count") != len(layers):  # before anything of that size is made
+        told = shown(header.get("block_count"))
+        raise UserError(
+            f"{place(header.path)}: block_count is {told}, but it holds the tensors of {len(layers)} layers"
+        )
     types = {tensor.kind for tensor in header.tensors.values()}
     heads, dim = header.get("attention.head_count"), header.get("embedding_length")
     config = {
@@ -268,7 +274,11 @@ def _llama(header: Header) -> dict[str, Any]:
 
 
 def _mixtral(header: Header) -> dict[str, Any]:
-    experts = {"num_local_experts": header.get("expert_count"), "num_experts_per_tok": header.get("expert_used_count")}
+    told, router = header.get("expert_count"), header.tensors.get("blk.0.ffn_gate_inp.weight")
+    if router is None or router.shape[0] != told:
+        rows = "none" if router is None else router.shape[0]
+        raise UserError(f"{place(header.path)}: expert_count is {shown(told)}, but the router of layer 0 knows {rows}")
+    experts = {"num_local_experts": told, "num_experts_per_tok": header.get("expert_used_count")}
     return experts | {"sliding_window": None}
 
 
@@ -335,8 +345,8 @@ WORDS = {
     "gpt-4o": _GPT4O,
     "tekken": _TEKKEN,
 }
-GPT2_WORDS = ("gpt-2", "olmo", "phi-2")  # the library's own
-DIGITS_APART = ("smollm", "refact", "starcoder", "command-r", "codeshell")  # one by one, then as in GPT-2
+GPT2_WORDS = ("gpt-2", "olmo")  # the library's own
+DIGITS_APART = ("smollm", "refact", "starcoder")  # one by one, then as in GPT-2
 WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")  # a word in the vocabulary stays one
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens, as in sentencepiece
 
