@@ -550,13 +550,8 @@ def test_no_such_file(tmp_path):
 # Real files: scripts/get_model.py gets them
 
 
-TEXT_FILES = (
-    "README.md",
-    "scripts/article.txt",
-    "checkpoints/tiny/demo_prompt.txt",
-    "engine.py",
-    "checkpoints/tiny/README.md",
-)
+TEXT_FILES = """README.md scripts/article.txt checkpoints/tiny/demo_prompt.txt engine.py
+checkpoints/tiny/README.md""".split()
 
 
 @pytest.fixture(scope="module", params=get_model.MODELS)
@@ -586,8 +581,10 @@ def test_real_tokens(real):
     ours = tokenizer.load(real)
     whole = "\n\n".join((ROOT / name).read_text(encoding="utf-8") for name in TEXT_FILES)
     texts = [*TEXTS, *(whole[start : start + 700] for start in range(0, len(whole), len(whole) // 50))]
-    if "SmolLM2" in real.name:  # its kind of words is none that transformers knows: digits after several blanks differ
-        texts = [re.sub(r"\s+(?=\d)", " ", text) for text in texts]
+    # Where transformers reads the file otherwise than llama.cpp and the models' own tokenizers do: it does not know the
+    # words of "smollm", so that it joins blanks to the digits that follow; and it merges pairs where sentencepiece takes
+    # the longest run of blanks first, which shows from 32 on.
+    texts = [re.sub(r"\s+(?=\d)" if "SmolLM2" in real.name else " {32,}", " ", text) for text in texts]
     assert len(texts) > 60
     for text in texts:
         assert ours.encode(text) == theirs(text).input_ids, text
