@@ -12,18 +12,20 @@ memory-mapped and read tensor by tensor into the parameter each belongs to, so t
 more than one tensor in memory. Nothing is guessed: every tensor is used, ignored by name, or an error.
 """
 
+import json
 import os
 import re
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
@@ -31,8 +33,8 @@ from tqdm import tqdm
 import gguf_file
 from commandline import Parser, guarded
 from config import ModelConfig
-from errors import UserError
-from files import read_json
+from errors import UserError, cut, place, reason, shown
+from files import accessing, read_json
 from model import Transformer
 
 # Our module -> the checkpoint's modules that are fused into it, in this order, weight and bias alike. {l} is the
@@ -150,14 +152,16 @@ class Stored(NamedTuple):
     file: Path
     name: str
     shape: list[int]
+    tensor: Tensor | None = None  # of a file that can only be read as a whole
 
     def read(self) -> Tensor:
         """The file is mapped anew for each tensor, so that the pages read before are let go."""
-        with _reading(self.file):
-            if self.file.suffix == ".safetensors":
-                with safe_open(self.file, "pt") as tensors:
-                    return tensors.get_tensor(self.name)
+        if self.tensor is not None:
+            return self.tensor
+        if self.file.suffix != ".safetensors":
             return _unpickle(self.file)[self.name]
+        with _reading(self.file), safe_open(self.file, "pt") as tensors:
+            return tensors.get_tensor(self.name)
 
 
 def load(
@@ -231,23 +235,23 @@ def to_hf(state_dict: dict[str, Tensor], config: ModelConfig) -> dict[str, Tenso
 
 def resolve(path_or_id: str | Path) -> Path:
     """A checkpoint's folder or GGUF file: `path_or_id` itself, or where the hub's files of that name were put."""
-    folder = Path(os.path.expanduser(path_or_id))  # leaves alone what it cannot expand
-    if not folder.exists() and HUB_ID.fullmatch(str(path_or_id)):
-        folder = _download(str(path_or_id))
-    if not folder.exists():
-        raise UserError(f"checkpoint folder {path_or_id} does not exist")
-    if gguf_file.is_gguf(folder):
-        return folder
-    if not folder.is_dir():
-        raise UserError(
-            f"checkpoint {path_or_id} is a file; give a .gguf file or the folder that holds config.json and the weights"
-        )
-    if not any(folder.iterdir()):
-        raise UserError(f"checkpoint folder {path_or_id} is empty")
-    if not (folder / "config.json").is_file():
-        ggufs = sorted(file.name for file in folder.glob("*.gguf"))
-        instead = f"; give one of its GGUF files, such as {folder / ggufs[0]}" if ggufs else ""
-        raise UserError(f"checkpoint folder {path_or_id} holds no config.json{instead}")
+    name = place(path_or_id)
+    with accessing(path_or_id):
+        folder = Path(os.path.expanduser(path_or_id))  # leaves alone what it cannot expand
+        if not folder.exists() and HUB_ID.fullmatch(str(path_or_id)):
+            folder = _download(str(path_or_id))
+        if not folder.exists():
+            raise UserError(f"checkpoint folder {name} does not exist")
+        if gguf_file.is_gguf(folder):
+            return folder
+        if not folder.is_dir():
+            raise UserError(f"checkpoint {name} is a file; give a .gguf file, or the folder that holds config.json")
+        if not any(folder.iterdir()):
+            raise UserError(f"checkpoint folder {name} is empty")
+        if not (folder / "config.json").is_file():
+            ggufs = sorted(file.name for file in folder.glob("*.gguf"))
+            instead = f"; give its file {cut(ggufs[0])} itself" if ggufs else ""
+            raise UserError(f"checkpoint folder {name} holds no config.json{instead}")
     return folder
 
 
@@ -262,10 +266,12 @@ def _download(repo: str) -> Path:
         folder = fetch("*.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "model.safetensors")
         if not (folder / "model.safetensors").exists():
             indexes = [index for name in SINGLE if (index := folder / f"{name}.index.json").exists()]
-            fetch(*(_listed(indexes[0]) if indexes else ["pytorch_model.bin"]))
+            fetch(*(sorted(set(_listed(indexes[0]).values())) if indexes else ["pytorch_model.bin"]))
         return folder
+    except UserError:
+        raise
     except Exception as error:  # the client's own, its http library's, the operating system's
-        raise UserError(f"{repo} is no folder here, and the hub did not give it: {_line(error)}") from error
+        raise UserError(f"{cut(repo)} is no folder here, and the hub did not give it: {reason(error)}") from error
 
 
 class _Uninitialised(TorchFunctionMode):
@@ -280,50 +286,77 @@ class _Uninitialised(TorchFunctionMode):
 def _matched(folder: Path, dtype: str | torch.dtype) -> tuple[Transformer, dict[str, Stored]]:
     """The model without its weights, and the tensors found for it: UserError unless they are what it consists of."""
     dtype = _dtype(dtype)
-    config = _config(folder)
+    read = gguf_file.read_json if gguf_file.is_gguf(folder) else read_json
+    config = ModelConfig.from_hf(read(folder / "config.json"))
     config = replace(config, dtype=dtype or config.dtype)
+    short, whole = PREFIXES.get(config.model_type, ("", ""))
+    found: dict[str, Stored] = {}
+    for tensor in _weights(folder):
+        name = whole + tensor.name.removeprefix(short) if short and tensor.name.startswith(short) else tensor.name
+        if name in found:
+            raise UserError(f"{place(folder)}: {cut(tensor.name)} and {cut(found[name].name)} are the same tensor")
+        found[name] = tensor
+    layers, experts = config.n_layers, max(config.experts, 1)
+    if layers * experts > len(found):  # each has tensors of its own; a model of that size is not even built
+        size = f"{layers} layers" + (f" of {experts} experts" if config.experts else "")
+        raise UserError(
+            f"the weights in {place(folder)} do not fit its config.json; {size}, but only {len(found)} tensors"
+        )
     with torch.device("meta"), _Uninitialised():
         model = Transformer(config)
-    short, whole = PREFIXES.get(config.model_type, ("", ""))
-    if gguf_file.is_gguf(folder):
-        stored = gguf_file.tensors(folder)
-    else:
-        stored = [tensor for file in _weight_files(folder) for tensor in _stored(file)]
-    found = {re.sub(f"^{short}", whole, tensor.name): tensor for tensor in stored}
     _check(folder, model, found)
     return model, found
 
 
-def _config(folder: Path) -> ModelConfig:
-    raw = _json(folder / "config.json")
-    try:
-        return ModelConfig.from_hf(raw)
-    except (AttributeError, TypeError) as error:  # a list where a number should be, and the like
-        raise UserError(f"{folder / 'config.json'} is broken: {_line(error)}") from error
-
-
-def _weight_files(folder: Path) -> list[Path]:
+def _weights(folder: Path) -> list[Stored]:
+    """All tensors of a folder or of a GGUF file. Where there are shards, the index says in which one a tensor is."""
+    if gguf_file.is_gguf(folder):
+        return gguf_file.tensors(folder)
     for name in SINGLE:
         if (folder / name).exists():
-            return [folder / name]
+            return _stored(folder / name)
         if (index := folder / f"{name}.index.json").exists():
-            files = [folder / shard for shard in _listed(index)]
-            if missing := [file.name for file in files if not file.exists()]:
-                raise UserError(f"{index} lists {_some(missing)}, missing in that folder")
-            return files
-    raise UserError(f"checkpoint folder {folder} holds no weights: no {' or '.join(SINGLE)}, whole or in shards")
+            return _sharded(folder, index)
+    raise UserError(f"checkpoint folder {place(folder)} holds no weights: no {' or '.join(SINGLE)}, whole or in shards")
 
 
-def _listed(index: Path) -> list[str]:
-    """The names of the files that an index of shards refers to."""
-    weight_map = _json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise UserError(f"{index} is broken: no weight_map from tensors to files")
-    return sorted(set(weight_map.values()))
+def _sharded(folder: Path, index: Path) -> list[Stored]:
+    weight_map = _listed(index)
+    shards = sorted(set(weight_map.values()))
+    with accessing(folder):
+        if missing := [shard for shard in shards if not (folder / shard).exists()]:
+            raise UserError(f"{place(index)} lists {_some(missing)}, missing in that folder")
+        home = folder.resolve()
+        # The hub's cache keeps the files themselves beside its snapshots.
+        blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+        for shard in shards:
+            file = (folder / shard).resolve()
+            if not (file.is_relative_to(home) or file.is_relative_to(blobs)):
+                raise UserError(f"{place(index)} lists {shown(shard)}, a link out of that folder; put the file there")
+    stored, unlisted = [], []
+    for shard in shards:
+        for tensor in _stored(folder / shard):
+            if weight_map.get(tensor.name) == shard:
+                stored.append(tensor)
+            elif tensor.name not in weight_map and not tensor.name.endswith(IGNORED):
+                unlisted.append(tensor.name)
+    if unlisted:
+        raise UserError(f"{place(index)} does not list {_some(unlisted)}, which its files hold")
+    if lacking := sorted(weight_map.keys() - {tensor.name for tensor in stored}):
+        raise UserError(f"{place(index)} lists {_some(lacking)}, which the files named there do not hold")
+    return stored
 
 
-def _json(file: Path) -> dict:
-    return gguf_file.read_json(file) if gguf_file.is_gguf(file.parent) else read_json(file)
+def _listed(index: Path) -> dict[str, str]:
+    """Tensor -> the file that holds it, as an index says. UserError unless all are in the index's folder."""
+    weight_map, suffix = read_json(index).get("weight_map"), Path(index.name.removesuffix(".index.json")).suffix
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{place(index)} is broken: no weight_map from tensors to files")
+    for shard in weight_map.values():
+        path = Path(shard) if isinstance(shard, str) else None
+        if path is None or path.is_absolute() or ".." in path.parts or path.suffix != suffix:
+            raise UserError(f"{place(index)} lists {shown(shard)}, which is no {suffix} file in that folder")
+    return weight_map
 
 
 def _names(folder: Path, config: ModelConfig) -> dict[str, list[str]]:
@@ -361,9 +394,9 @@ def _check(folder: Path, model: Transformer, found: dict[str, Stored]) -> None:
         "of another shape": [f"{name} {found[name].shape} instead of {wanted[name]}" for name in wrong],
     }
     if texts := [f"{len(names)} {problem}: {_some(names)}" for problem, names in problems.items() if names]:
-        raise UserError(f"the weights in {folder} do not fit its config.json; tensors {'; '.join(texts)}")
+        raise UserError(f"the weights in {place(folder)} do not fit its config.json; tensors {'; '.join(texts)}")
     if config.tie_embeddings and head in found and not torch.equal(found[head].read(), found[embed].read()):
-        raise UserError(f"{folder}: config.json says tie_word_embeddings, but {head} differs from {embed}")
+        raise UserError(f"{place(folder)}: config.json says tie_word_embeddings, but {head} differs from {embed}")
 
 
 def _by_kv_head(wqkv: Tensor, config: ModelConfig) -> list[Tensor]:
@@ -374,9 +407,9 @@ def _by_kv_head(wqkv: Tensor, config: ModelConfig) -> list[Tensor]:
 
 def _copy(stored: Stored, part: Tensor, config: ModelConfig) -> None:
     """Read a tensor into `part`, casting it."""
-    tensor = stored.read()
-    if not tensor.is_floating_point():
-        raise UserError(f"{stored.file}: {stored.name} is {tensor.dtype}; quantized checkpoints are not supported")
+    tensor, where = stored.read(), f"{place(stored.file)}: {cut(stored.name)}"
+    if tensor.dtype not in DTYPES.values():
+        raise UserError(f"{where} is {tensor.dtype}; only floating-point weights of 16, 32 and 64 bits are supported")
     if stored.name.endswith(INTERLEAVED):
         views = _by_kv_head(part, config)
         heads = tensor.unflatten(0, (config.n_kv_heads, -1, config.head_dim))
@@ -386,29 +419,63 @@ def _copy(stored: Stored, part: Tensor, config: ModelConfig) -> None:
         part.copy_(tensor)
     if not all(extreme.isfinite() for extreme in part.aminmax()):
         if all(extreme.isfinite() for extreme in tensor.aminmax()):
-            raise UserError(f"{stored.file}: {stored.name} overflows {part.dtype}; use bfloat16 or float32")
-        raise UserError(f"{stored.file}: {stored.name} holds NaN or infinite values")
+            raise UserError(f"{where} overflows {part.dtype}; use bfloat16 or float32")
+        raise UserError(f"{where} holds NaN or infinite values")
 
 
 def _stored(file: Path) -> list[Stored]:
+    """What a file holds. UserError unless it is tensors by name, each once."""
+    with accessing(file):
+        if not file.is_file():
+            raise UserError(f"{place(file)} is no regular file")
+    if file.suffix != ".safetensors":
+        mapped = _mapped(file)
+        tensors = _unpickle(file).items()
+        return [Stored(file, name, list(tensor.shape), None if mapped else tensor) for name, tensor in tensors]
     with _reading(file):
-        if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as tensors:
-                return [Stored(file, name, tensors.get_slice(name).get_shape()) for name in tensors.offset_keys()]
-        return [Stored(file, name, list(tensor.shape)) for name, tensor in _unpickle(file).items()]
+        with safe_open(file, "pt") as tensors:
+            stored = [Stored(file, name, tensors.get_slice(name).get_shape()) for name in tensors.offset_keys()]
+        with open(file, "rb") as data:  # of a name that stands there twice, the library has the last
+            names = json.loads(data.read(int.from_bytes(data.read(8), "little")), object_pairs_hook=list)
+    if repeated := [name for name, count in Counter(name for name, _ in names).items() if count > 1]:
+        raise UserError(f"{place(file)} cannot be read: it holds {shown(repeated[0])} more than once")
+    return stored
+
+
+def _mapped(file: Path) -> bool:
+    """Whether a pickle's tensors can be mapped: torch writes zip files since 1.6."""
+    with accessing(file), open(file, "rb") as data:
+        return data.read(4) == b"PK\3\4"
 
 
 def _unpickle(file: Path) -> dict[str, Tensor]:
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    """The tensors of a *.bin file. UserError unless it is those and nothing else; no code in it ever runs."""
+    mapped = _mapped(file)
+    with _reading(file), warnings.catch_warnings(action="ignore"):
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    if not isinstance(found, dict):
+        raise UserError(f"{place(file)} cannot be read: it holds no tensors by name but {shown(type(found))}")
+    for name, tensor in found.items():
+        where = f"{place(file)} cannot be read: {shown(name)}"
+        if not isinstance(name, str):
+            raise UserError(f"{where} is no name of a tensor")
+        if type(tensor) not in (Tensor, nn.Parameter):
+            raise UserError(f"{where} is no tensor but {shown(type(tensor))}; save the model's state_dict and no more")
+        plain = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
+        if not plain or tensor.device.type != "cpu":
+            raise UserError(f"{where} is sparse, nested, quantized or without values; save it as a plain tensor")
+    return {name: tensor.detach() for name, tensor in found.items()}
 
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """One line that names `file`, whatever goes wrong while it is read."""
+    """One line that names `file`, whatever goes wrong while a library reads it."""
     try:
         yield
-    except (OSError, RuntimeError, EOFError, ValueError, AttributeError, SafetensorError, UnpicklingError) as error:
-        raise UserError(f"{file} cannot be read: {_line(error)}") from error
+    except Exception as error:  # safetensors' and torch's calls only; they raise what their parsers do
+        refused = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+        text = f"weights-only loading refuses it: {cut(refused[1])}" if refused else reason(error)
+        raise UserError(f"{place(file)} cannot be read: {text}") from error
 
 
 def find_device(name: str | torch.device) -> torch.device:
@@ -417,7 +484,7 @@ def find_device(name: str | torch.device) -> torch.device:
         kind = torch.accelerator.current_accelerator().type
         known += [kind, *(f"{kind}:{i}" for i in range(torch.accelerator.device_count()))]
     if str(name) not in known:
-        raise UserError(f"device {str(name)!r} is not available; there is {', '.join(known)}")
+        raise UserError(f"device {shown(str(name))} is not available; there is {', '.join(known)}")
     device = torch.device(name)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # streams, events and captures are made on the current one
@@ -427,17 +494,12 @@ def find_device(name: str | torch.device) -> torch.device:
 def _dtype(name: str | torch.dtype) -> torch.dtype | None:
     """None for "auto"."""
     if name != "auto" and name not in DTYPES and name not in DTYPES.values():
-        raise UserError(f"dtype {str(name)!r} is not supported; use auto, {', '.join(DTYPES)}")
+        raise UserError(f"dtype {shown(str(name))} is not supported; use auto, {', '.join(DTYPES)}")
     return None if name == "auto" else DTYPES.get(name, name)
 
 
 def _some(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _line(error: Exception) -> str:
-    """The first line of what an error says, or its kind if it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ", ".join(map(cut, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def main(argv: list[str] | None = None) -> int:

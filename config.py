@@ -1,138 +1,19 @@
 """What a model computes: `ModelConfig`, and how each family's Hugging Face config.json is read into one.
 
-Nothing that changes the result is ignored: it is a field, or an error of one line.
+Nothing that changes the result is ignored: it is a field, or an error of one line. What a config.json leaves out is
+what the family's class in transformers has (tests/test_config.py compares them, field by field).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from errors import UserError
+from errors import UserError, cut, shown
 
-
-class Family(NamedTuple):
-    """What a family says where its config.json is silent, or in words of its own."""
-
-    defaults: dict[str, Any] = {}  # under the names of config.json
-    fields: Callable[[dict[str, Any]], dict[str, Any]] = lambda conf: {}  # config.json -> fields of ModelConfig
-    windows: str | None = None  # the layers that a sliding window is for: "all", or "by layer"
-    ffn_times: int | None = None  # the feed-forward size in times of the model's, where config.json names none
-
-
-# A family is listed here or it is not supported.
-FAMILIES: dict[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(dict(num_key_value_heads=8, sliding_window=4096), windows="all"),
-    "mixtral": Family(
-        dict(num_key_value_heads=8, rope_theta=1e6, rms_norm_eps=1e-5, num_local_experts=8, num_experts_per_tok=2),
-        lambda conf: dict(experts=conf["num_local_experts"], experts_per_token=conf["num_experts_per_tok"]),
-        windows="all",
-    ),
-    "qwen2": Family(
-        dict(sliding_window=4096, use_sliding_window=False, max_window_layers=28),
-        lambda conf: dict(qkv_bias=True, output_bias=False),
-        windows="by layer",
-    ),
-    "qwen3": Family(
-        dict(head_dim=128, sliding_window=4096, use_sliding_window=False, max_window_layers=28),
-        lambda conf: dict(qk_norm="head"),
-        windows="by layer",
-    ),
-    "smollm3": Family(
-        dict(num_key_value_heads=4, rope_theta=2e6, tie_word_embeddings=True, use_sliding_window=False)
-        | dict(max_position_embeddings=32768, no_rope_layer_interval=4),
-        lambda conf: dict(unturned=_unturned(conf)),
-        windows="by layer",
-    ),
-    "granite": Family(
-        dict(embedding_multiplier=1.0, attention_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0),
-        lambda conf: dict(
-            embed_scale=conf["embedding_multiplier"],
-            attention_scale=conf["attention_multiplier"],
-            residual_scale=conf["residual_multiplier"],
-            logit_divisor=conf["logits_scaling"],
-        ),
-    ),
-    "phi3": Family(
-        dict(rms_norm_eps=1e-5, partial_rotary_factor=1.0, original_max_position_embeddings=4096), windows="all"
-    ),
-    "gemma2": Family(
-        dict(
-            attn_logit_softcapping=50.0,
-            final_logit_softcapping=30.0,
-            head_dim=256,
-            hidden_activation="gelu_pytorch_tanh",
-            max_position_embeddings=8192,
-            query_pre_attn_scalar=256,
-            sliding_window=4096,
-            sliding_window_pattern=2,
-            tie_word_embeddings=True,
-        ),
-        lambda conf: _gemma(conf) | dict(attention_softcap=conf["attn_logit_softcapping"]),
-        windows="by layer",
-    ),
-    "gemma3_text": Family(
-        dict(
-            head_dim=256,
-            hidden_activation="gelu_pytorch_tanh",
-            max_position_embeddings=131072,
-            query_pre_attn_scalar=256,
-            rope_theta=1e6,
-            rope_local_base_freq=1e4,
-            sliding_window=4096,
-            sliding_window_pattern=6,
-            tie_word_embeddings=True,
-        ),
-        lambda conf: _gemma(conf) | dict(qk_norm="head"),
-        windows="by layer",
-    ),
-    "olmo2": Family(dict(rms_norm_eps=1e-5), lambda conf: dict(pre_norms=False, post_norms=True, qk_norm="projection")),
-    "gpt_neox": Family(
-        dict(attention_bias=True, hidden_act="gelu", mlp_bias=True, partial_rotary_factor=0.25, rms_norm_eps=1e-5),
-        lambda conf: dict(norm="layer", ffn_gate=False, parallel=conf.get("use_parallel_residual", True)),
-    ),
-    "falcon": Family(
-        dict(hidden_act="gelu", rms_norm_eps=1e-5, tie_word_embeddings=True),
-        lambda conf: _falcon(conf),
-        ffn_times=4,
-    ),
-    "opt": Family(
-        dict(hidden_act="relu", enable_bias=True, rms_norm_eps=1e-5, tie_word_embeddings=True),
-        lambda conf: dict(norm="layer", ffn_gate=False, position_offset=2),
-    ),
-}
-
-
-# What some families call it -> its names in llama's config.json. Where both stand, the former counts.
-ALIASES = {
-    "activation": ["hidden_act"],
-    "activation_function": ["hidden_act"],
-    "hidden_activation": ["hidden_act"],
-    "bias": ["attention_bias", "mlp_bias"],
-    "enable_bias": ["attention_bias", "mlp_bias"],
-    "ffn_dim": ["intermediate_size"],
-    "ffn_hidden_size": ["intermediate_size"],
-    "num_kv_heads": ["num_key_value_heads"],
-    "layer_norm_eps": ["rms_norm_eps"],
-    "layer_norm_epsilon": ["rms_norm_eps"],
-    "rotary_emb_base": ["rope_theta"],
-    "rotary_pct": ["partial_rotary_factor"],
-}
-# What only one value of is supported.
-ONLY = {
-    "alibi": False,
-    "apply_residual_connection_post_layernorm": False,
-    "clip_qkv": None,
-    "do_layer_norm_before": True,
-    "layer_norm_elementwise_affine": True,
-    "_remove_final_layer_norm": False,
-    "use_bidirectional_attention": False,
-}
-NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")  # null: none; else: the default
 ACTIVATIONS = {
     "silu": F.silu,
     "swish": F.silu,
@@ -142,7 +23,301 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
+DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "longrope")
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+class Kind(NamedTuple):
+    """What a field may hold. `words` complete the sentence "it must be ..."; `null` is whether it may be null."""
+
+    words: str
+    fits: Callable[[Any], bool]
+    read: Callable[[Any], Any] = lambda value: value
+    null: bool = False
+
+    def checked(self, name: str, value: Any) -> Any:
+        """The value as ModelConfig holds it. UserError unless it fits."""
+        if value is None and self.null:
+            return None
+        if not self.fits(value):
+            raise UserError(f"config.json: {name} must be {self.words}, not {shown(value)}")
+        return self.read(value)
+
+    @property
+    def or_null(self) -> "Kind":
+        return self._replace(words=f"{self.words} or null", null=True)
+
+
+def _whole(most: int, least: int = 1) -> Kind:
+    fits = lambda value: type(value) is int and least <= value <= most  # noqa: E731
+    return Kind(f"an integer from {least} to {most}", fits)
+
+
+def _number(least: float, most: float) -> Kind:
+    fits = lambda value: type(value) in (int, float) and least <= value <= most  # noqa: E731
+    return Kind(f"a number from {least:g} to {most:g}", fits, float)
+
+
+def _one_of(values: Any) -> Kind:
+    known = {(type(value), value) for value in values}
+    fits = lambda value: type(value) in (str, int, bool) and (type(value), value) in known  # noqa: E731
+    return Kind(f"one of {', '.join(map(str, values))}", fits)
+
+
+def _list(each: Kind) -> Kind:
+    fits = lambda value: isinstance(value, list) and all(map(each.fits, value))  # noqa: E731
+    return Kind(f"a list, each {each.words}", fits, lambda value: [each.read(one) for one in value])
+
+
+# The limits are far beyond any model, and low enough that no tensor has more than 2**60 elements.
+_SIZE, _COUNT, _LENGTH = _whole(2**22), _whole(2**12), _whole(2**31 - 1)
+_POSITIVE, _FACTOR = _number(1e-30, 1e30), _number(1e-6, 1e6)
+_SHARE = Kind("a number above 0, up to 1", lambda value: type(value) in (int, float) and 0 < value <= 1, float)
+_YES_NO = Kind("true or false", lambda value: type(value) is bool)
+_OBJECT = Kind("an object", lambda value: isinstance(value, dict))
+_DTYPE = Kind(
+    f"one of {', '.join(DTYPES)}",
+    lambda value: isinstance(value, str) and value.removeprefix("torch.") in DTYPES,
+    lambda value: DTYPES[value.removeprefix("torch.")],
+)
+# Every field that is read from a config.json or from the rotary parameters in it, under llama's name if it has one.
+FIELDS: dict[str, Kind] = {
+    "vocab_size": _whole(2**28),
+    "hidden_size": _SIZE,
+    "intermediate_size": _SIZE,
+    "num_hidden_layers": _COUNT,
+    "num_attention_heads": _COUNT,
+    "num_key_value_heads": _COUNT.or_null,  # null: as many as there are attention heads
+    "head_dim": _whole(2**16).or_null,  # null: hidden_size shared among the heads
+    "hidden_act": _one_of(ACTIVATIONS),
+    "max_position_embeddings": _LENGTH,
+    "rms_norm_eps": _number(1e-30, 1),
+    "tie_word_embeddings": _YES_NO,
+    "dtype": _DTYPE.or_null,
+    "attention_bias": _YES_NO,
+    "mlp_bias": _YES_NO,
+    # sliding windows
+    "sliding_window": _LENGTH.or_null,  # null: none
+    "use_sliding_window": _YES_NO,
+    "max_window_layers": _whole(2**31 - 1, least=0),
+    "layer_types": _list(_one_of(LAYER_TYPES)).or_null,
+    "sliding_window_pattern": _LENGTH,
+    # rotary
+    "rope_parameters": _OBJECT.or_null,
+    "rope_scaling": _OBJECT.or_null,
+    "rope_type": _one_of((*ROPE_TYPES, "su")),
+    "rope_theta": _number(1e-6, 1e15),
+    "rope_local_base_freq": _number(1e-6, 1e15),
+    "partial_rotary_factor": _SHARE,
+    "original_max_position_embeddings": _LENGTH.or_null,
+    "factor": _FACTOR,
+    "low_freq_factor": _FACTOR,
+    "high_freq_factor": _FACTOR,
+    "short_factor": _list(_FACTOR),
+    "long_factor": _list(_FACTOR),
+    "attention_factor": _FACTOR.or_null,
+    "no_rope_layers": _list(_one_of((0, 1))).or_null,  # 1: with rotary, by its name the opposite
+    "no_rope_layer_interval": _LENGTH,
+    # one family's own
+    "num_local_experts": _COUNT,
+    "num_experts_per_tok": _COUNT,
+    "embedding_multiplier": _POSITIVE,
+    "attention_multiplier": _POSITIVE,
+    "residual_multiplier": _POSITIVE,
+    "logits_scaling": _POSITIVE,
+    "attn_logit_softcapping": _POSITIVE.or_null,  # null: none
+    "final_logit_softcapping": _POSITIVE.or_null,
+    "query_pre_attn_scalar": _POSITIVE,
+    "use_parallel_residual": _YES_NO,
+    "new_decoder_architecture": _YES_NO.or_null,  # null, here and below: false
+    "multi_query": _YES_NO.or_null,
+    "parallel_attn": _YES_NO.or_null,
+    "bias": _YES_NO.or_null,
+    "num_ln_in_parallel_attn": _one_of((1, 2)).or_null,
+    "enable_bias": _YES_NO,
+}
+# What only one value of is supported, or null.
+ONLY = {
+    "alibi": False,
+    "apply_residual_connection_post_layernorm": False,
+    "clip_qkv": None,
+    "do_layer_norm_before": True,
+    "layer_norm_elementwise_affine": True,
+    "_remove_final_layer_norm": False,
+    "use_bidirectional_attention": False,
+}
+ALTERNATING = ("gemma2", "gemma3_text")  # never without a window
+PARTIAL = ("gpt_neox", "phi3")  # those of whose heads a part may be turned
+
+
+class Family(NamedTuple):
+    """How a family's config.json is read."""
+
+    defaults: dict[str, Any]  # what its class in transformers has; no other field is read
+    fields: Callable[[dict[str, Any]], dict[str, Any]] = lambda conf: {}  # all of that -> fields of ModelConfig
+    names: dict[str, tuple[str, ...]] = {}  # its own names, where it has any; of several the last one counts
+    windows: Callable[[dict[str, Any]], Iterable[int]] = lambda conf: ()  # the layers with one, if there is a window
+    ropes: tuple[str, ...] = ROPE_TYPES
+
+
+_HEADS = dict(num_key_value_heads=None, head_dim=None)
+_ROPE = dict(rope_theta=1e4, partial_rotary_factor=1.0, rope_parameters=None, rope_scaling=None)
+_ROPE |= dict(original_max_position_embeddings=None)
+_BIASES = dict(attention_bias=False, mlp_bias=False)
+_LLAMA: dict[str, Any] = dict(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    hidden_act="silu",
+    max_position_embeddings=2048,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=False,
+    dtype=None,
+    **_HEADS,
+    **_ROPE,
+)
+_QWEN = _LLAMA | dict(
+    vocab_size=151936,
+    intermediate_size=22016,
+    num_key_value_heads=32,
+    max_position_embeddings=32768,
+    use_sliding_window=False,
+    sliding_window=4096,
+    max_window_layers=28,
+    layer_types=None,
+)
+_GEMMA = _LLAMA | dict(
+    hidden_size=2304,
+    intermediate_size=9216,
+    num_hidden_layers=26,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=256,
+    hidden_act="gelu_pytorch_tanh",
+    tie_word_embeddings=True,
+    attention_bias=False,
+    query_pre_attn_scalar=256,
+    sliding_window=4096,
+    layer_types=None,
+)
+
+# A family is listed here or it is not supported.
+FAMILIES: dict[str, Family] = {
+    "llama": Family(_LLAMA | _BIASES),
+    "mistral": Family(
+        _LLAMA
+        | dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096),
+        windows=lambda conf: range(conf["num_hidden_layers"]),
+    ),
+    "mixtral": Family(
+        _LLAMA
+        | dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=None)
+        | dict(rope_theta=1e6, rms_norm_eps=1e-5, num_local_experts=8, num_experts_per_tok=2),
+        lambda conf: _mixtral(conf),
+        names={"num_local_experts": ("num_local_experts", "num_experts")},
+        windows=lambda conf: range(conf["num_hidden_layers"]),
+    ),
+    "qwen2": Family(
+        _QWEN,
+        lambda conf: dict(qkv_bias=True, output_bias=False),
+        windows=lambda conf: range(conf["max_window_layers"], conf["num_hidden_layers"]),
+    ),
+    "qwen3": Family(
+        _QWEN | dict(head_dim=128, attention_bias=False),
+        lambda conf: dict(qk_norm="head"),
+        windows=lambda conf: range(conf["max_window_layers"], conf["num_hidden_layers"]),
+    ),
+    "smollm3": Family(
+        _LLAMA
+        | _BIASES
+        | dict(vocab_size=128256, hidden_size=2048, num_hidden_layers=36, num_attention_heads=16)
+        | dict(num_key_value_heads=4, max_position_embeddings=32768, rope_theta=2e6, tie_word_embeddings=True)
+        | dict(use_sliding_window=False, sliding_window=None, layer_types=None)
+        | dict(no_rope_layers=None, no_rope_layer_interval=4),
+        lambda conf: dict(unturned=_unturned(conf)),
+        windows=lambda conf: _unturned(conf),
+    ),
+    "granite": Family(
+        _LLAMA
+        | _BIASES
+        | dict(embedding_multiplier=1.0, attention_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0),
+        lambda conf: dict(
+            embed_scale=conf["embedding_multiplier"],
+            attention_scale=conf["attention_multiplier"],
+            residual_scale=conf["residual_multiplier"],
+            logit_divisor=conf["logits_scaling"],
+        ),
+    ),
+    "phi3": Family(
+        _LLAMA
+        | dict(vocab_size=32064, hidden_size=3072, intermediate_size=8192, max_position_embeddings=4096)
+        | dict(rms_norm_eps=1e-5, original_max_position_embeddings=4096, sliding_window=None),
+        windows=lambda conf: range(conf["num_hidden_layers"]),
+        ropes=("default", "longrope"),
+    ),
+    "gemma2": Family(
+        _GEMMA
+        | dict(vocab_size=256000, max_position_embeddings=8192)
+        | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
+        lambda conf: _gemma(conf) | dict(attention_softcap=conf["attn_logit_softcapping"]),
+        names={"hidden_act": ("hidden_activation",)},
+        windows=lambda conf: range(0, conf["num_hidden_layers"], 2),
+    ),
+    "gemma3_text": Family(
+        _GEMMA
+        | dict(vocab_size=262208, max_position_embeddings=131072, rope_theta=1e6, rope_local_base_freq=1e4)
+        | dict(attn_logit_softcapping=None, final_logit_softcapping=None, sliding_window_pattern=6),
+        lambda conf: _gemma(conf) | dict(attention_softcap=conf["attn_logit_softcapping"], qk_norm="head"),
+        names={"hidden_act": ("hidden_activation",)},
+        windows=lambda conf: (
+            layer for layer in range(conf["num_hidden_layers"]) if (layer + 1) % conf["sliding_window_pattern"]
+        ),
+        ropes=("default", "linear", "dynamic", "llama3"),
+    ),
+    "olmo2": Family(
+        _LLAMA | dict(vocab_size=50304, rms_norm_eps=1e-5, attention_bias=False),
+        lambda conf: dict(pre_norms=False, post_norms=True, qk_norm="projection"),
+    ),
+    "gpt_neox": Family(
+        {name: value for name, value in _LLAMA.items() if name not in _HEADS}
+        | dict(vocab_size=50432, hidden_size=6144, num_hidden_layers=44, num_attention_heads=64)
+        | dict(intermediate_size=24576, hidden_act="gelu", rms_norm_eps=1e-5, partial_rotary_factor=0.25)
+        | dict(attention_bias=True, use_parallel_residual=True),
+        lambda conf: dict(norm="layer", ffn_gate=False, ffn_bias=True, parallel=conf["use_parallel_residual"]),
+        names={
+            "rms_norm_eps": ("layer_norm_eps",),
+            "rope_theta": ("rotary_emb_base",),
+            "partial_rotary_factor": ("rotary_pct",),
+        },
+    ),
+    "falcon": Family(
+        {name: value for name, value in _LLAMA.items() if name != "head_dim"}
+        | dict(vocab_size=65024, hidden_size=4544, num_attention_heads=71, intermediate_size=None, hidden_act="gelu")
+        | dict(rms_norm_eps=1e-5, tie_word_embeddings=True, bias=False, num_ln_in_parallel_attn=None)
+        | dict(new_decoder_architecture=False, multi_query=True, parallel_attn=True),
+        lambda conf: _falcon(conf),
+        names={
+            "hidden_size": ("hidden_size", "n_embed"),
+            "intermediate_size": ("ffn_hidden_size",),
+            "num_key_value_heads": ("num_kv_heads",),
+            "hidden_act": ("activation",),
+            "rms_norm_eps": ("layer_norm_epsilon",),
+        },
+    ),
+    "opt": Family(
+        {name: value for name, value in _LLAMA.items() if name not in {*_HEADS, *_ROPE, "rms_norm_eps"}}
+        | dict(vocab_size=50272, hidden_size=768, intermediate_size=3072, num_hidden_layers=12)
+        | dict(num_attention_heads=12, hidden_act="relu", tie_word_embeddings=True, enable_bias=True),
+        lambda conf: (
+            dict(norm="layer", ffn_gate=False, position_offset=2)
+            | dict.fromkeys(("qkv_bias", "output_bias", "ffn_bias"), conf["enable_bias"])
+        ),
+        names={"intermediate_size": ("ffn_dim",), "hidden_act": ("activation_function",)},
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -207,35 +382,18 @@ class ModelConfig:
     def from_hf(cls, raw: dict[str, Any]) -> "ModelConfig":
         """Read a Hugging Face config.json (`raw`). UserError names what is unsupported, missing or senseless."""
         model_type = raw.get("model_type")
-        if model_type not in FAMILIES:
-            raise UserError(f"model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
-        if raw.get("quantization_config"):
-            method = raw["quantization_config"].get("quant_method", "unknown")
-            raise UserError(f"quantized checkpoints ({method}) are not supported; use the unquantized weights")
-        family = FAMILIES[model_type]
-        conf = family.defaults | {k: v for k, v in raw.items() if v is not None or k in NULLABLE}
-        conf |= {name: conf[alias] for alias, names in ALIASES.items() if alias in conf for name in names}
-        for name, only in (ONLY | {"word_embed_proj_dim": conf.get("hidden_size")}).items():
-            if conf.get(name, only) != only:
-                raise UserError(f"{name} {conf[name]!r} is not supported for {model_type}; only {only} is")
-        if family.ffn_times and isinstance(conf.get("hidden_size"), int):
-            conf.setdefault("intermediate_size", family.ffn_times * conf["hidden_size"])
-        needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        optional = ("num_key_value_heads", "head_dim", "num_local_experts", "num_experts_per_tok")
-        for name in needed + tuple(k for k in optional if k in conf):
-            if not isinstance(conf.get(name), int) or conf[name] < 1:
-                raise UserError(f"config.json: {name} must be a positive integer, not {conf.get(name)!r}")
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
+            raise UserError(f"model_type {shown(model_type)} is not supported; supported: {', '.join(FAMILIES)}")
+        conf = _read(raw, FAMILIES[model_type])
         dim, heads = conf["hidden_size"], conf["num_attention_heads"]
-        kv_heads = conf.get("num_key_value_heads", heads)
+        kv_heads = conf.get("num_key_value_heads") or heads
         if heads % kv_heads:
             raise UserError(f"config.json: {heads} attention heads do not divide by {kv_heads} key-value heads")
-        if "head_dim" not in conf and dim % heads:
+        if not conf.get("head_dim") and dim % heads:
             raise UserError(f"config.json: hidden_size {dim} does not divide by {heads} attention heads")
-        head_dim = conf.get("head_dim", dim // heads)
-        if (activation := conf.get("hidden_act", "silu")) not in ACTIVATIONS:
-            raise UserError(f"activation {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
-        windowed = _windowed(conf, family.windows)
-        rope, local_rope, rotary_dim = _ropes(conf, head_dim)
+        head_dim = conf.get("head_dim") or dim // heads
+        windowed = _windowed(conf, FAMILIES[model_type])
+        rope, local_rope, rotary_dim = _ropes(conf, head_dim, FAMILIES[model_type])
         fields = dict(
             model_type=model_type,
             vocab_size=conf["vocab_size"],
@@ -244,11 +402,11 @@ class ModelConfig:
             n_heads=heads,
             n_kv_heads=kv_heads,
             head_dim=head_dim,
-            ffn_dim=conf["intermediate_size"],
-            max_positions=conf.get("max_position_embeddings", 2048),
-            activation=activation,
-            tie_embeddings=conf.get("tie_word_embeddings", False),
-            norm_eps=conf.get("rms_norm_eps", 1e-6),
+            ffn_dim=conf["intermediate_size"] or 4 * dim,
+            max_positions=conf["max_position_embeddings"],
+            activation=conf["hidden_act"],
+            tie_embeddings=conf["tie_word_embeddings"],
+            norm_eps=conf.get("rms_norm_eps", 1e-5),
             qkv_bias=conf.get("attention_bias", False),
             output_bias=conf.get("attention_bias", False),
             sliding_window=conf["sliding_window"] if windowed else None,
@@ -257,9 +415,36 @@ class ModelConfig:
             rotary_dim=rotary_dim,
             rope=rope,
             local_rope=local_rope,
-            dtype=_dtype(conf),
+            dtype=conf["dtype"] or torch.float32,
         )
-        return cls(**(fields | family.fields(conf)))
+        return cls(**(fields | FAMILIES[model_type].fields(conf)))
+
+
+def _read(raw: dict[str, Any], family: Family) -> dict[str, Any]:
+    """All fields of the family under llama's names: those of `raw` checked, the others as in its class."""
+    if (settings := raw.get("quantization_config")) is not None:
+        method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
+        raise UserError(f"quantized checkpoints ({cut(str(method))}) are not supported; use the unquantized weights")
+    conf = family.defaults | {"model_type": raw["model_type"]}
+    names = {"dtype": ("torch_dtype", "dtype")} | family.names
+    for name, default in family.defaults.items():
+        kind = FIELDS[name] if default is not None or FIELDS[name].null else FIELDS[name].or_null
+        found = [own for own in names.get(name, (name,)) if own in raw]
+        if found:
+            own = ([own for own in found if raw[own] is not None] or found)[-1]
+            conf[name] = kind.checked(own, raw[own])
+    only = ONLY | ({"word_embed_proj_dim": conf["hidden_size"]} if raw["model_type"] == "opt" else {})
+    for name, value in only.items():
+        if (found := raw.get(name)) is not None and (type(found), found) != (type(value), value):
+            raise UserError(f"{name} {shown(found)} is not supported for {raw['model_type']}; only {value} is")
+    return conf
+
+
+def _mixtral(conf: dict[str, Any]) -> dict[str, Any]:
+    experts, chosen = conf["num_local_experts"], conf["num_experts_per_tok"]
+    if chosen > experts:
+        raise UserError(f"config.json: num_experts_per_tok must be at most the {experts} experts, not {chosen}")
+    return dict(experts=experts, experts_per_token=chosen)
 
 
 def _gemma(conf: dict[str, Any]) -> dict[str, Any]:
@@ -268,15 +453,17 @@ def _gemma(conf: dict[str, Any]) -> dict[str, Any]:
         post_norms=True,
         attention_scale=conf["query_pre_attn_scalar"] ** -0.5,
         embed_scale=conf["hidden_size"] ** 0.5,
-        logit_softcap=conf.get("final_logit_softcapping"),
+        logit_softcap=conf["final_logit_softcapping"],
     )
 
 
 def _unturned(conf: dict[str, Any]) -> tuple[int, ...]:
+    """The layers without rotary."""
     layers, period = range(conf["num_hidden_layers"]), conf["no_rope_layer_interval"]
-    turned = conf.get("no_rope_layers", [(layer + 1) % period for layer in layers])  # by its name the opposite
+    if (turned := conf["no_rope_layers"]) is None:
+        turned = [(layer + 1) % period for layer in layers]
     if len(turned) != len(layers):
-        raise UserError(f"config.json: no_rope_layers must be {len(layers)} numbers, not {turned}")
+        raise UserError(f"config.json: no_rope_layers must be a list of {len(layers)}, not of {len(turned)}")
     return tuple(layer for layer in layers if not turned[layer])
 
 
@@ -284,79 +471,109 @@ def _falcon(conf: dict[str, Any]) -> dict[str, Any]:
     """Two generations: the newer one (40B) has groups of query heads, and mostly a second norm in front of the
     feed-forward part. Of the older one most have a single key-value head.
     """
-    newer = conf.get("new_decoder_architecture", False)
-    parallel = newer or conf.get("parallel_attn", True)
-    shared = parallel and conf.get("num_ln_in_parallel_attn", 2 if newer else 1) == 1
-    one_head = conf.get("multi_query", True) and not newer
-    heads = {"n_kv_heads": 1} if one_head else {}
-    return dict(norm="layer", ffn_gate=False, parallel=parallel, shared_norm=shared) | heads
+    newer, heads = bool(conf["new_decoder_architecture"]), conf["num_attention_heads"]
+    parallel = newer or bool(conf["parallel_attn"])
+    shared = parallel and (conf["num_ln_in_parallel_attn"] or (2 if newer else 1)) == 1
+    kv_heads = conf["num_key_value_heads"] or heads
+    if not newer:
+        if not conf["multi_query"] and kv_heads != heads:
+            raise UserError(f"config.json: num_kv_heads must be {heads} without groups of heads, not {kv_heads}")
+        kv_heads = 1 if conf["multi_query"] else heads
+    biases = dict.fromkeys(("qkv_bias", "output_bias", "ffn_bias"), bool(conf["bias"]))
+    return dict(norm="layer", ffn_gate=False, parallel=parallel, shared_norm=shared, n_kv_heads=kv_heads) | biases
 
 
-def _windowed(conf: dict[str, Any], which: str | None) -> tuple[int, ...]:
+def _windowed(conf: dict[str, Any], family: Family) -> tuple[int, ...]:
     """The layers that have a sliding window."""
-    window, layers = conf.get("sliding_window"), range(conf["num_hidden_layers"])
-    if window is None and "rope_local_base_freq" in conf:
-        raise UserError(f"{conf['model_type']} without a sliding_window is not supported")
-    if which is None or window is None or not conf.get("use_sliding_window", True):
-        return ()
-    if type(window) is not int or window < 1:
-        raise UserError(f"config.json: sliding_window must be a positive integer, not {window!r}")
-    if which == "all":
-        return tuple(layers)
-    if (kinds := conf.get("layer_types")) is not None:
-        known = ("sliding_attention", "full_attention")
-        if len(kinds) != len(layers) or not set(kinds) <= set(known):
-            raise UserError(f"config.json: layer_types must be {len(layers)} of {' or '.join(known)}, not {kinds}")
-        return tuple(layer for layer in layers if kinds[layer] == "sliding_attention")
-    if (period := conf.get("sliding_window_pattern")) is not None:  # every so manyth layer has none
-        return tuple(layer for layer in layers if (layer + 1) % period)
-    if "max_window_layers" not in conf:
-        raise UserError(f"config.json: {conf['model_type']} with a sliding_window needs layer_types")
-    return tuple(layers[conf["max_window_layers"] :])
+    layers, kinds = range(conf["num_hidden_layers"]), conf.get("layer_types")
+    window = conf.get("sliding_window") if conf.get("use_sliding_window", True) else None
+    if kinds is not None:
+        if len(kinds) != len(layers):
+            raise UserError(f"config.json: layer_types must be a list of {len(layers)}, not of {len(kinds)}")
+        windowed = tuple(layer for layer in layers if kinds[layer] == "sliding_attention")
+    elif window is None and conf["model_type"] not in ALTERNATING:
+        windowed = ()
+    else:
+        windowed = tuple(family.windows(conf))
+    if windowed and window is None:
+        raise UserError(f"config.json: {len(windowed)} layers with sliding attention, but no sliding_window is in use")
+    return windowed
 
 
-def _ropes(conf: dict[str, Any], head_dim: int) -> tuple[dict[str, Any], dict[str, Any] | None, int]:
+def _ropes(
+    conf: dict[str, Any], head_dim: int, family: Family
+) -> tuple[dict[str, Any], dict[str, Any] | None, int | None]:
     """Rotary parameters, those of layers with a window if they have their own, and the size of what is turned."""
-    found = conf.get("rope_parameters") or {}
-    kinds = [found.get("full_attention"), found.get("sliding_attention")]
-    local = {"rope_theta": conf["rope_local_base_freq"]} if "rope_local_base_freq" in conf else None
-    if any(kinds):
-        found, local = kinds[0] or {}, {**(local or {}), **(kinds[1] or {})}
-    older = {"rope_theta": conf.get("rope_theta", 10000.0), **(conf.get("rope_scaling") or {})}
-    partial = found.get("partial_rotary_factor", conf.get("partial_rotary_factor", 1.0))
-    if partial != 1.0 and "partial_rotary_factor" not in FAMILIES[conf["model_type"]].defaults:
+    if "rope_theta" not in conf:  # learned positions
+        return {"rope_type": "default", "rope_theta": 1e4}, None, None
+    given, scaling = conf["rope_parameters"], conf["rope_scaling"]
+    local = None
+    if "rope_local_base_freq" in conf:
+        given = dict.fromkeys(LAYER_TYPES, {"rope_type": "default"}) if given is None else given
+        if unknown := given.keys() - set(LAYER_TYPES):
+            raise UserError(
+                f"config.json: rope_parameters must be of {' and '.join(LAYER_TYPES)}, not {shown(unknown)}"
+            )
+        own, others = (FIELDS["rope_parameters"].checked(kind, given.get(kind)) or {} for kind in LAYER_TYPES)
+        given = own | (scaling or {})
+        local = {"rope_theta": conf["rope_local_base_freq"]} | others
+    else:
+        given = scaling or given or {}
+        if found := given.keys() & set(LAYER_TYPES):
+            raise UserError(f"rope_parameters of {min(found)} alone are not supported for {conf['model_type']}")
+    shared = {"partial_rotary_factor": conf["partial_rotary_factor"]}
+    given = {"rope_theta": conf["rope_theta"]} | shared | given
+    partial = FIELDS["partial_rotary_factor"].checked("partial_rotary_factor", given["partial_rotary_factor"])
+    if partial != 1 and conf["model_type"] not in PARTIAL:
         raise UserError(f"partial_rotary_factor {partial} is not supported for {conf['model_type']}; only 1.0 is")
     rotary_dim = int(head_dim * partial)
-    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+    if rotary_dim % 2 or rotary_dim == 0:
         raise UserError(f"config.json: the rotary part of a head must be even, not {rotary_dim} of {head_dim}")
-    return _rope(conf, older | found, rotary_dim), _rope(conf, local, rotary_dim) if local else None, rotary_dim
+    if local is not None and local.get("partial_rotary_factor", 1) != 1:
+        raise UserError(f"partial_rotary_factor is not supported for {conf['model_type']}; only 1.0 is")
+    return (
+        _rope(conf, given, rotary_dim, family),
+        None if local is None else _rope(conf, local, rotary_dim, family),
+        rotary_dim,
+    )
 
 
-def _rope(conf: dict[str, Any], rope: dict[str, Any], rotary_dim: int) -> dict[str, Any]:
-    """`rope` in one form, checked."""
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    rope = rope | {"rope_type": (kind := {"su": "longrope"}.get(kind, kind))}
-    if kind not in ROPE_TYPES:
-        raise UserError(f"rope type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    wanted = {"linear": ["factor"], "dynamic": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}
-    for name in wanted.get(kind, []):
-        if not isinstance(rope.get(name), (int, float)) or rope[name] <= 0:
-            raise UserError(f"config.json: rope type {kind!r} needs a positive {name}, not {rope.get(name)!r}")
+def _rope(conf: dict[str, Any], given: dict[str, Any], rotary_dim: int, family: Family) -> dict[str, Any]:
+    """Rotary parameters in one form: what their type needs, and no more."""
+
+    def take(name: str, default: Any = None) -> Any:
+        return FIELDS[name].checked(name, given.get(name, default))
+
+    kind = given.get("rope_type", given.get("type", "default"))
+    kind = "longrope" if kind == "su" else kind
+    if not isinstance(kind, str) or kind not in family.ropes:
+        known = ", ".join(family.ropes)
+        raise UserError(f"rope type {shown(kind)} is not supported for {conf['model_type']}; supported: {known}")
+    rope = {"rope_type": kind, "rope_theta": take("rope_theta")}
+    if kind in ("linear", "dynamic", "llama3"):
+        rope["factor"] = take("factor")
+    if kind == "dynamic" and rotary_dim < 4:
+        raise UserError(f"config.json: rope type 'dynamic' must turn at least 4 elements of a head, not {rotary_dim}")
     if kind in ("llama3", "longrope"):
-        trained, name = conf.get("max_position_embeddings", 2048), "original_max_position_embeddings"
-        rope[name] = conf.get(name, rope.get(name, trained))
+        name = "original_max_position_embeddings"
+        rope[name] = trained = conf.get(name) or take(name, conf["max_position_embeddings"])
+        if trained is None:
+            raise UserError(f"config.json: rope type {kind!r} needs an {name}, not null")
+    if kind == "llama3":
+        rope |= {name: take(name) for name in ("low_freq_factor", "high_freq_factor")}
+        if rope["high_freq_factor"] <= rope["low_freq_factor"]:
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            raise UserError(f"config.json: high_freq_factor {high} must be above low_freq_factor {low}")
     if kind == "longrope":
         for name in ("short_factor", "long_factor"):
-            if not isinstance(rope.get(name), list) or len(rope[name]) != rotary_dim // 2:
-                raise UserError(f"config.json: rope type {kind!r} needs a list of {rotary_dim // 2} as {name}")
-        factor = rope.get("factor") or trained / rope["original_max_position_embeddings"]
-        grown = 1 + math.log(max(factor, 1)) / math.log(rope["original_max_position_embeddings"])
-        rope["attention_factor"] = rope.get("attention_factor") or math.sqrt(grown)
+            rope[name] = take(name)
+            if len(rope[name]) != rotary_dim // 2:
+                raise UserError(f"config.json: {name} must be a list of {rotary_dim // 2}, not of {len(rope[name])}")
+        factor = conf["max_position_embeddings"] / trained
+        if given.get("factor") is not None:
+            factor = take("factor")
+        scale = take("attention_factor")
+        if scale is None and factor > 1 and trained == 1:
+            raise UserError("config.json: original_max_position_embeddings must be at least 2, not 1")
+        rope["attention_factor"] = scale or (math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0)
     return rope
-
-
-def _dtype(conf: dict[str, Any]) -> torch.dtype:
-    name = str(conf.get("dtype", conf.get("torch_dtype", "float32"))).removeprefix("torch.")
-    if name not in ("float16", "bfloat16", "float32", "float64"):
-        raise UserError(f"config.json: dtype {name!r} is not supported; use float16, bfloat16, float32 or float64")
-    return getattr(torch, name)

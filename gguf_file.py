@@ -55,6 +55,13 @@ EXPERTS = NAMES | {
 }
 
 
+FALCON_WORDS = {
+    "intermediate_size": "ffn_hidden_size",
+    "num_key_value_heads": "num_kv_heads",
+    "rms_norm_eps": "layer_norm_epsilon",
+}
+
+
 class Architecture(NamedTuple):
     """What the converter of llama.cpp does with a family, and what its own code says where the metadata are silent."""
 
@@ -62,6 +69,7 @@ class Architecture(NamedTuple):
     names: dict[str, list[str]] = NAMES
     paired: bool = False  # rows of queries and keys that turn together lie side by side, not half a head apart
     norm_shift: float = 0.0  # added to the weights of all norms
+    words: dict[str, str] = {}  # what its config.json calls llama's fields
     more: Callable[["Header"], dict[str, Any]] = lambda header: {}  # further fields of config.json
 
 
@@ -80,11 +88,18 @@ ARCHITECTURES = {
         more=lambda header: _gemma(header, 62, 6) | {"rope_local_base_freq": header.get("rope.freq_base_swa", 1e4)},
     ),
     "olmo2": Architecture("olmo2", more=lambda header: {"attention_bias": header.has("blk.0.attn_q.bias")}),
-    "falcon": Architecture("falcon", FUSED, more=lambda header: _falcon(header)),
-    "falcon with two norms": Architecture("falcon", FALCON_TWO_NORMS, more=lambda header: _falcon(header)),
+    "falcon": Architecture("falcon", FUSED, words=FALCON_WORDS, more=lambda header: _falcon(header)),
+    "falcon with two norms": Architecture(
+        "falcon", FALCON_TWO_NORMS, words=FALCON_WORDS, more=lambda header: _falcon(header)
+    ),
     "gptneox": Architecture(
         "gpt_neox",
         FUSED,
+        words={
+            "rms_norm_eps": "layer_norm_eps",
+            "rope_theta": "rotary_emb_base",
+            "partial_rotary_factor": "rotary_pct",
+        },
         more=lambda header: {
             "use_parallel_residual": header.get("use_parallel_residual", True),
             "attention_bias": header.has("blk.0.attn_qkv.bias"),
@@ -92,6 +107,8 @@ ARCHITECTURES = {
     ),
 }
 ROPE = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")  # told in config.json
+NEEDED = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
+WHAT = {str: "a text", int: "an integer", bool: "true or false", list: "a list"}
 CHUNK = 1 << 22  # elements that are dequantized at a time
 
 
@@ -137,6 +154,13 @@ class Header(NamedTuple):
     def get(self, name: str, default: Any = None) -> Any:
         """Metadata of the architecture."""
         return self.metadata.get(f"{self.metadata['general.architecture']}.{name}", default)
+
+    def tokenizer(self, name: str, kind: type, default: Any = None) -> Any:
+        """Metadata of the tokenizer, of this type."""
+        value = self.metadata.get(f"tokenizer.{name}", default)
+        if value is not None and type(value) is not kind:
+            raise UserError(f"{place(self.path)}: tokenizer.{name} must be {WHAT[kind]}, not {shown(value)}")
+        return value
 
     def has(self, tensor: str) -> bool:
         return tensor in self.tensors
@@ -201,13 +225,9 @@ def tensors(path: Path) -> list[Stored]:
 
 def _config(header: Header) -> dict[str, Any]:
     """The metadata in the words of a config.json."""
-    architecture, metadata = header.architecture, header.metadata
-    layers = {tensor.split(".")[1] for tensor in header.tensors if tensor.startswith("blk.")}
-    if header.get("block_count") != len(layers):  # before anything of that size is made
-        told = shown(header.get("block_count"))
-        raise UserError(
-            f"{place(header.path)}: block_count is {told}, but it holds the tensors of {len(layers)} layers"
-        )
+    architecture = header.architecture
+    if missing := [name for name in NEEDED if header.get(name) is None]:
+        raise UserError(f"{place(header.path)}: the metadata name no {missing[0]}")
     types = {tensor.kind for tensor in header.tensors.values()}
     heads, dim = header.get("attention.head_count"), header.get("embedding_length")
     config = {
@@ -226,9 +246,8 @@ def _config(header: Header) -> dict[str, Any]:
         "rope_theta": header.get("rope.freq_base", 10000.0),
         "rope_scaling": _rope_scaling(header),
         "tie_word_embeddings": not header.has("output.weight"),
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
     }
-    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ends = [header.tokenizer(f"ggml.{name}_token_id", int) for name in ("eos", "eot", "eom")]
     config["eos_token_id"] = sorted({end for end in ends if end is not None}) or None
     config |= architecture.more(header)
     head_dim = config["head_dim"] or (dim // heads if isinstance(dim, int) and isinstance(heads, int) and heads else 0)
@@ -237,7 +256,8 @@ def _config(header: Header) -> dict[str, Any]:
     turned = header.get("rope.dimension_count")
     if isinstance(turned, int) and isinstance(head_dim, int) and head_dim:
         config["partial_rotary_factor"] = turned / head_dim
-    return {name: value for name, value in config.items() if value is not None or name == "sliding_window"}
+    given = {name: value for name, value in config.items() if value is not None or name == "sliding_window"}
+    return {architecture.words.get(name, name): value for name, value in given.items()}
 
 
 def _dtype(types: set[int]) -> str:
@@ -274,11 +294,7 @@ def _llama(header: Header) -> dict[str, Any]:
 
 
 def _mixtral(header: Header) -> dict[str, Any]:
-    told, router = header.get("expert_count"), header.tensors.get("blk.0.ffn_gate_inp.weight")
-    if router is None or router.shape[0] != told:
-        rows = "none" if router is None else router.shape[0]
-        raise UserError(f"{place(header.path)}: expert_count is {shown(told)}, but the router of layer 0 knows {rows}")
-    experts = {"num_local_experts": told, "num_experts_per_tok": header.get("expert_used_count")}
+    experts = {"num_local_experts": header.get("expert_count"), "num_experts_per_tok": header.get("expert_used_count")}
     return experts | {"sliding_window": None}
 
 
@@ -323,7 +339,6 @@ def _falcon(header: Header) -> dict[str, Any]:
     return {
         "new_decoder_architecture": newer,
         "num_ln_in_parallel_attn": 2 if two_norms else 1,
-        "num_kv_heads": heads,
         "multi_query": not newer,
         "bias": header.has("blk.0.attn_qkv.bias"),
     }
@@ -353,7 +368,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of t
 
 def tokenizer_kind(path: Path) -> str | None:
     """What `byte_level` ("gpt2") or `sentencepiece` ("llama") can build, None if the file has no tokenizer."""
-    kind = _header(path).metadata.get("tokenizer.ggml.model", "none")
+    kind = _header(path).tokenizer("ggml.model", str, "none")
     if kind not in ("gpt2", "llama", "none"):
         raise UserError(f"{place(path)}: a tokenizer of the kind {shown(kind)} is not supported; gpt2 and llama are")
     return None if kind == "none" else kind
@@ -365,8 +380,8 @@ def byte_level(path: Path) -> Any:
 
     header = _header(path)
     settings, tokens, types = _tokenizer_config(header), *_vocabulary(header)
-    pre, merges = header.metadata.get("tokenizer.ggml.pre"), header.metadata.get("tokenizer.ggml.merges")
-    if not isinstance(merges, list) or any(type(m) is not str or m.count(" ") != 1 for m in merges):
+    pre, merges = header.tokenizer("ggml.pre", str), header.tokenizer("ggml.merges", list)
+    if merges is None or any(type(m) is not str or m.count(" ") != 1 for m in merges):
         raise UserError(f"{place(path)}: tokenizer.ggml.merges must be a list of two tokens each")
     vocabulary, splitter = {token: i for i, token in enumerate(tokens)}, _splitter(path, pre)
     if len(vocabulary) < len(tokens):
@@ -416,11 +431,11 @@ def _splitter(path: Path, pre: Any) -> Any:
 def sentencepiece(path: Path) -> bytes:
     """The sentencepiece model in a file, written as the message ModelProto that it was made of."""
     header = _header(path)
-    (tokens, types), metadata = _vocabulary(header), header.metadata
-    scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
+    tokens, types = _vocabulary(header)
+    scores = header.tokenizer("ggml.scores", list)
+    if scores is None or len(scores) != len(tokens) or not all(isinstance(score, (int, float)) for score in scores):
         raise UserError(f"{place(path)}: tokenizer.ggml.scores must be one number for each of {len(tokens)} tokens")
-    ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("unknown", "bos", "eos", "padding")]
+    ids = [header.tokenizer(f"ggml.{name}_token_id", int) for name in ("unknown", "bos", "eos", "padding")]
     unknown = types.index(UNKNOWN) if UNKNOWN in types else ids[0]
     if unknown is None:
         raise UserError(f"{place(path)}: a sentencepiece vocabulary without an unknown token is not supported")
@@ -432,13 +447,11 @@ def sentencepiece(path: Path) -> bytes:
         model += _field(1, _field(1, spelled.encode()) + _field(2, float(score)) + _field(3, kind))
     trainer = _field(3, 2) + _field(35, int(BYTE in types))  # BPE; whether bytes stand in for unknown characters
     trainer += b"".join(_field(40 + n, -1 if i is None else i) for n, i in enumerate(ids))
-    spaces = (
-        metadata.get("tokenizer.ggml.add_space_prefix", True),
-        metadata.get("tokenizer.ggml.remove_extra_whitespaces"),
-    )
-    normalizer = (
-        _field(1, b"identity") + _field(3, int(bool(spaces[0]))) + _field(4, int(bool(spaces[1]))) + _field(5, 1)
-    )
+    spaces = [
+        header.tokenizer(f"ggml.{n}", bool, d)
+        for n, d in (("add_space_prefix", True), ("remove_extra_whitespaces", False))
+    ]
+    normalizer = _field(1, b"identity") + _field(3, int(spaces[0])) + _field(4, int(spaces[1])) + _field(5, 1)
     return bytes(model) + _field(2, trainer) + _field(3, normalizer)
 
 
@@ -461,11 +474,11 @@ def _varint(value: int) -> bytes:
 
 def _vocabulary(header: Header) -> tuple[list[str], list[int]]:
     """The tokens and their types."""
-    tokens = header.metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens or any(type(token) is not str for token in tokens):
+    tokens = header.tokenizer("ggml.tokens", list)
+    if not tokens or any(type(token) is not str for token in tokens):
         raise UserError(f"{place(header.path)}: tokenizer.ggml.tokens must be a list of texts")
-    types = header.metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
-    if not isinstance(types, list) or len(types) != len(tokens) or not set(types) <= set(range(NORMAL, BYTE + 1)):
+    types = header.tokenizer("ggml.token_type", list, [NORMAL] * len(tokens))
+    if len(types) != len(tokens) or not set(types) <= set(range(NORMAL, BYTE + 1)):
         raise UserError(
             f"{place(header.path)}: tokenizer.ggml.token_type must be 1 to 6 for each of {len(tokens)} tokens"
         )
@@ -474,24 +487,24 @@ def _vocabulary(header: Header) -> tuple[list[str], list[int]]:
 
 def _tokenizer_config(header: Header) -> dict[str, Any]:
     """The metadata in the words of a tokenizer_config.json."""
-    metadata = header.metadata
-    if tokenizer_kind(header.path) is None:
+    kind = tokenizer_kind(header.path)
+    if kind is None:
         return {}
     tokens, _ = _vocabulary(header)
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for side, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        if (token := metadata.get(f"tokenizer.ggml.{name}_token_id")) is None:
+        if (token := header.tokenizer(f"ggml.{name}_token_id", int)) is None:
             continue
-        if type(token) is not int or not 0 <= token < len(tokens):
+        if not 0 <= token < len(tokens):
             raise UserError(
                 f"{place(header.path)}: tokenizer.ggml.{name}_token_id {shown(token)} is none of {len(tokens)} tokens"
             )
         settings[f"{side}_token"] = tokens[token]
-    begins = metadata["tokenizer.ggml.model"] == "llama" or metadata.get("tokenizer.ggml.pre") in WHOLE_WORDS
+    begins = kind == "llama" or header.tokenizer("ggml.pre", str) in WHOLE_WORDS
     for side, default in (("bos", begins), ("eos", False)):
-        wanted = metadata.get(f"tokenizer.ggml.add_{side}_token", default)
-        settings[f"add_{side}_token"] = bool(wanted) and f"{side}_token" in settings
-    if (template := metadata.get("tokenizer.chat_template")) is not None:
+        wanted = header.tokenizer(f"ggml.add_{side}_token", bool, default)
+        settings[f"add_{side}_token"] = wanted and f"{side}_token" in settings
+    if (template := header.tokenizer("chat_template", str)) is not None:
         settings["chat_template"] = template
     return settings
 

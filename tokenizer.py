@@ -24,7 +24,7 @@ from typing import Any
 
 import files
 import gguf_file
-from errors import UserError
+from errors import UserError, place, shown
 
 # The alphabet of byte-level BPE: printable Latin-1 stands for itself, every other byte for a letter from U+0100 on.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -144,8 +144,9 @@ def eos_ids(folder: Path) -> frozenset[int]:
     for name in ("generation_config.json", "config.json"):
         value = read_json(folder / name).get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if any(type(i) is not int for i in ids):
-            raise UserError(f"{folder / name}: eos_token_id must be an integer or a list of integers, not {value!r}")
+        if any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
+            text = f"eos_token_id must be an integer from 0 to {2**31 - 1} or a list of such, not {shown(value)}"
+            raise UserError(f"{place(folder / name)}: {text}")
         if ids:
             return frozenset(ids)
     return frozenset()

@@ -2,8 +2,11 @@
 
 import fnmatch
 import json
+import os
 import re
 import shutil
+import struct
+import time
 import weakref
 from pathlib import Path
 
@@ -66,6 +69,46 @@ FORMS = {
 }
 
 
+def bin_of(change, legacy: bool = False):
+    """pytorch_model.bin with what `change` makes of the tensors; `legacy`: in the format before torch 1.6."""
+
+    def write(folder: Path) -> None:
+        content = change(weights(folder))
+        torch.save(content, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
+        (folder / "model.safetensors").unlink()
+
+    return write
+
+
+def parameters(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}
+
+
+def with_gradients(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+
+
+def twice(folder: Path) -> None:
+    """Two shards, of which the one that sorts last holds other values of all that the first one holds."""
+    tensors = weights(folder)
+    shards = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    first = sorted(tensors)[: len(tensors) // 2]
+    save_file({name: tensors[name] for name in first}, folder / shards[0])
+    save_file({name: t + 1 if name in first else t for name, t in tensors.items()}, folder / shards[1])
+    weight_map = {name: shards[name not in first] for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors").unlink()
+
+
+FORMS |= {
+    "bin of parameters": bin_of(parameters),
+    "bin with gradients": bin_of(with_gradients),
+    "bin of torch 1.5": bin_of(dict, legacy=True),
+    "bin of torch 1.5, parameters": bin_of(parameters, legacy=True),
+    "a tensor in two shards": twice,
+}
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_of_one_model(form: str, written, folder):
     expected = load(written("llama-tied"))[0].state_dict()
@@ -73,6 +116,7 @@ def test_forms_of_one_model(form: str, written, folder):
     loaded = load(folder)[0].state_dict()
     assert loaded.keys() == expected.keys()
     assert all(loaded[name].equal(expected[name]) for name in expected)
+    assert not any(tensor.requires_grad or tensor.grad_fn for tensor in load(folder)[0].parameters())
 
 
 def test_shards_by_transformers(written, tmp_path):
@@ -227,6 +271,58 @@ def lose_shard(folder: Path) -> None:
     (folder / "model-00002-of-00003.safetensors").unlink()
 
 
+INDEX = "model.safetensors.index.json"
+
+
+def index_with(change):
+    """Shards, and an index with what `change` made of its weight_map."""
+
+    def spoil(folder: Path) -> None:
+        FORMS["shards"](folder)
+        index = json.loads((folder / INDEX).read_text())
+        change(index["weight_map"])
+        (folder / INDEX).write_text(json.dumps(index))
+
+    return spoil
+
+
+def listed_as(name: str):
+    """A shard under another name, in the index too."""
+
+    def change(weight_map: dict[str, str]) -> None:
+        for tensor, shard in weight_map.items():
+            weight_map[tensor] = name if "00002" in shard else shard
+
+    return index_with(change)
+
+
+def linked_away(folder: Path) -> None:
+    FORMS["shards"](folder)
+    shard = folder / "model-00002-of-00003.safetensors"
+    elsewhere = shard.rename(folder.parent / shard.name)
+    shard.symlink_to(elsewhere)
+
+
+def odd_bin(value, legacy: bool = False):
+    return bin_of(lambda tensors: tensors | {UP: value(tensors[UP])}, legacy)
+
+
+def raw_safetensors(header, data: bytes = b"", length: int | None = None):
+    """A file of exactly this header; `length` is what it says of its header's."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    start = struct.pack("<Q", len(text) if length is None else length)
+    return lambda folder: (folder / "model.safetensors").write_bytes(start + text + data)
+
+
+def entry(dtype: str = "F32", shape: tuple[int, ...] = (2,), end: int = 8, start: int = 0) -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+def of_dtype(dtype: torch.dtype):
+    return put(UP, lambda old: old.to(dtype))
+
+
+A = '"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
 UP = "model.layers.1.mlp.up_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
 ROPE = {"rope_theta": 10000.0}
@@ -237,9 +333,9 @@ BROKEN = {
     "older rope type": (config_with(rope_parameters=None, rope_scaling={"type": "spiral"}), "rope type 'spiral'"),
     "rope without factor": (config_with(rope_parameters=ROPE | {"rope_type": "linear"}), "factor.*None"),
     "partial rotary": (config_with(partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
-    "activation": (config_with(hidden_act="mish"), "activation 'mish'.*silu"),
+    "activation": (config_with(hidden_act="mish"), "hidden_act must be one of silu.*'mish'"),
     "quantization": (config_with(quantization_config={"quant_method": "awq"}), "quantized.*awq"),
-    "dtype in config": (config_with(dtype="int8"), "dtype 'int8'"),
+    "dtype in config": (config_with(dtype="int8"), "dtype must be one of float16.*'int8'"),
     "heads": (config_with(num_attention_heads=5), "5 attention heads.*2 key-value"),
     "size": (config_with(hidden_size="48"), "hidden_size.*'48'"),
     "list in config": (config_with(rope_parameters=[1]), "config.json"),
@@ -277,6 +373,75 @@ BROKEN = {
     "nan": (put(UP, with_value(float("nan"))), f"{UP} holds NaN"),
     "infinite": (put(NORM, with_value(float("-inf"))), f"{NORM} holds NaN or inf"),
     "integers": (put(UP, lambda old: old.to(torch.int8)), f"{UP} is torch.int8"),
+    "float8": (of_dtype(torch.float8_e4m3fn), f"{UP} is torch.float8_e4m3fn; only floating"),
+    "booleans": (of_dtype(torch.bool), f"{UP} is torch.bool"),
+    "long integers": (of_dtype(torch.int64), f"{UP} is torch.int64"),
+    "complex": (of_dtype(torch.complex64), f"{UP} is torch.complex64"),
+    "name twice": (raw_safetensors(f"{{{A},{A}}}".encode(), bytes(8)), "model.safetensors cannot.*holds 'a' more than"),
+    "offsets that overlap": (raw_safetensors({"a": entry(), "b": entry()}, bytes(8)), "cannot be read.*offset"),
+    "offsets beyond": (raw_safetensors({"a": entry(end=16)}, bytes(8)), "cannot be read"),
+    "shape beyond": (raw_safetensors({"a": entry(shape=(2**62, 4))}, bytes(8)), "cannot be read.*overflow"),
+    "negative shape": (raw_safetensors({"a": entry(shape=(-1,))}, bytes(8)), "cannot be read"),
+    "header too long": (raw_safetensors(b'{"a":', length=10**12), "cannot be read.*too large"),
+    "header of 2 ** 64": (raw_safetensors(b"{}", length=2**64 - 1), "cannot be read"),
+    "header is a list": (raw_safetensors(b"[" * 9999), "cannot be read"),
+    "unknown dtype": (raw_safetensors({"a": entry("Q4")}, bytes(8)), "cannot be read.*Q4"),
+    "no tensors": (raw_safetensors(b"{}"), "2 layers, but only 0 tensors"),
+    "control characters": (put("\x1b[2J\nextra", lambda _: torch.ones(3)), r"not known: \\x1b\[2J extra$"),
+    "long name": (put("n" * 9999, lambda _: torch.ones(3)), r"not known: n{77}\.\.\.$"),
+    "weights are a folder": (
+        lambda folder: ((folder / "model.safetensors").unlink(), (folder / "model.safetensors").mkdir()),
+        "model.safetensors is no regular file",
+    ),
+    "weights are a pipe": (
+        lambda folder: ((folder / "model.safetensors").unlink(), os.mkfifo(folder / "model.safetensors")),
+        "model.safetensors is no regular file",
+    ),
+    "absolute shard": (listed_as("/etc/x.safetensors"), "index.json lists '/etc/x.safetensors', which is no"),
+    "shard above": (listed_as("../x.safetensors"), r"lists '\.\./x.safetensors', which is no \.safetensors file in"),
+    "shard around": (listed_as("x/../../x.safetensors"), r"lists 'x/\.\./\.\./x.safetensors', which is no"),
+    "pickle as shard": (listed_as("x.bin"), r"lists 'x.bin', which is no \.safetensors file"),
+    "number as shard": (listed_as(5), r"lists 5, which is no"),
+    "nul in shard": (listed_as("x\0.safetensors"), "cannot|lists"),
+    "long shard": (listed_as("x" * 999 + ".safetensors"), "."),
+    "shard with escapes": (listed_as("\x1b[2J.safetensors"), r"lists \\x1b\[2J.safetensors, missing"),
+    "linked away": (linked_away, "lists 'model-00002-of-00003.safetensors', a link out of that folder"),
+    "empty map": (then(FORMS["shards"], write(INDEX, '{"weight_map": {}}')), "no weight_map"),
+    "list as map": (then(FORMS["shards"], write(INDEX, '{"weight_map": []}')), "no weight_map"),
+    "not in index": (index_with(lambda names: names.pop(UP)), f"index.json does not list {UP}, which its files hold"),
+    "only in index": (
+        index_with(lambda names: names.update(extra=names[UP])),
+        "index.json lists extra, which the files named there do not hold",
+    ),
+    "in another shard": (
+        index_with(lambda names: names.update({UP: next(shard for shard in names.values() if shard != names[UP])})),
+        f"index.json lists {UP}, which the files named there do not hold",
+    ),
+    "no names in bin": (bin_of(lambda tensors: dict(enumerate(tensors.values()))), "cannot be read: 0 is no name"),
+    "state_dict in bin": (bin_of(lambda tensors: {"state_dict": tensors}), "'state_dict' is no tensor but.*dict'"),
+    "epoch in bin": (bin_of(lambda tensors: tensors | {"epoch": 3}), "'epoch' is no tensor but.*int'"),
+    "epoch in older bin": (bin_of(lambda tensors: tensors | {"epoch": 3}, True), "'epoch' is no tensor but.*int'"),
+    "list in bin": (bin_of(lambda tensors: list(tensors.values())), "holds no tensors by name but.*list'"),
+    "sparse in bin": (odd_bin(lambda tensor: tensor.to_sparse()), "up_proj.weight' is sparse, nested, quantized or"),
+    "rows in bin": (odd_bin(lambda tensor: tensor.to_sparse_csr()), "up_proj.weight' is sparse, nested, quantized or"),
+    "meta in bin": (odd_bin(lambda tensor: tensor.to("meta")), "up_proj.weight' is .*without values"),
+    "quantized in bin": (
+        odd_bin(lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)),
+        "up_proj.weight' is sparse, nested, quantized or",
+    ),
+    "complex in bin": (odd_bin(lambda tensor: tensor.to(torch.complex64)), f"{UP} is torch.complex64"),
+    "code in older bin": (
+        bin_of(lambda tensors: {"x": Path("x")}, legacy=True),
+        "pytorch_model.bin cannot be read: weights-only loading refuses it: Unsupported",
+    ),
+    "truncated older bin": (
+        then(bin_of(dict, legacy=True), truncate("pytorch_model.bin")),
+        "pytorch_model.bin cannot be read",
+    ),
+    "text as bin": (
+        then(as_bin, write("pytorch_model.bin", "version https://git-lfs")),
+        "pytorch_model.bin cannot be read: weights-only loading refuses it: .",
+    ),
     "another head": (
         put("lm_head.weight", lambda _: torch.ones(101, 48)),
         "tie_word_embeddings.*lm_head.weight differs",
@@ -297,6 +462,49 @@ def test_broken_checkpoint(spoil, names: str, folder):
     spoil(folder)
     line = the_line(folder)
     assert re.search(names, line), line
+
+
+def test_names_that_become_one(written, tmp_path):
+    """OPT's tensors with and without the outermost name, in one file."""
+    folder = shutil.copytree(written("opt"), tmp_path / "both")
+    name = "model.decoder.embed_positions.weight"
+    tensors_with(lambda tensors: tensors.update({name.removeprefix("model."): tensors[name] + 1}))(folder)
+    assert re.search(r"decoder\.\S+ and \S*decoder\.\S+ are the same tensor", the_line(folder))
+
+
+def test_hub_cache_links(written, tmp_path):
+    """The hub's cache keeps files beside its snapshots and links to them."""
+    snapshot = tmp_path / "models--org--name" / "snapshots" / ("0" * 40)
+    shutil.copytree(written("llama-gqa"), snapshot)
+    FORMS["shards"](snapshot)
+    (blobs := snapshot.parent.parent / "blobs").mkdir()
+    for number, file in enumerate([*snapshot.iterdir()]):
+        file.rename(blobs / f"{number:064}")
+        file.symlink_to(Path("..", "..", "blobs", f"{number:064}"))
+    (link := tmp_path / "link").symlink_to(snapshot)
+    for folder in (snapshot, link):
+        assert load(folder)[1].vocab_size == 101
+
+
+HUGE = [10**12, 10**18, 2**31 - 1, 4096, 10**5]
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "mixtral", "opt", "falcon-grouped", "smollm3"])
+def test_sizes_that_the_files_do_not_have(name: str, written, tmp_path):
+    """One line at once, whatever size config.json says, and no model of that size is built."""
+    folder = shutil.copytree(written(name), tmp_path / "huge")
+    raw = json.loads((folder / "config.json").read_text())
+    sizes = {"num_hidden_layers", "vocab_size", "hidden_size", "num_local_experts", "ffn_hidden_size", "ffn_dim"}
+    sizes |= {"intermediate_size", "num_attention_heads", "head_dim", "num_kv_heads", "num_key_value_heads"}
+    if name == "opt":
+        sizes |= {"max_position_embeddings"}
+    for field in sizes & raw.keys():
+        for size in HUGE:
+            small = {"no_rope_layers": None, "layer_types": None} if name == "smollm3" else {}
+            (folder / "config.json").write_text(json.dumps(raw | small | {field: size}))
+            start = time.process_time()
+            assert len(the_line(folder)) < 400
+            assert time.process_time() - start < 1, (field, size)
 
 
 def test_overflow_of_fp16(folder):

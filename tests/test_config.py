@@ -1,0 +1,311 @@
+"""config.json against transformers' classes: what is left out, what is given, and every value that cannot be.
+
+The oracle reads a `transformers` config as that family's modeling code does, and asks its rotary embedding for the
+frequencies (`meaning`); ours are those of `ModelConfig` (`our_meaning`).
+"""
+
+import json
+import logging
+import math
+import sys
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import families
+import pytest
+import torch
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from config import ACTIVATIONS, FAMILIES, FIELDS, ONLY, ModelConfig
+from errors import UserError
+from model import Transformer
+from tokenizer import eos_ids
+
+# Own names of fields too; what only its own family reads says nothing in the others, and must not.
+NAMES = sorted(
+    {own for family in FAMILIES.values() for names in family.names.values() for own in names}
+    | {name for family in FAMILIES.values() for name in family.defaults}
+    | {*ONLY, "torch_dtype", "quantization_config", "word_embed_proj_dim", "model_type"}
+)
+ROPE_NAMES = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor")
+ROPE_NAMES += ("high_freq_factor", "short_factor", "long_factor", "attention_factor")
+ROPE_NAMES += ("original_max_position_embeddings", "full_attention", "sliding_attention", "unknown")
+
+
+class Nothing(Exception):
+    """What transformers does not read either."""
+
+
+def their_config(raw: dict[str, Any]):
+    """What AutoConfig.from_pretrained makes of a config.json: the class's from_dict of it."""
+    return AutoConfig.for_model(**json.loads(json.dumps(raw)))
+
+
+def modeling(config):
+    return sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__module__]
+
+
+def their_rotary(config) -> dict[str, Any]:
+    """Kind of layer -> inverse frequencies and scale of its rotary embedding, for a short and a long request."""
+    module = modeling(config)
+    head_dim = getattr(config, "head_dim", 2)
+    head_dim = 2 if head_dim is None and config.model_type == "mixtral" else head_dim
+    if head_dim not in range(2, 1 << 16):  # frequencies that fill the memory
+        raise Nothing
+    if config.model_type == "gpt_neox" and hasattr(config, "head_dim"):  # its frequencies read it, its attention not
+        raise Nothing
+    rotary = next(value for name, value in vars(module).items() if name.endswith("RotaryEmbedding"))(config)
+    kinds = sorted(set(config.layer_types)) if config.model_type == "gemma3_text" else [None]
+    found = {}
+    for kind in kinds:
+        for length in (8, 200):
+            where = {} if kind is None else {"layer_type": kind}
+            rotary(torch.zeros(1, 1, 2), torch.arange(length)[None], **where)
+            prefix = "" if kind is None else f"{kind}_"
+            scale = getattr(rotary, f"{prefix}attention_scaling")
+            found[kind, length] = (getattr(rotary, f"{prefix}inv_freq").double(), float(scale))
+    return found
+
+
+def meaning(config) -> dict[str, Any]:
+    """What transformers' modeling code reads from a config, in our terms."""
+    c, kind = config, config.model_type
+    heads = c.num_attention_heads
+    derived = c.hidden_size // heads
+    head_dim = derived if kind in ("gpt_neox", "falcon", "opt") else getattr(c, "head_dim", derived)
+    head_dim = head_dim or derived if kind == "mixtral" else head_dim
+    kv_heads = heads if kind in ("gpt_neox", "opt") else c.num_kv_heads if kind == "falcon" else c.num_key_value_heads
+    if kind == "falcon" and c.multi_query and not c.new_decoder_architecture:
+        kv_heads = 1
+    ffn = {"falcon": "ffn_hidden_size", "opt": "ffn_dim"}.get(kind, "intermediate_size")
+    activation = {"falcon": "activation", "opt": "activation_function"}.get(kind, "hidden_act")
+    activation = "hidden_activation" if kind.startswith("gemma") else activation
+    eps = {"gpt_neox": "layer_norm_eps", "falcon": "layer_norm_epsilon"}.get(kind, "rms_norm_eps")
+    bias = {"falcon": "bias", "opt": "enable_bias"}.get(kind, "attention_bias")
+    without = kind in ("mistral", "mixtral", "phi3", "qwen2")
+    ffn_bias = getattr(c, {"falcon": "bias", "opt": "enable_bias"}.get(kind, "mlp_bias"), False)
+    windows = [None] * c.num_hidden_layers
+    if kind in ("mistral", "mixtral", "phi3"):
+        windows = [c.sliding_window] * c.num_hidden_layers
+    elif kind in ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text"):
+        windows = [c.sliding_window if each == "sliding_attention" else None for each in c.layer_types]
+        if "sliding_attention" in c.layer_types and c.sliding_window is None:
+            raise Nothing
+    if kind == "mixtral" and c.num_local_experts is None:
+        raise Nothing
+    gemma = kind.startswith("gemma")
+    found = dict(
+        model_type=kind,
+        vocab_size=c.vocab_size,
+        dim=c.hidden_size,
+        n_layers=c.num_hidden_layers,
+        n_heads=heads,
+        n_kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn_dim=getattr(c, ffn),
+        max_positions=c.max_position_embeddings,
+        activation=getattr(c, activation),
+        tie_embeddings=c.tie_word_embeddings,
+        norm_eps=1e-5 if kind == "opt" else getattr(c, eps),
+        qkv_bias=kind == "qwen2" or not without and bool(getattr(c, bias)),
+        output_bias=not without and bool(getattr(c, bias)),
+        ffn_bias=kind == "gpt_neox" or kind in ("llama", "smollm3", "granite", "falcon", "opt") and bool(ffn_bias),
+        windows=windows,
+        embed_scale=c.hidden_size**0.5 if gemma else c.embedding_multiplier if kind == "granite" else None,
+        attention_scale=c.query_pre_attn_scalar**-0.5
+        if gemma
+        else c.attention_multiplier
+        if kind == "granite"
+        else head_dim**-0.5,
+        residual_scale=c.residual_multiplier if kind == "granite" else 1.0,
+        logit_divisor=c.logits_scaling if kind == "granite" else 1.0,
+        logit_softcap=c.final_logit_softcapping if gemma else None,
+        attention_softcap=c.attn_logit_softcapping if gemma else None,
+        experts=(c.num_local_experts, c.num_experts_per_tok) if kind == "mixtral" else (0, 0),
+        unturned=[layer for layer in range(c.num_hidden_layers) if kind == "smollm3" and not c.no_rope_layers[layer]],
+        dtype=c.dtype or torch.float32,
+    )
+    if kind == "gpt_neox":
+        found["parallel"] = c.use_parallel_residual
+    if kind == "falcon":
+        found["parallel"] = bool(c.new_decoder_architecture or c.parallel_attn)
+        norms = c.num_ln_in_parallel_attn or (2 if c.new_decoder_architecture else 1)
+        found["shared_norm"] = found["parallel"] and norms == 1
+    if kind != "opt":
+        found["rotary"] = their_rotary(c)
+    return found
+
+
+def our_meaning(config: ModelConfig) -> dict[str, Any]:
+    found = vars(config).copy()
+    found["windows"] = [config.window(layer) for layer in range(config.n_layers)]
+    found["attention_scale"] = config.attention_scale or config.head_dim**-0.5
+    found["experts"] = (config.experts, config.experts_per_token)
+    found["unturned"] = list(config.unturned)
+    return found
+
+
+def frequencies(config: ModelConfig, rope: dict[str, Any], length: int) -> torch.Tensor:
+    stand_in = SimpleNamespace(config=config, embed=SimpleNamespace(weight=torch.zeros(1)))
+    return Transformer._frequencies(stand_in, rope, length)
+
+
+def differences(ours: ModelConfig, theirs) -> list[str]:
+    """What the two configs do not mean alike."""
+    wanted, got = meaning(theirs), our_meaning(ours)
+    rotary = wanted.pop("rotary", {})
+    wrong = [f"{name}: {got[name]!r} instead of {value!r}" for name, value in wanted.items() if got[name] != value]
+    for (kind, length), (expected, scale) in rotary.items():
+        rope = ours.local_rope if kind == "sliding_attention" else ours.rope
+        own = frequencies(ours, rope, length).double()
+        if own.shape != expected.shape or not torch.allclose(own, expected, rtol=1e-5, atol=0):
+            wrong.append(f"rotary {kind} {length}: {own[:3].tolist()} instead of {expected[:3].tolist()}")
+        if not math.isclose(rope.get("attention_factor", 1.0), scale, rel_tol=1e-6):
+            wrong.append(f"scale of rotary: {rope} instead of {scale}")
+    return wrong
+
+
+def compared(raw: dict[str, Any]) -> tuple[str, list[str]]:
+    """What became of a config.json, and what is wrong with that.
+
+    "line"; "same" as transformers reads it; or "alone", a config of a value that transformers refuses.
+    """
+    try:
+        ours = ModelConfig.from_hf(raw)
+    except UserError as error:
+        line = str(error)
+        return "line", [] if len(line) < 300 and line.isprintable() else [f"no line: {line!r}"]
+    wrong = senseless(ours)
+    try:  # what transformers' own classes raise is of any kind, and then there is nothing to compare with
+        theirs = their_config(raw)
+        meaning(theirs)
+    except Exception:
+        return "alone", wrong
+    return "same", wrong + differences(ours, theirs)
+
+
+def senseless(config: ModelConfig) -> list[str]:
+    wrong = []
+    for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "max_positions"):
+        if type(value := getattr(config, name)) is not int or not 0 < value < 2**31:
+            wrong.append(f"{name} is {value!r}")
+    for name in ("tie_embeddings", "parallel", "shared_norm", "qkv_bias", "output_bias", "ffn_bias", "ffn_gate"):
+        if type(value := getattr(config, name)) is not bool:
+            wrong.append(f"{name} is {value!r}")
+    ropes = [rope for rope in (config.rope, config.local_rope) if rope]
+    numbers = [config.norm_eps, config.residual_scale, config.logit_divisor]
+    numbers += [value for rope in ropes for value in rope.values() if not isinstance(value, str | list)]
+    numbers += [value for rope in ropes for each in rope.values() if isinstance(each, list) for value in each]
+    optional = (config.embed_scale, config.attention_scale, config.logit_softcap, config.attention_softcap)
+    numbers += [value for value in optional if value is not None]
+    if not all(type(value) in (int, float) and 0 < value < 1e31 for value in numbers):
+        wrong.append(f"numbers {numbers}")
+    if config.activation not in ACTIVATIONS or not isinstance(config.dtype, torch.dtype):
+        wrong.append(f"{config.activation} {config.dtype}")
+    if config.experts_per_token > config.experts or config.n_heads % config.n_kv_heads:
+        wrong.append("experts or heads")
+    if config.windowed and (type(config.sliding_window) is not int or config.sliding_window < 1):
+        wrong.append(f"window {config.sliding_window!r}")
+    if any(not 0 <= layer < config.n_layers for layer in (*config.windowed, *config.unturned)):
+        wrong.append("layers beyond the last")
+    if config.position_offset is None and not frequencies(config, config.rope, 100).isfinite().all():
+        wrong.append(f"frequencies of {config.rope}")
+    return wrong
+
+
+def full(name: str) -> dict[str, Any]:
+    """config.json of a family as its class writes it by default, all fields in it."""
+    config = AutoConfig.for_model(name)
+    return json.loads(json.dumps(config.to_dict(), default=str))
+
+
+@pytest.fixture(autouse=True)
+def silence():
+    """transformers logs each config that it refuses, whole."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@each_family
+def test_nothing_given(family: str, tmp_path):
+    """An empty config.json, and one that names every default, are transformers' class."""
+    assert compared({"model_type": family}) == ("same", [])
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    assert not differences(ModelConfig.from_hf({"model_type": family}), AutoConfig.from_pretrained(tmp_path))
+    assert ModelConfig.from_hf({"model_type": family}) == ModelConfig.from_hf(full(family))
+
+
+@each_family
+def test_each_field_left_out(family: str):
+    """One field less, of the class's own config.json and of every small one: as transformers reads it."""
+    small = [case.config for case in families.CASES if case.config["model_type"] == family]
+    for raw in (full(family), *small):
+        for name in raw.keys() - {"model_type"}:
+            kind, wrong = compared({key: value for key, value in raw.items() if key != name})
+            assert not wrong, f"without {name}: {wrong}"
+            assert kind == "same" or raw in small, f"without {name}"  # the sizes of small ones need each other
+
+
+ODD: list[Any] = [None, True, False, 0, 1, 2, 3, -1, 7, 48, 10**19, 10**399, 2**31, 10**12, 0.0, -0.5, 0.5, 1.5, 1e-40]
+ODD += [1e40, 4.0, float("inf"), float("nan"), "", "2", "false", "gelu", "relu", "bfloat16", "default", "x\n\x1b[2J"]
+ODD += ["y" * 5000, [], [1], [None], ["full_attention", "sliding_attention"], [0, 1], [True, False], [1.0, 1.1, 1.3]]
+ODD += [[[]], {}, {"a": 1}, {"rope_type": "linear", "factor": 2.0}, {"full_attention": {"rope_theta": 5.0}}]
+ODD += [{"type": "linear", "factor": 3}, {"full_attention": None}, {"rope_type": ["linear"]}, {"rope_type": None}]
+ODD_SHORT = (None, True, 0, 2, -1, 10**19, 0.5, float("nan"), "2", [1], {})
+ROPES = [families.LINEAR, families.DYNAMIC, families.LLAMA3, families.LONGROPE]
+
+
+def grid(family: str, values) -> list[tuple[str, Any, dict[str, Any]]]:
+    """(field, value, config.json) for all fields, and all fields of rotary parameters of each type."""
+    case = next(case for case in families.CASES if case.config["model_type"] == family)
+    found = [(name, value, case.config | {name: value}) for name in NAMES for value in values]
+    for rope in [{}, *ROPES]:
+        for name in ROPE_NAMES:
+            for value in values:
+                for place in ("rope_parameters", "rope_scaling"):
+                    changed = {"rope_theta": 50.0} | rope | {name: value}
+                    if family == "gemma3_text" and place == "rope_parameters":
+                        changed = {"full_attention": changed, "sliding_attention": changed}
+                    found.append((f"{place}.{name}", value, case.config | {place: changed}))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "values"),
+    [pytest.param(family, ODD_SHORT, id=f"{family}-few") for family in ("falcon", "gemma3_text")]
+    + [pytest.param(family, ODD, id=family, marks=pytest.mark.slow) for family in FAMILIES],
+)
+def test_odd_values(family: str, values, record_property):
+    """Whatever stands in a field: one line, or what transformers reads, and nothing senseless."""
+    outcomes, faults = Counter(), []
+    for name, value, raw in grid(family, values):
+        outcome, wrong = compared(raw)
+        outcomes[outcome] += 1
+        faults += [f"{name} {value!r:.60}: {wrong}"] if wrong else []
+    record_property("outcomes", dict(outcomes))
+    print(family, dict(outcomes))
+    assert not faults, "\n".join(faults[:30]) + f"\n{len(faults)} in all"
+    assert min(outcomes["line"], outcomes["same"]) > 50
+
+
+def test_every_field_has_a_kind():
+    assert {name for family in FAMILIES.values() for name in family.defaults} <= FIELDS.keys()
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_end_of_sequence_ids(file: str, tmp_path):
+    """An id, a list of ids or none; all else is one line that names the file."""
+    for value, wanted in ((2, {2}), ([0, 7], {0, 7}), ([], set()), (None, set()), (2**31 - 1, {2**31 - 1})):
+        (tmp_path / file).write_text(json.dumps({"eos_token_id": value}))
+        assert eos_ids(tmp_path) == wanted
+    for value in (True, False, -1, 2**31, 10**19, 10**399, 1.0, "2", "x" * 999, {}, [True], [2, -1], [None], [[2]]):
+        (tmp_path / file).write_text(json.dumps({"eos_token_id": value}))
+        with pytest.raises(UserError, match=f"{file}: eos_token_id must be an integer from 0") as caught:
+            eos_ids(tmp_path)
+        assert len(str(caught.value)) < 300
