@@ -1,6 +1,7 @@
 """A job: requests from a file of JSON lines, results into another, each written when it is done.
 
-    a line in    {"id": "a", "prompt": "..."} or "prompt_ids": [...]; also max_new_tokens, temperature, seed
+    a line in    {"id": "a", "prompt": "..."} or "prompt_ids": [...]; also max_new_tokens, temperature, seed,
+                 and "rendered": true for a prompt that a chat template has made already
     a line out   {"id": "a", "text": "...", "tokens": [...], "finish_reason": "eos", "prompt_tokens": 12}
 
 The file is read twice and never held: the first time to find what is wrong with it and how long its requests are.
@@ -17,6 +18,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from io import BufferedWriter
 from itertools import islice
@@ -30,7 +32,7 @@ from errors import UserError
 from files import parse_json, read_json
 from sampling import Sampling
 
-FIELDS = ("id", "prompt", "prompt_ids", "max_new_tokens", "temperature", "seed")
+FIELDS = ("id", "prompt", "prompt_ids", "rendered", "max_new_tokens", "temperature", "seed")
 
 
 class Text(Protocol):
@@ -82,8 +84,9 @@ class Summary:
 class Job:
     """asked: the settings that decide what the results are; with others it is another job.
 
-    default: what a line does not say, its `sampling` with the job's seed or none. encode: a prompt to ids. text: a new,
-    empty text of an answer. UserError if there is an output and `resume` is false, or nothing to go on with.
+    default: what a line does not say, its `sampling` with the job's seed or none. encode: a prompt to ids, with
+    `rendered` if a line says so. text: a new, empty text of an answer. UserError if there is an output and `resume` is
+    false, or nothing to go on with.
     """
 
     def __init__(
@@ -92,7 +95,7 @@ class Job:
         output: Path,
         asked: dict[str, Any],
         default: Request,
-        encode: Callable[[str], list[int]],
+        encode: Callable[..., list[int]],
         text: Callable[[], Text],
         resume: bool = False,
     ):
@@ -246,6 +249,9 @@ class Job:
         ids = get("prompt_ids", None, "a list of integers", list)
         if any(type(i) is not int for i in ids or ()):
             raise UserError("prompt_ids must be a list of integers")
+        rendered = get("rendered", None, "true or false", bool)
+        if ids is not None and rendered is not None:
+            raise UserError("rendered is for a prompt, not for prompt_ids")
         if prompt == "":
             raise UserError("the prompt is empty; give some text")
         default = self.default.sampling
@@ -253,9 +259,10 @@ class Job:
         seed = get("seed", None, "an integer", int)
         if seed is None:
             seed = int.from_bytes(sha256(json.dumps([self.seed, line_id]).encode()).digest()[:8]) >> 1
+        encode = self.encode if rendered is None else partial(self.encode, rendered=rendered)
         text = self.text()
         return Line(
-            self.encode(prompt) if ids is None else ids,
+            encode(prompt) if ids is None else ids,
             get("max_new_tokens", self.default.max_new_tokens, "an integer", int),
             Sampling(temperature, default.top_k, default.top_p, seed),
             self.default.eos_ids,

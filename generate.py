@@ -39,7 +39,7 @@ from checkpoint import EMBEDDED
 from commandline import Parser, guarded, number
 from engine import Completion, Conversation, Engine, Figures, Request, Stream, check_budget
 from errors import UserError
-from files import read_json
+from files import decoded, read_json
 from memory import size
 from policies import layers as layer_policies
 from policies import tokens as token_policies
@@ -51,6 +51,8 @@ SQUEEZE_POLICY = "streaming"  # what a bare --squeeze runs inside each layer
 
 def main(argv: list[str] | None = None) -> int:
     def call() -> int:
+        if hasattr(sys.stdout, "reconfigure"):  # what it cannot encode is a "?", and not the end of an answer
+            sys.stdout.reconfigure(errors="replace")
         try:
             code = run(parse(argv))
             sys.stdout.flush()
@@ -76,6 +78,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--chat",
         action=argparse.BooleanOptionalAction,
         help="use the checkpoint's chat template (--interactive: if any)",
+    )
+    add(
+        "--rendered",
+        action="store_true",
+        default=None,
+        help="the prompt is a chat already rendered: names of special tokens in it are those tokens, and none is added "
+        "(one that lacks the tokenizer's BOS runs without it)",
     )
     add("--system", metavar="TEXT", help="the system message of a chat")
     add("--interactive", action="store_true", help="go on, a turn a line, over one cache that keeps its size")
@@ -123,13 +132,17 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--max-memory must be a positive number of GiB, not {args.max_memory}")
     folder = checkpoint.resolve(args.checkpoint)
     tokenizer = tokenizers.load(folder)
-    turns = Turns(tokenizer, chosen_template(args, folder, tokenizer), args.system)
+    turns = Turns(tokenizer, chosen_template(args, folder, tokenizer), args.system, bool(args.rendered))
     if args.prompt_ids is not None:
         ids = parse_ids(args.prompt_ids)
     elif not args.interactive and args.input is None:
         ids = turns.ids(prompt_text(args))
     text = TextSoFar(tokenizer, args.stop)
-    eos_ids = frozenset() if args.ignore_eos else tokenizers.eos_ids(folder)
+    eos_ids = (
+        frozenset()
+        if args.ignore_eos
+        else tokenizers.eos_ids(folder, tokenizer, chat=bool(args.chat or args.interactive))
+    )
     device = checkpoint.find_device(args.device)
     limit = memory.free(device) if args.max_memory is None else int(args.max_memory * 2**30)
 
@@ -176,13 +189,13 @@ def asked(args: argparse.Namespace, folder: Path, plan: list[int] | None, dry: E
     go on with a smaller one.
     """
     names = """policy layers squeeze budget p sinks max_length max_new_tokens temperature top_k top_p seed stop
-    ignore_eos chat system device compile""".split()
+    ignore_eos chat rendered system device compile""".split()
     settings = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
     dtype = str(dry.model.embed.weight.dtype).removeprefix("torch.")
     return {"--checkpoint": str(folder.resolve()), **settings, "--plan": plan, "--dtype": dtype}
 
 
-def no_tokenizer(_: str) -> NoReturn:
+def no_tokenizer(*_: Any) -> NoReturn:
     raise UserError("the checkpoint has no tokenizer; give prompt_ids")
 
 
@@ -324,11 +337,13 @@ def chosen_template(
     if args.input is not None and (sources or args.interactive):
         other = sources[0] if sources else "--interactive"
         raise UserError(f"--input brings the prompts; it does not go with {other}")
+    if args.rendered and (other := [name for name in ("chat", "interactive", "prompt_ids") if getattr(args, name)]):
+        raise UserError(f"--rendered is for a prompt that needs no template; it does not go with {flag(other[0])}")
     if (args.input is None) != (args.output is None):
         raise UserError("--input and --output go together")
     only = [name for name in ("resume", "strict", "batch_size", "max_length") if getattr(args, name)]
     if args.input is None and only:
-        raise UserError(f"--{only[0].replace('_', '-')} is for a file of prompts; give --input and --output")
+        raise UserError(f"{flag(only[0])} is for a file of prompts; give --input and --output")
     if args.interactive and args.json:
         raise UserError("--interactive prints text as it comes; it has no --json")
     if args.interactive and args.prompt == "-":
@@ -343,18 +358,33 @@ def chosen_template(
     return template
 
 
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 class Turns:
-    """A conversation so far, and the ids of its next turn: through the chat template, or as it stands."""
+    """A conversation so far, and the ids of its next turn: through the chat template, or as it stands.
+
+    rendered: what `ids` gets is what a chat template gave, unless it is told.
+    """
 
     def __init__(
-        self, tokenizer: tokenizers.Tokenizer | None, template: chat.ChatTemplate | None, system: str | None = None
+        self,
+        tokenizer: tokenizers.Tokenizer | None,
+        template: chat.ChatTemplate | None,
+        system: str | None = None,
+        rendered: bool = False,
     ):
-        self.tokenizer, self.template = tokenizer, template
+        self.tokenizer, self.template, self.rendered = tokenizer, template, rendered
         self.messages = [] if system is None else [{"role": "system", "content": system}]
         self.begun = False
 
-    def ids(self, text: str) -> list[int]:
+    def ids(self, text: str, rendered: bool | None = None) -> list[int]:
         """What the user says next. Nothing is kept of it before `add`."""
+        if self.rendered if rendered is None else rendered:
+            if self.template is not None:
+                raise UserError("what is rendered already does not go with --chat")
+            return self.tokenizer.encode(text, special=False, parse_special=True)
         if self.template is None:
             return self.tokenizer.encode("\n" + text, special=False) if self.begun else self.tokenizer.encode(text)
         messages = [*self.messages, {"role": "user", "content": text}]
@@ -402,6 +432,10 @@ class TextSoFar:
     def push(self, tokens: list[int]) -> bool:
         if self.stream:
             self.text += self.stream.push(tokens[-1])
+        return self.stopped
+
+    @property
+    def stopped(self) -> bool:
         return bool(self.stream and self.stream.stopped)
 
     def end(self) -> None:
@@ -419,6 +453,7 @@ def interact(args: argparse.Namespace, conversation: Conversation, turns: Turns,
     code = 0
     for turn, said in enumerate(lines(args), 1):
         try:
+            decoded(said.encode("utf-8", "surrogateescape"), "standard input")
             figures = answer(args, conversation, turns, said, eos_ids)
         except UserError as error:  # the conversation is as it was: another turn may fit
             complain(error)
@@ -435,16 +470,23 @@ def interact(args: argparse.Namespace, conversation: Conversation, turns: Turns,
 def answer(
     args: argparse.Namespace, conversation: Conversation, turns: Turns, said: str, eos_ids: frozenset[int]
 ) -> Figures:
-    text = TextSoFar(turns.tokenizer, args.stop)
+    text, first = TextSoFar(turns.tokenizer, args.stop), not turns.begun
     ids = turns.ids(said)
     with interruptible() as interrupted:
         stream = conversation.stream(
             ids, args.max_new_tokens, eos_ids, stop=lambda tokens: text.push(tokens) or interrupted()
         )
-        completion = follow(stream, text, echo=True)
-    if not turns.begun:
+        completion = stream.completion
+        try:
+            follow(stream, text, echo=True)
+        finally:
+            if completion.tokens:  # they are in the cache, whatever became of showing them
+                text.end()
+                if text.stopped and completion.tokens[-1] in turns.tokenizer.special_ids.values():
+                    completion.finish_reason = "eos"  # the next turn begins with what closes this one
+                turns.add(said, text.text)
+    if first:
         save_plan(args, conversation.engine, completion.figures)
-    turns.add(said, text.text)
     return completion.figures
 
 
@@ -452,14 +494,14 @@ def lines(args: argparse.Namespace) -> Iterator[str]:
     """What the user says: first what the arguments say, then the lines of standard input; empty ones are skipped."""
     if args.prompt is not None or args.prompt_file is not None:
         yield prompt_text(args)
+    if hasattr(sys.stdin, "reconfigure"):  # else one bad byte would take the lines around it along
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     typed = sys.stdin.isatty()
     while True:
         try:
             line = input("> " if typed else "")
         except (EOFError, KeyboardInterrupt):
             return
-        except UnicodeDecodeError as error:
-            raise UserError(f"standard input is not UTF-8: byte {error.object[error.start]:#04x}") from None
         if line:
             yield line
 
@@ -470,15 +512,17 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     pressed = []
 
     def press(*_) -> None:
-        if pressed:
-            raise KeyboardInterrupt
         pressed.append(True)
+        if len(pressed) > 1:
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGINT, press)
     try:
         yield lambda: bool(pressed)
     finally:
         signal.signal(signal.SIGINT, before)
+    if len(pressed) > 1:  # within a step, which left the cache as nobody knows
+        raise KeyboardInterrupt
 
 
 def follow(stream: Stream, text: TextSoFar, echo: bool) -> Completion:

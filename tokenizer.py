@@ -16,7 +16,7 @@ nothing else: what `TextStream` hands out, joined, is exactly `Tokenizer.decode`
 import base64
 import codecs
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -55,7 +55,9 @@ class Tokenizer:
     drops_space: bool  # decoding removes the space that encoding puts before the first word (sentencepiece)
     prefix: tuple[int, ...]  # the tokenizer's own special tokens, such as BOS
     suffix: tuple[int, ...]
-    special_names: tuple[str, ...]  # what `parse_special` decides on
+    special_ids: dict[str, int]  # by name: what `parse_special` decides on
+    bos: int | None = None  # the ids of the bos_token and the eos_token that the settings name
+    eos: int | None = None
 
     def encode(self, text: str, special: bool = True, parse_special: bool = False) -> list[int]:
         """Ids of `text`, between the tokenizer's own special tokens (BOS, ...) if `special`.
@@ -63,7 +65,10 @@ class Tokenizer:
         The names of special tokens in the text, such as "</s>", are ordinary text unless `parse_special`. Which added
         tokens are special is what the tokenizer's files say; the others ("<think>" in Qwen 3) are always parsed.
         """
-        text.encode()  # a lone surrogate is no text: one UnicodeEncodeError, a UserError, whatever the form
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{shown(text[error.start])} at {error.start} is half a character, and no text") from None
         ids = self.split(text, parse_special)
         return [*self.prefix, *ids, *self.suffix] if special else ids
 
@@ -81,43 +86,63 @@ class TextStream:
     stop string and what follows never will be. `flush()` at the end returns what was still held back.
 
     With several stop strings the one completed first counts, wherever the borders between tokens are; of those
-    completed by the same character, the longest.
+    completed by the same character, the longest. A special token has no text, but a stop string may hold its name.
 
     With `continues` the ids go on from an earlier text, so that the space before their first word is kept.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), continues: bool = False):
-        if "" in stops:  # also true of a plain string, which would stop at each of its characters
-            raise UserError(f"stop strings must be a list of non-empty strings, not {stops!r}")
+        if isinstance(stops, str) or "" in stops:
+            raise UserError(f"stop strings must be a list of non-empty strings, not {shown(stops)}")
         self.stopped = False
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
+        # What special tokens write here, which is never shown: surrogates, since no UTF-8 gives them.
+        named = [name for name in tokenizer.special_ids if any(name in stop for stop in stops)]
+        marks = dict(zip(sorted(named, key=len, reverse=True), map(chr, range(0xD800, 0xDFFF)), strict=False))
+        names = re.compile("|".join(map(re.escape, marks)) or "(?!)")
+        self._marked = tuple(names.sub(lambda name: marks[name[0]], stop) for stop in stops if names.search(stop))
+        ids = tokenizer.special_ids.items() if marks else ()
+        self._marks = {i: marks.get(name, "\udfff") for name, i in ids}
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._drop_space = tokenizer.drops_space and not continues
         self._held = ""  # printable, but perhaps the beginning of a stop string
 
     def push(self, token: int) -> str:
         """Take the next id, return the text to print."""
-        return "" if self.stopped else self._release(self._utf8.decode(self._tokenizer.token_bytes(token)))
+        if self.stopped:
+            return ""
+        if token in self._marks:
+            return self._release(self._marks[token])
+        return self._release(self._utf8.decode(self._tokenizer.token_bytes(token)))
 
     def flush(self) -> str:
         """Return the text still held back; the sequence has ended."""
         text = "" if self.stopped else self._release(self._utf8.decode(b"", final=True))
         rest, self._held = self._held, ""
-        return text + rest
+        return text + self._shown(rest)
 
     def _release(self, text: str) -> str:
-        if self._drop_space and text:
+        if self._drop_space and self._shown(text):
             text, self._drop_space = text.removeprefix(" "), False
         text, self._held = self._held + text, ""
-        found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        shown = self._shown(text)
+        at = range(len(text) + 1)  # where each shown character is, and the end
+        if len(shown) < len(text):
+            at = [place for place, c in enumerate(text) if not "\ud800" <= c <= "\udfff"] + [len(text)]
+        found = [(at[n + len(stop) - 1] + 1, at[n]) for stop in self._stops if (n := shown.find(stop)) >= 0]
+        found += [(n + len(stop), n) for stop in self._marked if (n := text.find(stop)) >= 0]
         if found:
             self.stopped = True
-            return text[: min(found)[1]]
-        held = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        cut = len(text) - held
+            return self._shown(text[: min(found)[1]])
+        begun = [at[-n - 1] for stop in self._stops for n in range(1, len(stop)) if shown.endswith(stop[:n])]
+        begun += [len(text) - n for stop in self._marked for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        cut = min(begun, default=len(text))
         self._held = text[cut:]
-        return text[:cut]
+        return self._shown(text[:cut])
+
+    def _shown(self, text: str) -> str:
+        return re.sub("[\ud800-\udfff]", "", text) if self._marks else text
 
 
 def load(folder: Path) -> Tokenizer | None:
@@ -139,8 +164,12 @@ def load(folder: Path) -> Tokenizer | None:
     return None
 
 
-def eos_ids(folder: Path) -> frozenset[int]:
-    """All end-of-sequence ids: those of generation_config.json if it names any, else those of config.json."""
+def eos_ids(folder: Path, tokenizer: Tokenizer | None = None, chat: bool = False) -> frozenset[int]:
+    """All end-of-sequence ids: those of generation_config.json if it names any, else those of config.json.
+
+    The tokenizer's eos_token is one more in a chat, which it was made for, and the only one if neither file names any.
+    """
+    own = [tokenizer.eos] if tokenizer and tokenizer.eos is not None else []
     for name in ("generation_config.json", "config.json"):
         value = read_json(folder / name).get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
@@ -148,14 +177,14 @@ def eos_ids(folder: Path) -> frozenset[int]:
             text = f"eos_token_id must be an integer from 0 to {2**31 - 1} or a list of such, not {shown(value)}"
             raise UserError(f"{place(folder / name)}: {text}")
         if ids:
-            return frozenset(ids)
-    return frozenset()
+            return frozenset([*ids, *own] if chat else ids)
+    return frozenset(own)
 
 
 def _load_gguf(path: Path, settings: dict[str, Any]) -> Tokenizer | None:
     match gguf_file.tokenizer_kind(path):
         case "gpt2":
-            return _wrap(gguf_file.byte_level(path), path, settings)
+            return _completed(gguf_file.byte_level(path), path, path, settings)
         case "llama":
             return _load_sentencepiece(path, gguf_file.sentencepiece(path), settings)
     return None
@@ -168,41 +197,60 @@ def _load_json(path: Path, settings: dict[str, Any]) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise broken(path, error) from None
+    return _completed(backend, path, path.parent, settings)
+
+
+def _completed(backend: Any, path: Path, folder: Path, settings: dict[str, Any]) -> Tokenizer:
+    """With the tokens that the settings add to a whole tokenizer of the library, `path`."""
+    import tokenizers
+
     backend.no_truncation()  # a file may carry the settings of a training run
     backend.no_padding()
-    return _wrap(backend, path, settings)
+    if isinstance(backend.model, tokenizers.models.BPE):
+        backend.model.dropout = None
+    named = _named(settings, _class_tokens(folder, settings))
+    present = {i: _flags(token) for i, token in backend.get_added_tokens_decoder().items()}
+    _add_tokens(backend, folder, settings, named, present)
+    # transformers ignores add_bos_token and add_eos_token beside a tokenizer.json: its post-processor says it all.
+    return _wrap(backend, path, named, *_processed_ends(backend))
 
 
 def _load_vocab_merges(folder: Path, settings: dict[str, Any]) -> Tokenizer:
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     vocab, path = read_json(folder / "vocab.json"), folder / "merges.txt"
     if any(type(i) is not int for i in vocab.values()):
         raise UserError(f"{folder / 'vocab.json'}: the ids must be integers")
+    lines = files.read_text(path).split("\n")
+    merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+    if bad := [merge for merge in merges if len(merge) != 2]:
+        raise UserError(f"{path}: a merge must be two tokens, not {shown(bad[0])}")
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
-        if bad := [merge for merge in merges if len(merge) != 2]:
-            raise UserError(f"a merge must be two tokens, not {bad[0]}")
         backend = Tokenizer(models.BPE(vocab, merges))
     except Exception as error:  # the library raises nothing narrower
         raise broken(path, error) from None
-    qwen = str(settings.get("tokenizer_class")).startswith("Qwen2")  # Qwen 3 too
+    tokens = _class_tokens(folder, settings) or _CLASS_TOKENS["GPT2"]
+    qwen = tokens is _CLASS_TOKENS["Qwen2"]
     letters = pre_tokenizers.ByteLevel(bool(settings.get("add_prefix_space")), use_regex=not qwen)
     if qwen:
         backend.normalizer = normalizers.NFC()
         letters = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_QWEN_WORDS), "isolated"), letters])
     backend.pre_tokenizer = letters
     backend.decoder = decoders.ByteLevel()
-    settings = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"} | settings  # as in GPT-2
-    for i, (name, special) in _added_tokens(folder, settings, vocab).items():
-        backend.add_tokens([AddedToken(name, special=special, normalized=False)])
+    named = _named(settings, tokens)
+    for i, name in _add_tokens(backend, folder, settings, named, {}).items():
+        # transformers takes the id that the library gives. Such a token would be another one than the model's.
         if backend.token_to_id(name) != i:
             raise UserError(f"{folder}: added token {name!r} must have id {i}, but gets {backend.token_to_id(name)}")
-    return _wrap(backend, path, settings)
+    if qwen:  # whose class adds them once more, without flags
+        special = [token for value in settings.get("extra_special_tokens") or [] if (token := _token(value))]
+        backend.add_special_tokens([token["content"] for token in [*named.values(), *special]])
+    return _wrap(backend, path, named, *_chosen_ends(settings, named, backend.token_to_id))
 
 
-def _wrap(backend: Any, path: Path, settings: dict[str, Any]) -> Tokenizer:
+def _wrap(
+    backend: Any, path: Path, named: dict[str, Any], prefix: tuple[int, ...], suffix: tuple[int, ...]
+) -> Tokenizer:
     """The `Tokenizer` of a `tokenizers.Tokenizer`."""
     # What the decoder makes of tokens shows how they are spelled.
     decode = backend.decoder.decode if backend.decoder else "".join
@@ -219,8 +267,11 @@ def _wrap(backend: Any, path: Path, settings: dict[str, Any]) -> Tokenizer:
             backend.encode_special_tokens = not parse_special
             return backend.encode(text, add_special_tokens=False).ids
 
+    # The library skips a token that was special once, and not one that is special but normalized to another text.
+    hidden = {i for i in added if not backend.decode([i]) and backend.decode([i], skip_special_tokens=False)}
+
     def token_bytes(token: int) -> bytes:
-        if token in added and added[token].special:
+        if token in hidden:
             return b""
         piece = backend.id_to_token(token) or ""
         if space == _PIECE_SPACE:
@@ -229,13 +280,10 @@ def _wrap(backend: Any, path: Path, settings: dict[str, Any]) -> Tokenizer:
             return piece.encode()
         return bytes(_BYTE_OF[c] for c in piece) if all(c in _BYTE_OF for c in piece) else piece.encode()
 
-    sample = backend.encode("a")  # with what the post-processor puts before and after a text
-    start = (sample.special_tokens_mask + [0]).index(0)
-    end = start + sample.special_tokens_mask.count(0)
-    prefix, suffix = _ends(path, settings, backend.token_to_id, (sample.ids[:start], sample.ids[end:]))
     vocab_size = max(backend.get_vocab().values(), default=-1) + 1
-    special = tuple(token.content for token in added.values() if token.special)
-    return Tokenizer(split, token_bytes, vocab_size, texts[space] == "a b", prefix, suffix, special)
+    special = {token.content: i for i, token in added.items() if token.special or i in hidden}
+    bos, eos = (_id_of(named, side, backend.token_to_id) for side in ("bos", "eos"))
+    return Tokenizer(split, token_bytes, vocab_size, texts[space] == "a b", prefix, suffix, special, bos, eos)
 
 
 def _load_sentencepiece(path: Path, data: bytes, settings: dict[str, Any]) -> Tokenizer:
@@ -247,33 +295,59 @@ def _load_sentencepiece(path: Path, data: bytes, settings: dict[str, Any]) -> To
     except RuntimeError:
         raise UserError(f"{path}: neither a sentencepiece model nor tiktoken lines") from None
     size = model.vocab_size()
-    folder = path if gguf_file.is_gguf(path) else path.parent
-    added = {i: token for i, token in _added_tokens(folder, settings, {}).items() if i >= size}
-    parsed = {model.id_to_piece(i): i for i in range(size) if model.is_control(i)}
-    parsed |= {name: i for i, (name, _) in added.items()}
-    names = re.compile(f"({'|'.join(map(re.escape, sorted(parsed, key=len, reverse=True)))})")
+    own = {
+        key: model.id_to_piece(i) for key, i in (("bos_token", model.bos_id()), ("eos_token", model.eos_id())) if i >= 0
+    }
+    named = _named(settings, own)
+    added = {i: _token(model.id_to_piece(i), special=True) for i in range(size) if model.is_control(i)}
+    listed, others = _declared(path if gguf_file.is_gguf(path) else path.parent, settings, named)
+    added |= {i: token for i, token in listed.items() if i >= size or token["special"]}
+    taken = {token["content"] for token in added.values()}
+    for token in others:  # a piece of the model, or a new token after all others
+        if token["content"] not in taken:
+            i = model.piece_to_id(token["content"])
+            added[i if model.id_to_piece(i) == token["content"] else max([size - 1, *added]) + 1] = token
+    ids = {token["content"]: i for i, token in added.items()}
+    parts = _splitter(added.values())
 
     def split(text: str, parse_special: bool) -> list[int]:
-        if not (parse_special and parsed):
-            return model.encode(text)
-        parts = [part for part in names.split(text) if part]
-        return [i for part in parts for i in ([parsed[part]] if part in parsed else model.encode(part))]
+        found = []
+        for part, is_token in parts(text, parse_special):
+            found += [ids[part]] if is_token else model.encode(part)
+        return found
 
     def token_bytes(token: int) -> bytes:
         if token in added:
-            name, special = added[token]
-            return b"" if special else name.encode()
-        if not 0 <= token < size or model.is_control(token):
+            return b"" if added[token]["special"] else added[token]["content"].encode()
+        if not 0 <= token < size:
             return b""
         if model.is_unknown(token):
             return model.decode([token]).encode()
         return _piece_bytes(model.id_to_piece(token), model.is_byte(token))
 
-    bos, eos = (model.id_to_piece(i) if i >= 0 else None for i in (model.bos_id(), model.eos_id()))
-    defaults = {"add_bos_token": bos is not None, "bos_token": bos, "eos_token": eos}
-    prefix, suffix = _ends(path, defaults | settings, parsed.get)
+    ends = _chosen_ends({"add_bos_token": "bos_token" in own} | settings, named, ids.get)
     drops_space = model.encode("a", out_type=str)[0].startswith(_PIECE_SPACE)
-    return Tokenizer(split, token_bytes, max([size - 1, *added]) + 1, drops_space, prefix, suffix, tuple(parsed))
+    special = {name: i for name, i in ids.items() if added[i]["special"]}
+    bos, eos = (_id_of(named, side, ids.get) for side in ("bos", "eos"))
+    return Tokenizer(split, token_bytes, max([size - 1, *added]) + 1, drops_space, *ends, special, bos, eos)
+
+
+def _splitter(tokens: Iterable[dict[str, Any]]) -> Callable[[str, bool], Iterator[tuple[str, bool]]]:
+    """A function that cuts a text into added tokens (True) and what is between them, heeding their flags."""
+    from tokenizers import Tokenizer, models
+
+    backend, lock = Tokenizer(models.WordLevel({"": 0}, "")), Lock()
+    backend.add_tokens([_library_token(token | {"normalized": False}) for token in tokens])
+    names = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
+
+    def parts(text: str, parse_special: bool) -> Iterator[tuple[str, bool]]:
+        with lock:
+            backend.encode_special_tokens = not parse_special
+            found = backend.encode(text)
+        for i, (start, end) in zip(found.ids, found.offsets, strict=True):
+            yield (names[i], True) if i in names else (text[start:end], False)
+
+    return parts
 
 
 def _load_tiktoken(path: Path, data: bytes, settings: dict[str, Any]) -> Tokenizer:
@@ -291,14 +365,16 @@ def _load_tiktoken(path: Path, data: bytes, settings: dict[str, Any]) -> Tokeniz
         raise UserError(f"{path}: ranks must be 0 to {len(ranks) - 1}, once each, and cover the 256 single bytes")
     special = {f"<|{name}|>": len(ranks) + n for n, name in _LLAMA3_SPECIAL.items()}
     coder = tiktoken.Encoding(path.name, pat_str=_LLAMA3_WORDS, mergeable_ranks=ranks, special_tokens=special)
-    defaults = {"add_bos_token": True, "bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    settings = {"add_bos_token": True} | settings
+    named = _named(settings, {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"})
     return Tokenizer(
         lambda text, parse: coder.encode(text, allowed_special="all" if parse else set(), disallowed_special=()),
         lambda token: pieces.get(token, b""),
         coder.n_vocab,
         False,
-        *_ends(path, defaults | settings, special.get),
-        tuple(special),
+        *_chosen_ends(settings, named, special.get),
+        special,
+        *(_id_of(named, side, special.get) for side in ("bos", "eos")),
     )
 
 
@@ -309,50 +385,187 @@ def _piece_bytes(piece: str, bytewise: bool) -> bytes:
     return piece.replace(_PIECE_SPACE, " ").encode()
 
 
-def _ends(path: Path, settings: dict[str, Any], id_of: Callable[[str], int | None], found: Any = ((), ())) -> list:
-    """The special tokens to put before and after a text: as `found` in the tokenizer, unless the settings differ."""
-    ends = []
-    for side, ids in zip(("bos", "eos"), found, strict=True):
-        wanted, name = settings.get(f"add_{side}_token"), _name(settings.get(f"{side}_token"))
-        if wanted and not ids:
-            ids = [id_of(name) if name else None]
-            if None in ids:
-                raise UserError(f"{path}: add_{side}_token is set, but {side}_token {name!r} is not in the vocabulary")
-        ends.append(() if wanted is False else tuple(ids))
-    return ends
+def _processed_ends(backend: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The special tokens that the post-processor puts before and after a text."""
+    from tokenizers import Tokenizer, models
+
+    plain = Tokenizer(models.WordLevel({"a": 0}, "a"))  # which has a token for every text
+    if backend.post_processor is not None:
+        plain.post_processor = backend.post_processor
+    sample = plain.encode("a")
+    start = (sample.special_tokens_mask + [0]).index(0)
+    return tuple(sample.ids[:start]), tuple(sample.ids[start + sample.special_tokens_mask.count(0) :])
+
+
+def _chosen_ends(
+    settings: dict[str, Any], named: dict[str, Any], id_of: Callable[[str], int | None]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The special tokens that add_bos_token and add_eos_token put before and after a text."""
+    bos, eos = (_id_of(named, side, id_of) if settings.get(f"add_{side}_token") else None for side in ("bos", "eos"))
+    return () if bos is None else (bos,), () if eos is None else (eos,)
+
+
+def _id_of(named: dict[str, Any], side: str, id_of: Callable[[str], int | None]) -> int | None:
+    token = named.get(f"{side}_token")
+    return None if token is None else id_of(token["content"])
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
     """Text of each token that the settings give a part, such as {"bos_token": "<s>"}."""
-    tokens = {key: _name(value) for key, value in read_settings(folder).items() if key.endswith("_token")}
-    return {key: name for key, name in tokens.items() if name is not None}
+    settings = read_settings(folder)
+    return {key: token["content"] for key, token in _named(settings, _class_tokens(folder, settings)).items()}
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json over special_tokens_map.json, without the nulls."""
-    files = [read_json(folder / name) for name in ("special_tokens_map.json", "tokenizer_config.json")]
-    return {key: value for settings in files for key, value in settings.items() if value is not None}
+    """tokenizer_config.json with what special_tokens_map.json says on top, as transformers joins them.
+
+    "extra_special_tokens" is a list and "model_specific_special_tokens" an object, whatever they are called there.
+    """
+
+    def read(name: str) -> dict[str, Any]:
+        found = dict(read_json(folder / name))
+        kinds = {"model_specific_special_tokens": dict} | dict.fromkeys(_MORE, (list, dict))
+        if wrong := [
+            key for key, kind in kinds.items() if found.get(key) is not None and not isinstance(found[key], kind)
+        ]:
+            value = shown(found[wrong[0]])
+            raise UserError(f"{place(folder / name)}: {wrong[0]} must be a list or an object of tokens, not {value}")
+        return found
+
+    def tidy() -> None:
+        if _MORE[0] in settings and not settings.get(_MORE[1]):
+            settings[_MORE[1]] = settings.pop(_MORE[0])
+        if isinstance(settings.get(_MORE[1]), dict):
+            parts = settings.get("model_specific_special_tokens") or {}
+            settings["model_specific_special_tokens"] = parts | settings.pop(_MORE[1])
+
+    settings = read("tokenizer_config.json")
+    tidy()
+    if "added_tokens_decoder" not in settings:  # else it is the newer form, which has everything
+        more, own = read("special_tokens_map.json"), settings.get(_MORE[1])
+        settings |= more
+        if own is not None:
+            settings[_MORE[1]] = own + [token for token in more.get(_MORE[1]) or [] if token not in own]
+            settings.pop(_MORE[0], None)
+        tidy()
+    return settings
 
 
-def _name(token: Any) -> str | None:
-    """The text of a token that a settings file gives as a string or as an object."""
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
+_MORE = ("additional_special_tokens", "extra_special_tokens")  # the old name and the new one
 
 
-def _added_tokens(folder: Path, settings: dict[str, Any], vocab: dict[str, int]) -> dict[int, tuple[str, bool]]:
-    """Text of each added token and whether it is special, by id: the listed ones and the special ones in `vocab`."""
-    listed = read_json(folder / "added_tokens.json")
-    try:
-        named = {_name(value) for key, value in settings.items() if key.endswith("_token")}
-        named |= set(map(_name, settings.get("additional_special_tokens", ())))
-        listed |= {name: i for name, i in vocab.items() if name in named}
-        tokens = [(int(i), name, name in named) for name, i in listed.items()]
-        for i, token in settings.get("added_tokens_decoder", {}).items():
-            tokens.append((int(i), token["content"], bool(token.get("special")) or token["content"] in named))
-        return {i: (name, special) for i, name, special in sorted(tokens)}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}: malformed added tokens ({error!r})") from None
+# The parts that transformers knows, in its order: tokens that are nowhere else get their ids in that order.
+_PARTS = [f"{part}_token" for part in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+# What a tokenizer class names when the settings do not.
+_CLASS_TOKENS = {
+    "GPT2": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+    "Qwen2": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
+}
+
+
+def _class_tokens(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """The tokens that the class of the tokenizer names, or, where no file says which one it is, that of the model."""
+    kind = settings.get("tokenizer_class")
+    if kind is None and not (folder / "tokenizer.json").exists():
+        model = str(read_json(folder / "config.json").get("model_type"))
+        kind = "Qwen2" if model.startswith("qwen") else "GPT2" if model in ("gpt2", "opt") else None
+    return next((tokens for name, tokens in _CLASS_TOKENS.items() if str(kind).startswith(name)), {})
+
+
+def _flags(token: Any) -> dict[str, Any]:
+    """An AddedToken of the library as an object of a settings file."""
+    return {name: getattr(token, name) for name in ("content", *_FLAGS)}
+
+
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+def _token(value: Any, special: bool | None = None) -> dict[str, Any] | None:
+    """The token that a settings file gives as a text or as an object, with its flags; None if it names none."""
+    if value is None:
+        return None
+    token = {"content": value} if isinstance(value, str) else value
+    if not isinstance(token, dict) or not isinstance(token.get("content"), str):
+        raise UserError(
+            f"the tokenizer's settings: a token must be a text or an object with its content, not {shown(value)}"
+        )
+    if wrong := [name for name in _FLAGS if type(token.get(name, False)) is not bool]:
+        raise UserError(
+            f"the tokenizer's settings: {wrong[0]} of the token {shown(token['content'])} must be true or false"
+        )
+    special = bool(token.get("special", isinstance(value, str))) if special is None else special
+    flags = {name: token.get(name, False) for name in _FLAGS}
+    return flags | {"content": token["content"], "special": special, "normalized": token.get("normalized", not special)}
+
+
+def _named(settings: dict[str, Any], of_class: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """The tokens that have a part, such as eos_token, by that part."""
+    settings = of_class | settings
+    named = {part: settings.get(part) for part in _PARTS}
+    own = [key for key, value in settings.items() if key.endswith("_token") and isinstance(value, (str, dict))]
+    named |= {key: settings[key] for key in sorted(own, key=lambda key: isinstance(settings[key], str))}
+    named |= settings.get("model_specific_special_tokens") or {}
+    return {part: token for part, value in named.items() if (token := _token(value, special=True))}
+
+
+def _listed(path: Path, settings: dict[str, Any], special: Collection[str]) -> dict[int, dict[str, Any]]:
+    """The added tokens by the ids that tokenizer_config.json gives them, or else added_tokens.json."""
+    where, listed = "tokenizer_config.json: added_tokens_decoder", settings.get("added_tokens_decoder")
+    if listed is None:
+        where, names = "added_tokens.json", read_json(path / "added_tokens.json")
+        listed = {i: {"content": name, "special": name in special} for name, i in names.items()}
+    if not isinstance(listed, dict):
+        raise UserError(f"{place(path)}: malformed added tokens: {where} must be an object, not {shown(listed)}")
+    tokens = {}
+    for i, value in listed.items():
+        if not re.fullmatch("[0-9]{1,9}", str(i)) or not isinstance(value, dict):
+            raise UserError(f"{place(path)}: malformed added tokens: {where} has {shown({i: value})}")
+        tokens[int(i)] = _token(value)
+    return dict(sorted(tokens.items()))
+
+
+def _declared(
+    folder: Path, settings: dict[str, Any], named: dict[str, dict[str, Any]]
+) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
+    """The tokens that the settings list, by id, and those that they only name."""
+    others = [
+        *named.values(),
+        *(token for value in settings.get("extra_special_tokens") or [] if (token := _token(value, special=True))),
+    ]
+    listed = _listed(folder, settings, {token["content"] for token in others})
+    parts = {token["content"] for token in named.values()}
+    return {
+        i: token | {"special": token["special"] or token["content"] in parts} for i, token in listed.items()
+    }, others
+
+
+def _add_tokens(
+    backend: Any,
+    folder: Path,
+    settings: dict[str, Any],
+    named: dict[str, dict[str, Any]],
+    present: dict[int, dict[str, Any]],
+) -> dict[int, str]:
+    """Add what the settings list and name to the library's tokenizer, in the order and with the flags of transformers.
+
+    present: what it has already. Returns the listed tokens by the ids that they should have.
+    """
+    listed, others = _declared(folder, settings, named)
+    tokens = listed
+    if "added_tokens_decoder" not in settings:  # else what is named and present already keeps its flags
+        parts = {token["content"] for token in named.values()}
+        again = {i: token | {"special": token["special"] or token["content"] in parts} for i, token in present.items()}
+        tokens = dict(sorted((listed | again).items()))
+    known = {token["content"] for token in [*present.values(), *tokens.values()]}
+    adding = [*tokens.values(), *(token for token in others if token["content"] not in known)]
+    backend.add_tokens([_library_token(token) for token in adding])
+    return {i: token["content"] for i, token in listed.items()}
+
+
+def _library_token(token: dict[str, Any]) -> Any:
+    from tokenizers import AddedToken
+
+    return AddedToken(token["content"], **{name: token[name] for name in _FLAGS})
 
 
 def read_json(path: Path) -> dict[str, Any]:

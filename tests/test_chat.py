@@ -1,13 +1,21 @@
 """Chat templates against transformers' apply_chat_template, on tiny tokenizers, in the styles of published families."""
 
+import gc
 import json
 import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import transformers
+from conftest import quick
 from test_tokenizer import TEXTS, convert_pieces, one_line_error, train_bytes, train_pieces, write
 from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers
 
@@ -276,7 +284,7 @@ HOSTILE = [
 def test_hostile_content_stays_text(made: Made) -> None:
     """As many special tokens as around harmless content, and the text is all there."""
     template, tokenizer = made.ours, made.ours.tokenizer
-    special = {tokenizer.encode(name, special=False, parse_special=True)[0] for name in tokenizer.special_names}
+    special = set(tokenizer.special_ids.values())
     for text in HOSTILE:
         pairs = [(talk(text), talk("x")), (talk("x", text, "y"), talk("x", "x", "y"))]
         if made.style.system:
@@ -353,7 +361,7 @@ def test_broken_files(tmp_path: Path, bare: tokenizers.Tokenizer, files: dict[st
 
 def test_template_that_is_not_utf8(tmp_path: Path, bare: tokenizers.Tokenizer) -> None:
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
-    one_line_error(lambda: chat.load(tmp_path, bare), "chat_template.jinja", "utf-8")
+    one_line_error(lambda: chat.load(tmp_path, bare), "chat_template.jinja", "UTF-8")
 
 
 # ---- templates that fail ----
@@ -378,6 +386,122 @@ def test_template_that_fails(tmp_path: Path, bare: tokenizers.Tokenizer, templat
     broken = chat.load(write(tmp_path, "chat_template.jinja", template), bare)
     one_line_error(lambda: broken.prompt(talk("x")), words)
     one_line_error(lambda: broken.next_turn(talk("x", "y", "z")), words)
+
+
+# Templates that would take all time or memory: endless or nested loops, huge values (Jinja's compiler works constants
+# out, also where they are never reached), text that doubles, and nesting that is too deep for a parser or a compiler.
+GREEDY = {
+    "constant": "{{ 'x' * 10**10 }}",
+    "power": "{{ 9**(9**9) }}",
+    "power never reached": "{% if false %}{{ 9**(9**9) }}{% endif %}",
+    "shown power": "{% for n in range(99999) %}{% set x = 10**n %}{{ x }}{% endfor %}",
+    "format": "{{ '%1000000000d' % 1 }}",
+    "format filter": "{{ '%1000000000d' | format(1) }}",
+    "range": "{{ range(10**9) | list | length }}",
+    "join": "{{ (['x' * 10**6] * 10**6) | join }}",
+    "center": "{{ 'x' | center(10**10) }}",
+    "indent": "{{ ('x\n' * 10**6) | indent(10**6) }}",
+    "replace": "{{ ('x' * 10**6) | replace('x', 'x' * 10**6) }}",
+    "tojson": "{{ messages | tojson(indent=10**10) }}",
+    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "nested output": "{% for a in range(99999) %}{% for b in range(99999) %}xxxxxxxxxx{% endfor %}{% endfor %}",
+    "more than 50 MB": "{{ 'x' * (51 * 1024 * 1024) }}",
+    "doubling": "{% set ns = namespace(s='x') %}{% for n in range(99) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+    "doubling list": "{% set ns = namespace(s=[1]) %}{% for n in range(99) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+    "macro": "{% macro f(n) %}{{ f(n + 1) }}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+    "macro tree": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "recursive loop": "{% for a in [1] recursive %}{{ loop([1, 1]) }}{% endfor %}",
+    "parentheses": "{{ " + "(" * 50_000 + "1" + ")" * 50_000 + " }}",
+    "lists": "{{ " + "[" * 3_000 + "]" * 3_000 + " }}",
+    "not": "{{ " + "not " * 50_000 + "1 }}",
+    "sum": "{{ " + "1 + " * 50_000 + "1 }}",
+    "ifs": "{% if 1 %}" * 5_000 + "{% endif %}" * 5_000,
+    "loops in loops": "{% for a in [1] %}" * 200 + "{% endfor %}" * 200,
+    "sort": "{{ range(99999) | list | sort(attribute='x') | length }}{% for n in range(99999) %}"
+    "{% set x = range(99999) | sum %}{% endfor %}",
+}
+SOON = ("constant", "nested loops", "doubling", "macro", "parentheses", "more than 50 MB")
+
+
+@pytest.mark.parametrize("name", quick(*SOON, of=GREEDY))
+def test_template_that_takes_too_much(
+    tmp_path: Path, bare: tokenizers.Tokenizer, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line, soon; and this process has not grown with it."""
+    monkeypatch.setattr(chat, "SECONDS", 1)
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    write(tmp_path, "chat_template.jinja", GREEDY[name])
+    one_line_error(lambda: chat.load(tmp_path, bare).prompt(talk("x")), "the chat template ")
+    assert time.perf_counter() - started < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+def test_constant_that_is_never_reached(tmp_path: Path, bare: tokenizers.Tokenizer) -> None:
+    """Jinja works it out all the same; it does no harm."""
+    source = "{% if false %}{{ 'x' * 10**10 }}{% endif %}hello"
+    assert bare.decode(chat.load(write(tmp_path, "chat_template.jinja", source), bare).prompt(talk("x"))) == "hello"
+
+
+def test_template_goes_on_after_an_overrun(
+    tmp_path: Path, bare: tokenizers.Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process is replaced, and the one before is reaped."""
+    monkeypatch.setattr(chat, "SECONDS", 1)
+    source = (
+        "{% if messages[0].content == 'x' %}{{ 9**(9**(8 + messages | length)) }}{% endif %}{{ messages[0].content }}"
+    )
+    template = chat.load(write(tmp_path, "chat_template.jinja", source), bare)
+    first = template.child._process
+    one_line_error(lambda: template.prompt(talk("x")), "the chat template runs for more than 1 seconds")
+    assert bare.decode(template.prompt(talk("hello"))) == "hello"
+    second = template.child._process
+    assert first.returncode is not None and second.pid != first.pid
+    template = None
+    gc.collect()
+    assert second.returncode is not None
+
+
+def test_template_in_several_threads(tmp_path: Path, bare: tokenizers.Tokenizer) -> None:
+    template = chat.load(write(tmp_path, "chat_template.jinja", "{{ messages[0].content }}"), bare)
+    texts = [f"{n} " * (1 + 500 * (n % 3)) for n in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda text: bare.decode(template.prompt(talk(text))), texts)) == texts
+
+
+def test_template_without_standard_streams(tmp_path: Path, everything_made: dict[str, Made]) -> None:
+    """A process with none, and one that is killed, leave no child behind."""
+    write(tmp_path, "chat_template.jinja", "{{ messages[0].content }}")
+    script = """
+import os, sys, time
+from pathlib import Path
+for number in range(3):
+    os.close(number)
+import chat, tokenizer
+class Bare:
+    special_ids, drops_space = {}, False
+    def encode(self, text, **_): return [ord(c) for c in text]
+template = chat.load(Path(sys.argv[1]), Bare())
+ids = template.prompt([{"role": "user", "content": "hello"}])
+Path(sys.argv[1], "said").write_text(f"{template.child._process.pid} {bytes(ids).decode()}")
+time.sleep(float(sys.argv[2]))
+"""
+    for seconds, code in ((0, 0), (100, -signal.SIGKILL)):
+        (tmp_path / "said").unlink(missing_ok=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, tmp_path, str(seconds)], cwd=Path(chat.__file__).parent
+        )
+        deadline = time.time() + 60
+        while not (tmp_path / "said").exists() or not (said := (tmp_path / "said").read_text()):
+            assert time.time() < deadline and process.poll() in (None, 0)
+            time.sleep(0.02)
+        if seconds:
+            process.kill()
+        assert process.wait() == code
+        pid, text = said.split()
+        assert text == "hello"
+        while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2:3]:
+            assert time.time() < deadline
+            time.sleep(0.02)
 
 
 def test_families_refuse_in_their_own_words(everything_made: dict[str, Made]) -> None:

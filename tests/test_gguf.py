@@ -431,7 +431,7 @@ def test_sentencepiece(tmp_path):
             assert loaded.encode(text + "</s>", **options) == expected.encode(text + "</s>", **options)
         ids = expected.encode(text)
         assert loaded.decode(ids) == expected.decode(ids)
-    assert loaded.vocab_size == expected.vocab_size and loaded.special_names == expected.special_names
+    assert loaded.vocab_size == expected.vocab_size and loaded.special == expected.special
     bare = vocabulary("llama") | {"tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_bos_token": False}
     assert tokenizer.load(only_tokenizer(tmp_path / "bare.gguf", bare)).encode("a  b") != expected.encode("a  b")
     assert (

@@ -16,6 +16,7 @@ FLOORS = {
     "batch": 3.5,
     "engine": 3,
     "checkpoint": 2,
+    "child": -1,
     "decoder": 2,
     "graphs": 1.5,
     "chat": 1,
@@ -29,6 +30,7 @@ FLOORS = {
     "kvcache": 0,
     "memory": 0,
     "policies": 0,
+    "rendering": 0,
     "sampling": 0,
     "tokenizer": 0,
 }

@@ -12,6 +12,7 @@ import tokenizers
 import transformers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from errors import UserError
 from tokenizer import TextStream, Tokenizer, eos_ids, load
 
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466"  # four emoji joined by ZWJ into one
@@ -328,7 +329,7 @@ def test_special_names_in_text_are_text(tokenizer: Tokenizer) -> None:
 
 
 def test_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match="surrogates not allowed"):
+    with pytest.raises(UserError, match=r"^'.ud800' at 1 is half a character"):
         tokenizer.encode("a\ud800")
 
 
@@ -352,18 +353,21 @@ def test_special_at_the_ends(loaded: dict[str, Tokenizer], form: str) -> None:
 
 
 def test_settings_decide_on_bos_and_eos(folders: dict[str, Path], form: str, tmp_path: Path) -> None:
+    """Except beside a tokenizer.json, which says itself what it adds."""
     for file in folders[form].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     names = {"tiktoken": ("<|begin_of_text|>", "<|end_of_text|>")}.get(form, ("<s>", "</s>"))
     tokens = {"bos_token": names[0], "eos_token": {"content": names[1]}}
     write(tmp_path, "special_tokens_map.json", tokens)
     write(tmp_path, "tokenizer_config.json", {"add_bos_token": False, "bos_token": None})
-    plain = load(tmp_path).encode("hello", special=False)
-    assert load(tmp_path).encode("hello") == plain
+    plain, ours = load(tmp_path).encode("hello", special=False), load(tmp_path).encode("hello")
+    assert ours == (load(folders[form]).encode("hello") if "json" in form else plain)
     write(tmp_path, "tokenizer_config.json", {"add_bos_token": False, "add_eos_token": True})
     tokenizer = load(tmp_path)
     eos = tokenizer.encode(names[1], special=False, parse_special=True)
-    assert len(eos) == 1 and tokenizer.encode("hello") == plain + eos
+    assert len(eos) == 1 and tokenizer.eos == eos[0]
+    assert tokenizer.encode("hello") == (ours if "json" in form else plain + eos)
+    assert tokenizer.bos == tokenizer.encode(names[0], special=False, parse_special=True)[0]
 
 
 def test_added_tokens_of_qwen_form(loaded: dict[str, Tokenizer]) -> None:
@@ -382,7 +386,24 @@ def test_added_tokens_of_sentencepiece_form(folders: dict[str, Path], tmp_path: 
     assert tokenizer.vocab_size == 602
     ids = tokenizer.encode("<|user|>hello<tool>", special=False, parse_special=True)
     assert (ids[0], ids[-1]) == (600, 601) and tokenizer.decode(ids) == "hello<tool>"
-    assert not {600, 601} & set(tokenizer.encode("<|user|>hello<tool>"))
+    assert {600, 601} & set(tokenizer.encode("<|user|>hello<tool>")) == {601}  # what is not special is always parsed
+    write(tmp_path, "tokenizer_config.json", {"eos_token": "<|end|>", "extra_special_tokens": ["<0x41>", "<more>"]})
+    tokenizer = load(tmp_path)  # tokens that are only named: pieces of the model, or new ones after all others
+    byte = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).piece_to_id("<0x41>")
+    assert tokenizer.encode("<more><|end|><0x41>", special=False, parse_special=True) == [601, 600, byte]
+    assert tokenizer.eos == 600 and tokenizer.vocab_size == 602
+
+
+def test_flags_of_added_tokens_of_sentencepiece_form(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((folders["pieces"] / "tokenizer.model").read_bytes())
+    flags = {"600": {"lstrip": True}, "601": {"rstrip": True}, "602": {"single_word": True}, "603": {}}
+    decoder = {i: {"content": f"<{i}>", "special": False} | flag for i, flag in flags.items()}
+    decoder["602"]["content"] = "word"
+    tokenizer = load(write(tmp_path, "tokenizer_config.json", {"added_tokens_decoder": decoder}))
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    ids = tokenizer.encode("a <600> b <601> c word words <603> d", special=False)
+    parts = [model.encode(part) for part in ("a", " b ", "c ", " words ", " d")]
+    assert ids == [*parts[0], 600, *parts[1], 601, *parts[2], 602, *parts[3], 603, *parts[4]]
 
 
 def test_metaspace_and_wordpiece_decoders(tmp_path: Path) -> None:
@@ -500,6 +521,41 @@ def test_bad_stops(loaded: dict[str, Tokenizer], stops: list[str]) -> None:
         TextStream(loaded["json"], stops)
 
 
+def naive_special(parts: list[tuple[str, bool]], stops: list[str]) -> tuple[str, bool]:
+    """As `naive`, over (character or name of a special token, whether it is special): no such name is shown."""
+    for end in range(len(parts) + 1):
+        starts = []
+        for start in range(end):
+            full = "".join(text for text, _ in parts[start:end])
+            shown = "".join(text for text, special in parts[start:end] if not special)
+            ends = not parts[end - 1][1] and not parts[start][1]
+            if any(full == stop or shown == stop and ends for stop in stops):
+                starts.append(start)
+        if starts:
+            return "".join(text for text, special in parts[: min(starts)] if not special), True
+    return "".join(text for text, special in parts if not special), False
+
+
+def test_stops_that_hold_special_tokens(tokenizer: Tokenizer) -> None:
+    """Alone, within text and several of them; other special tokens do not hide a stop string that has none."""
+    rng, hits = random.Random(4), 0
+    special = rng.sample(sorted(tokenizer.special_ids), min(3, len(tokenizer.special_ids)))
+    letters = {c: tokenizer.encode(f"x{c}", special=False)[-1] for c in "ab"}
+    letters = {c: i for c, i in letters.items() if tokenizer.token_bytes(i) == c.encode()}
+    for _ in range(300):
+        parts = [(rng.choice([*letters, *special]), False) for _ in range(12)]
+        parts = [(text, text in special) for text, _ in parts]
+        stops = ["".join(rng.choices([*letters, *special], k=rng.randrange(1, 5))) for _ in range(rng.randrange(1, 4))]
+        wanted, stopped = naive_special(parts, stops)
+        stream, text = TextStream(tokenizer, stops, continues=True), ""
+        for part, is_special in parts:
+            text += stream.push(tokenizer.special_ids[part] if is_special else letters[part])
+            assert wanted.startswith(text)
+        assert (text + stream.flush(), stream.stopped) == (wanted, stopped), (parts, stops)
+        hits += stopped
+    assert len(letters) == 2 and 100 < hits < 300
+
+
 # ---- eos ids ----
 
 
@@ -520,6 +576,20 @@ def test_eos_ids(tmp_path: Path, generation: dict | None, config: dict | None, w
         if value is not None:
             write(tmp_path, name, value)
     assert eos_ids(tmp_path) == wanted
+
+
+def test_eos_of_the_tokenizer(folders: dict[str, Path], tmp_path: Path) -> None:
+    """In a chat it is one more; otherwise it counts where the configs name none."""
+    for file in folders["qwen"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer = load(tmp_path)
+    assert tokenizer.eos == 500
+    assert eos_ids(tmp_path, tokenizer) == eos_ids(tmp_path, tokenizer, chat=True) == {500}
+    write(tmp_path, "config.json", {"eos_token_id": 7})
+    assert eos_ids(tmp_path, tokenizer) == {7} and eos_ids(tmp_path, tokenizer, chat=True) == {7, 500}
+    write(tmp_path, "generation_config.json", {"eos_token_id": [8, 9]})
+    assert eos_ids(tmp_path, tokenizer) == {8, 9} and eos_ids(tmp_path, tokenizer, chat=True) == {8, 9, 500}
+    assert eos_ids(tmp_path, None, chat=True) == {8, 9}
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"eos_token_id": "2"}', '{"eos_token_id": [true]}'])
@@ -569,9 +639,34 @@ def test_broken_files(tmp_path: Path, files: dict[str, str], words: list[str]) -
     one_line_error(lambda: load(tmp_path), *words)
 
 
-def test_unreadable_text_and_missing_bos(tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_unreadable_text(tmp_path: Path, folders: dict[str, Path]) -> None:
     (tmp_path / "tokenizer.json").write_bytes((folders["json"] / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_bytes(b'{"a": "\xff"}')
     one_line_error(lambda: load(tmp_path), "tokenizer_config.json", "UTF-8")
-    write(tmp_path, "tokenizer_config.json", {"add_eos_token": True, "eos_token": "<none>"})
-    one_line_error(lambda: load(tmp_path), "tokenizer.json", "'<none>' is not in the vocabulary")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eos_token": 5},
+        {"bos_token": {"content": None}},
+        {"pad_token": {"content": "x", "lstrip": "yes"}},
+        {"image_token": {"special": True}},
+        {"extra_special_tokens": "abc"},
+        {"extra_special_tokens": [5]},
+        {"extra_special_tokens": {"x_token": 5}},
+        {"additional_special_tokens": 5},
+        {"model_specific_special_tokens": [5]},
+        {"added_tokens_decoder": []},
+        {"added_tokens_decoder": {"x": {"content": "y"}}},
+        {"added_tokens_decoder": {"1": "y"}},
+        {"added_tokens_decoder": {"1": {"content": "y", "special": 1}}},
+    ],
+)
+def test_broken_settings(folders: dict[str, Path], form: str, settings: dict, tmp_path: Path) -> None:
+    for file in folders[form].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    kind = {"merges": "GPT2Tokenizer", "qwen": "Qwen2Tokenizer"}.get(form)
+    write(tmp_path, "tokenizer_config.json", settings | {"tokenizer_class": kind})
+    if form != "tiktoken" or not any("special_tokens" in key or "added" in key for key in settings):
+        one_line_error(lambda: load(tmp_path), "token")

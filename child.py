@@ -1,0 +1,116 @@
+"""A process of its own, with little time and memory, for what somebody else's file may make the computer do.
+
+    Child("rendering:render", seconds=4, mib=768).ask({"source": ...})
+
+The child runs the named function of a module of this project. A request and its answer are a JSON value each, a line on
+a pipe. The child starts with the first request and lives until its owner is gone; a new one takes the place of one that
+died. It ends itself if its owner dies: an idle one reads the end of its input, a busy one runs out of time.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import weakref
+from importlib import import_module
+from signal import SIGXCPU
+from threading import Event, Lock, Timer
+from typing import Any
+
+from errors import UserError
+
+PATIENCE = 5  # seconds of the clock for one of CPU time, on a busy machine
+
+
+class Overrun(UserError):
+    """The child took more than it may, or died. The text goes on from a name of what it ran."""
+
+
+class Child:
+    """seconds: CPU time of an answer. mib: memory of the process. May be asked from several threads."""
+
+    def __init__(self, function: str, seconds: int, mib: int):
+        self.function, self.seconds, self.mib = function, seconds, mib
+        self._lock, self._process = Lock(), None
+
+    def ask(self, request: Any) -> Any:
+        """The function's answer. Overrun if there is none."""
+        with self._lock:
+            if self._process is None:
+                self._process = self._started()
+            process = self._process
+            late = Event()
+            timer = Timer(PATIENCE * self.seconds, lambda: (late.set(), process.kill()))
+            timer.daemon = True
+            timer.start()
+            try:
+                with contextlib.suppress(BrokenPipeError):  # it is dead, which its answer shows
+                    process.stdin.write(json.dumps(request).encode() + b"\n")
+                    process.stdin.flush()
+                line = process.stdout.readline()
+                if line.endswith(b"\n"):
+                    return json.loads(line.decode("utf-8", "surrogatepass"))
+            except BaseException:  # Ctrl-C: an answer that nobody has read must not become that of the next request
+                self._end()
+                raise
+            finally:
+                timer.cancel()
+            code = self._end()
+        if late.is_set() or code == -SIGXCPU:
+            raise Overrun(f"runs for more than {self.seconds} seconds")
+        raise Overrun(f"ends its process ({f'signal {-code}' if code < 0 else f'exit code {code}'})")
+
+    def _started(self) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, __file__, self.function, str(self.seconds), str(self.mib)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the owner
+        )
+        self._finalizer = weakref.finalize(self, _reap, process)
+        return process
+
+    def _end(self) -> int:
+        process, self._process = self._process, None
+        self._finalizer.detach()
+        return _reap(process)
+
+
+def _reap(process: subprocess.Popen) -> int:
+    """End the process; its exit code, negative for a signal, is its own if it has ended already or is about to."""
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError):
+            pipe.close()
+    try:
+        return process.wait(0.5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def _serve(function: str, seconds: int, mib: int) -> None:
+    """What the child does."""
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    module, _, name = function.partition(":")
+    answer = getattr(import_module(module), name)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(ValueError, OSError):  # not every system can limit memory
+        resource.setrlimit(resource.RLIMIT_AS, (mib << 20, mib << 20))
+    for request in requests:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        used = int(usage.ru_utime + usage.ru_stime) + 1
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        limit = used + seconds if hard == resource.RLIM_INFINITY else min(used + seconds, hard)
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
+        line = json.dumps(answer(json.loads(request)), ensure_ascii=False)
+        answers.write(line.encode("utf-8", "surrogatepass") + b"\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        _serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    os._exit(0)  # nothing to tidy up, and an owner that waits
