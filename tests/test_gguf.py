@@ -423,6 +423,8 @@ def test_sentencepiece(tmp_path):
     """As the model that its tokens, scores and types were taken from."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "tokenizer.model").write_bytes(pieces())
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "folder" / "tokenizer_config.json").write_text(json.dumps(named))
     expected = tokenizer.load(tmp_path / "folder")
     loaded = tokenizer.load(only_tokenizer(tmp_path / "model.gguf", vocabulary("llama")))
     texts = [*TEXTS, "a  b    c<tag>d", "unknown \u4e00\u9fa0"]
@@ -431,7 +433,7 @@ def test_sentencepiece(tmp_path):
             assert loaded.encode(text + "</s>", **options) == expected.encode(text + "</s>", **options)
         ids = expected.encode(text)
         assert loaded.decode(ids) == expected.decode(ids)
-    assert loaded.vocab_size == expected.vocab_size and loaded.special == expected.special
+    assert loaded.vocab_size == expected.vocab_size and loaded.special_ids == expected.special_ids
     bare = vocabulary("llama") | {"tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_bos_token": False}
     assert tokenizer.load(only_tokenizer(tmp_path / "bare.gguf", bare)).encode("a  b") != expected.encode("a  b")
     assert (
