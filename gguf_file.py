@@ -226,10 +226,16 @@ def tensors(path: Path) -> list[Stored]:
 def _config(header: Header) -> dict[str, Any]:
     """The metadata in the words of a config.json."""
     architecture = header.architecture
-    if missing := [name for name in NEEDED if header.get(name) is None]:
-        raise UserError(f"{place(header.path)}: the metadata name no {missing[0]}")
+    eps = header.get("attention.layer_norm_rms_epsilon", header.get("attention.layer_norm_epsilon"))
+    missing = [name for name in NEEDED if header.get(name) is None]
+    if missing or eps is None:
+        raise UserError(
+            f"{place(header.path)}: its metadata have no {[*missing, 'attention.layer_norm_rms_epsilon'][0]}"
+        )
     types = {tensor.kind for tensor in header.tensors.values()}
     heads, dim = header.get("attention.head_count"), header.get("embedding_length")
+    divides = isinstance(dim, int) and isinstance(heads, int) and heads > 0 and dim % heads == 0
+    head_dim = header.get("attention.key_length", dim // heads if divides else None)
     config = {
         "model_type": architecture.model_type,
         "dtype": _dtype(types),
@@ -240,9 +246,9 @@ def _config(header: Header) -> dict[str, Any]:
         "num_hidden_layers": header.get("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": _kv_heads(header),
-        "head_dim": header.get("attention.key_length"),
+        "head_dim": head_dim,
         "max_position_embeddings": header.get("context_length"),
-        "rms_norm_eps": header.get("attention.layer_norm_rms_epsilon", header.get("attention.layer_norm_epsilon")),
+        "rms_norm_eps": eps,
         "rope_theta": header.get("rope.freq_base", 10000.0),
         "rope_scaling": _rope_scaling(header),
         "tie_word_embeddings": not header.has("output.weight"),
@@ -250,7 +256,6 @@ def _config(header: Header) -> dict[str, Any]:
     ends = [header.tokenizer(f"ggml.{name}_token_id", int) for name in ("eos", "eot", "eom")]
     config["eos_token_id"] = sorted({end for end in ends if end is not None}) or None
     config |= architecture.more(header)
-    head_dim = config["head_dim"] or (dim // heads if isinstance(dim, int) and isinstance(heads, int) and heads else 0)
     if header.get("attention.value_length", head_dim) != head_dim:
         raise UserError(f"{place(header.path)}: keys and values of different sizes are not supported")
     turned = header.get("rope.dimension_count")

@@ -54,6 +54,18 @@ CASES = {
     ]
 }
 ROOT = Path(__file__).resolve().parent.parent
+# With what transformers takes for granted in a GGUF file: the heads of published models, the period of their windows.
+USUAL = {
+    case.name: case
+    for case in [
+        families.case("llama-usual"),
+        families.case("qwen2-usual", use_sliding_window=False),
+        families.case("qwen3-usual", head_dim=128),
+        families.case("phi3-usual", sliding_window=None, pad_token_id=0),
+        families.case("gemma2-usual", **families.GEMMA | {"head_dim": 256, "query_pre_attn_scalar": 256}),
+        families.case("gemma3_text-usual", **families.GEMMA | {"head_dim": 256, "query_pre_attn_scalar": 256}),
+    ]
+}
 ARCHITECTURE = {"mistral": "llama", "mixtral": "llama", "gpt_neox": "gptneox", "gemma3_text": "gemma3"}
 TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>assistant:"
 
@@ -210,7 +222,7 @@ def written(tmp_path_factory):
 
     def make(name: str) -> Path:
         if name not in made:
-            made[name] = families.make_checkpoint(CASES[name], tmp_path_factory.mktemp(name))
+            made[name] = families.make_checkpoint((CASES | USUAL)[name], tmp_path_factory.mktemp(name))
             tensors = load_file(made[name] / "model.safetensors")
             rounded = {key: (tensor * 128).round().clamp(-1000, 1000) / 128 for key, tensor in tensors.items()}
             save_file(rounded, made[name] / "model.safetensors", {"format": "pt"})
@@ -235,6 +247,20 @@ def same(path: Path, folder: Path) -> None:
 def test_equals_the_folder_it_was_made_of(name: str, written, tmp_path):
     folder = written(name)
     same(to_gguf(folder, tmp_path / "model.gguf"), folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", USUAL)
+def test_equals_transformers_reading_of_the_file(name: str, written, tmp_path):
+    changes = {"ARCH.vocab_size": 101, "general.name": name, **vocabulary("gpt2"), "tokenizer.ggml.padding_token_id": 0}
+    changes |= {"ARCH.attention.sliding_window_pattern": None, "ARCH.rope.freq_base_swa": None}
+    if name.startswith("phi3"):  # of which it reads no window; 0 is none
+        changes |= {"ARCH.attention.sliding_window": 0}
+    path = to_gguf(written(name), tmp_path / "model.gguf", **changes)
+    reference = families.load_reference(tmp_path, gguf_file=path.name)
+    ids = families.token_ids(2, 40)
+    with torch.inference_mode():
+        torch.testing.assert_close(checkpoint.load(path)[0](ids), reference(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_every_architecture_has_a_case():
