@@ -546,7 +546,7 @@ def _rope(conf: dict[str, Any], given: dict[str, Any], rotary_dim: int, family: 
 
     kind = given.get("rope_type", given.get("type", "default"))
     kind = "longrope" if kind == "su" else kind
-    if not isinstance(kind, str) or kind not in family.ropes:
+    if kind not in family.ropes:
         known = ", ".join(family.ropes)
         raise UserError(f"rope type {shown(kind)} is not supported for {conf['model_type']}; supported: {known}")
     rope = {"rope_type": kind, "rope_theta": take("rope_theta")}

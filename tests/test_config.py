@@ -58,6 +58,10 @@ def their_rotary(config) -> dict[str, Any]:
         raise Nothing
     rotary = next(value for name, value in vars(module).items() if name.endswith("RotaryEmbedding"))(config)
     kinds = sorted(set(config.layer_types)) if config.model_type == "gemma3_text" else [None]
+    for kind in kinds:
+        given = config.rope_parameters if kind is None else config.rope_parameters[kind]
+        if not 0 < given.get("partial_rotary_factor", 1) <= 1:  # as above
+            raise Nothing
     found = {}
     for kind in kinds:
         for length in (8, 200):
@@ -196,11 +200,12 @@ def senseless(config: ModelConfig) -> list[str]:
             wrong.append(f"{name} is {value!r}")
     ropes = [rope for rope in (config.rope, config.local_rope) if rope]
     numbers = [config.norm_eps, config.residual_scale, config.logit_divisor]
-    numbers += [value for rope in ropes for value in rope.values() if not isinstance(value, str | list)]
+    numbers += [float(rope.get("original_max_position_embeddings", 1)) for rope in ropes]
+    numbers += [rope[name] for rope in ropes for name in rope if FIELDS[name].read is float]
     numbers += [value for rope in ropes for each in rope.values() if isinstance(each, list) for value in each]
     optional = (config.embed_scale, config.attention_scale, config.logit_softcap, config.attention_softcap)
     numbers += [value for value in optional if value is not None]
-    if not all(type(value) in (int, float) and 0 < value < 1e31 for value in numbers):
+    if not all(type(value) is float and 0 < value < 1e31 for value in numbers):
         wrong.append(f"numbers {numbers}")
     if config.activation not in ACTIVATIONS or not isinstance(config.dtype, torch.dtype):
         wrong.append(f"{config.activation} {config.dtype}")
@@ -257,7 +262,7 @@ ODD += [1e40, 4.0, float("inf"), float("nan"), "", "2", "false", "gelu", "relu",
 ODD += ["y" * 5000, [], [1], [None], ["full_attention", "sliding_attention"], [0, 1], [True, False], [1.0, 1.1, 1.3]]
 ODD += [[[]], {}, {"a": 1}, {"rope_type": "linear", "factor": 2.0}, {"full_attention": {"rope_theta": 5.0}}]
 ODD += [{"type": "linear", "factor": 3}, {"full_attention": None}, {"rope_type": ["linear"]}, {"rope_type": None}]
-ODD_SHORT = (None, True, 0, 2, -1, 10**19, 0.5, float("nan"), "2", [1], {})
+ODD_SHORT = (None, True, 0, 2, -1, 10**19, 0.5, float("nan"), "2", "bfloat16", [1], {})
 ROPES = [families.LINEAR, families.DYNAMIC, families.LLAMA3, families.LONGROPE]
 
 
