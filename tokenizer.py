@@ -18,13 +18,19 @@ import codecs
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import files
 import gguf_file
-from errors import UserError, place, shown
+from child import Child, Overrun
+from errors import UserError, place, shown, visible
+
+MOST_BYTES = 64 << 20  # of a file with a vocabulary; the largest that are published have half of it
+MOST_GROWTH = 64  # times that normalizing may lengthen a text
+TRY_SECONDS, TRY_MIB = 10, 1536  # for a trial of a tokenizer
 
 # The alphabet of byte-level BPE: printable Latin-1 stands for itself, every other byte for a letter from U+0100 on.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -155,7 +161,7 @@ def load(folder: Path) -> Tokenizer | None:
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         return _load_vocab_merges(folder, settings)
     if (folder / "tokenizer.model").exists():
-        data = (folder / "tokenizer.model").read_bytes()
+        data = files.read_bytes(folder / "tokenizer.model", MOST_BYTES)
         load_model = _load_tiktoken if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data) else _load_sentencepiece
         return load_model(folder / "tokenizer.model", data, settings)
     for name, other in (("vocab.json", "merges.txt"), ("merges.txt", "vocab.json")):
@@ -190,13 +196,13 @@ def _load_gguf(path: Path, settings: dict[str, Any]) -> Tokenizer | None:
     return None
 
 
-def _load_json(path: Path, settings: dict[str, Any]) -> Tokenizer:
+def _load_json(path: Path, settings: dict[str, Any], tried: bool = False) -> Tokenizer:
     import tokenizers
 
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise broken(path, error) from None
+    data = files.read_bytes(path, MOST_BYTES)
+    if not tried and _risky(path, data):
+        _try(path)
+    backend = _safely(path, tokenizers.Tokenizer.from_buffer, data)
     return _completed(backend, path, path.parent, settings)
 
 
@@ -212,23 +218,129 @@ def _completed(backend: Any, path: Path, folder: Path, settings: dict[str, Any])
     present = {i: _flags(token) for i, token in backend.get_added_tokens_decoder().items()}
     _add_tokens(backend, folder, settings, named, present)
     # transformers ignores add_bos_token and add_eos_token beside a tokenizer.json: its post-processor says it all.
-    return _wrap(backend, path, named, *_processed_ends(backend))
+    return _wrap(backend, path, named, *_processed_ends(path, backend))
+
+
+def _safely(path: Path, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a function of the library gives. UserError for all that it raises: nothing narrower, and panics."""
+    try:
+        return function(*args, **kwargs)
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise broken(path, error) from None
+        raise
+
+
+# The parts of a tokenizer.json, what lists more of them, and the kinds that do no harm whatever the text is.
+_PARTS_OF = {
+    "normalizer": ("normalizers", "NFC NFD NFKC NFKD Lowercase Strip StripAccents Prepend Replace"),
+    "pre_tokenizer": ("pretokenizers", "ByteLevel Split Metaspace Digits Punctuation Whitespace WhitespaceSplit"),
+    "post_processor": ("processors", "ByteLevel TemplateProcessing"),
+    "decoder": ("decoders", "ByteLevel Replace ByteFallback Fuse Strip Metaspace"),
+}
+
+
+def _risky(path: Path, data: bytes) -> bool:
+    """Whether something in a tokenizer.json may end or hang a process that loads it. UserError for what surely would.
+
+    The vocabulary, which comes last and is nearly all of the file, is not looked at.
+    """
+    start, text = data.find(b'"model"'), None
+    try:
+        text = files.parse_json(data[:start].rstrip().rstrip(b",") + b"}", "")
+    except UserError:
+        start = -1
+    if start < 0 or not set(_PARTS_OF) <= set(text):
+        text = files.parse_json(data, place(path))
+    risky = bool(
+        re.search(rb'"(continuing_subword_prefix|end_of_word_suffix)"\s*:\s*"[^"]', data[max(start, 0) :][:4000])
+    )
+    for name, (more, harmless) in _PARTS_OF.items():
+        parts, growth = [text.get(name)], 1.0
+        while parts:
+            part = parts.pop()
+            if not isinstance(part, dict):
+                risky |= part is not None
+            elif part.get("type") == "Sequence" and isinstance(part.get(more), list):
+                parts += part[more]
+            else:
+                growth *= _growth(part)
+                risky |= part.get("type") not in harmless.split() or _odd(part)
+        if growth > MOST_GROWTH:
+            raise UserError(
+                f"{place(path)}: its {name} may make a text {growth:.3g} times as long, more than {MOST_GROWTH}"
+            )
+    return risky
+
+
+def _growth(part: dict[str, Any]) -> float:
+    """How many times as long a part may make a text."""
+    pattern, content = part.get("pattern"), part.get("content")
+    if part.get("type") == "Prepend":
+        return max(1, len(str(part.get("prepend"))) / 16)
+    if part.get("type") != "Replace" or not isinstance(content, str):
+        return 1
+    found = pattern.get("String") if isinstance(pattern, dict) else None
+    return (
+        max(1, len(content.encode("utf-8", "replace")) / len(found.encode("utf-8", "replace")))
+        if found
+        else len(content) + 1
+    )
+
+
+def _odd(part: dict[str, Any]) -> bool:
+    """Whether a kind that does no harm has a setting that may."""
+    if part["type"] == "Strip" and "content" in part:  # of a decoder
+        return part.get("start") not in (0, 1) or part.get("stop") != 0
+    if part["type"] == "TemplateProcessing":
+        known = part.get("special_tokens")
+        pieces = [piece for side in ("single", "pair") for piece in part.get(side) or ()]
+        if not isinstance(known, dict) or not all(isinstance(piece, dict) for piece in pieces):
+            return True
+        return any(piece["SpecialToken"].get("id") not in known for piece in pieces if "SpecialToken" in piece)
+    return False
+
+
+def _try(path: Path) -> None:
+    """UserError if a process that loads this tokenizer.json and uses it a little fails, or does not live through it."""
+    try:
+        answer = Child("tokenizer:try_out", TRY_SECONDS, TRY_MIB).ask(str(path))
+    except Overrun as error:
+        raise UserError(f"{place(path)}: the tokenizer {error}") from None
+    if answer is not None:
+        raise UserError(answer)
+
+
+def try_out(name: str) -> str | None:
+    """What is wrong with this tokenizer.json; None if it can encode and decode."""
+    path = Path(name)
+    try:
+        tokenizer = _load_json(path, read_settings(path.parent), tried=True)
+        for text in (
+            "",
+            "a",
+            "Hello, world!\n\n  12345 \t",
+            "".join(map(chr, range(1, 0x3000))),
+            "你好 \U0001f600",
+            "ab" * 500,
+        ):
+            tokenizer.decode(tokenizer.encode(text))
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _load_vocab_merges(folder: Path, settings: dict[str, Any]) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    vocab, path = read_json(folder / "vocab.json"), folder / "merges.txt"
+    vocab, path = files.read_json(folder / "vocab.json", most=MOST_BYTES), folder / "merges.txt"
     if any(type(i) is not int for i in vocab.values()):
         raise UserError(f"{folder / 'vocab.json'}: the ids must be integers")
-    lines = files.read_text(path).split("\n")
+    lines = files.read_text(path, MOST_BYTES).split("\n")
     merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
     if bad := [merge for merge in merges if len(merge) != 2]:
         raise UserError(f"{path}: a merge must be two tokens, not {shown(bad[0])}")
-    try:
-        backend = Tokenizer(models.BPE(vocab, merges))
-    except Exception as error:  # the library raises nothing narrower
-        raise broken(path, error) from None
+    backend = Tokenizer(_safely(path, models.BPE, vocab, merges))
     tokens = _class_tokens(folder, settings) or _CLASS_TOKENS["GPT2"]
     qwen = tokens is _CLASS_TOKENS["Qwen2"]
     letters = pre_tokenizers.ByteLevel(bool(settings.get("add_prefix_space")), use_regex=not qwen)
@@ -253,7 +365,7 @@ def _wrap(
 ) -> Tokenizer:
     """The `Tokenizer` of a `tokenizers.Tokenizer`."""
     # What the decoder makes of tokens shows how they are spelled.
-    decode = backend.decoder.decode if backend.decoder else "".join
+    decode = partial(_safely, path, backend.decoder.decode) if backend.decoder else "".join
     texts = {space: decode([f"{space}a", f"{space}b"]) for space in (_BYTE_SPACE, _PIECE_SPACE)}
     space = next((space for space, text in texts.items() if text.removeprefix(" ") == "a b"), None)
     if space is None:
@@ -265,10 +377,11 @@ def _wrap(
     def split(text: str, parse_special: bool) -> list[int]:
         with lock:
             backend.encode_special_tokens = not parse_special
-            return backend.encode(text, add_special_tokens=False).ids
+            return _safely(path, backend.encode, text, add_special_tokens=False).ids
 
     # The library skips a token that was special once, and not one that is special but normalized to another text.
-    hidden = {i for i in added if not backend.decode([i]) and backend.decode([i], skip_special_tokens=False)}
+    text_of = partial(_safely, path, backend.decode)
+    hidden = {i for i in added if not text_of([i]) and text_of([i], skip_special_tokens=False)}
 
     def token_bytes(token: int) -> bytes:
         if token in hidden:
@@ -289,6 +402,7 @@ def _wrap(
 def _load_sentencepiece(path: Path, data: bytes, settings: dict[str, Any]) -> Tokenizer:
     import sentencepiece
 
+    # No trial in a child: the library checks what it loads, and none of 600 files with changed bytes ended a process.
     model = sentencepiece.SentencePieceProcessor()
     try:
         model.LoadFromSerializedProto(data)
@@ -313,7 +427,7 @@ def _load_sentencepiece(path: Path, data: bytes, settings: dict[str, Any]) -> To
     def split(text: str, parse_special: bool) -> list[int]:
         found = []
         for part, is_token in parts(text, parse_special):
-            found += [ids[part]] if is_token else model.encode(part)
+            found += [ids[part]] if is_token else _safely(path, model.encode, part)
         return found
 
     def token_bytes(token: int) -> bytes:
@@ -368,7 +482,9 @@ def _load_tiktoken(path: Path, data: bytes, settings: dict[str, Any]) -> Tokeniz
     settings = {"add_bos_token": True} | settings
     named = _named(settings, {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"})
     return Tokenizer(
-        lambda text, parse: coder.encode(text, allowed_special="all" if parse else set(), disallowed_special=()),
+        lambda text, parse: _safely(
+            path, coder.encode, text, allowed_special="all" if parse else set(), disallowed_special=()
+        ),
         lambda token: pieces.get(token, b""),
         coder.n_vocab,
         False,
@@ -385,14 +501,14 @@ def _piece_bytes(piece: str, bytewise: bool) -> bytes:
     return piece.replace(_PIECE_SPACE, " ").encode()
 
 
-def _processed_ends(backend: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _processed_ends(path: Path, backend: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The special tokens that the post-processor puts before and after a text."""
     from tokenizers import Tokenizer, models
 
     plain = Tokenizer(models.WordLevel({"a": 0}, "a"))  # which has a token for every text
     if backend.post_processor is not None:
         plain.post_processor = backend.post_processor
-    sample = plain.encode("a")
+    sample = _safely(path, plain.encode, "a")
     start = (sample.special_tokens_mask + [0]).index(0)
     return tuple(sample.ids[:start]), tuple(sample.ids[start + sample.special_tokens_mask.count(0) :])
 
@@ -577,4 +693,4 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def broken(path: Path, error: Exception) -> UserError:
     """The error that says in one line what is wrong with a file."""
-    return UserError(f"{path}: {' '.join(str(error).split()) or type(error).__name__}")
+    return UserError(f"{place(path)}: {visible(str(error)[:1000])[:200] or type(error).__name__}")

@@ -614,7 +614,7 @@ def test_no_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"tokenizer.json": ""}, ["tokenizer.json", "EOF"]),
+        ({"tokenizer.json": ""}, ["tokenizer.json", "not JSON"]),
         ({"tokenizer.json": '{"model": {"type": "Odd"}}'}, ["tokenizer.json"]),
         ({"vocab.json": "{", "merges.txt": ""}, ["vocab.json", "line 1"]),
         ({"vocab.json": '{"a": "b"}', "merges.txt": ""}, ["vocab.json", "integers"]),
