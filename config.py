@@ -375,7 +375,8 @@ class ModelConfig:
     @property
     def rope_by_length(self) -> bool:
         """Whether the rotary frequencies of a request depend on how long it is."""
-        return any(rope["rope_type"] in ("dynamic", "longrope") for rope in (self.rope, self.local_rope or self.rope))
+        ropes = (self.rope, self.local_rope or self.rope)
+        return any(r["rope_type"] == "dynamic" or r.get("short_factor") != r.get("long_factor") for r in ropes)
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> "ModelConfig":

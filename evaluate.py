@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", default=str(EMBEDDED), help="Hugging Face folder or hub id (default: the embedded model)")
+    add("--checkpoint", default=str(EMBEDDED), help="Hugging Face folder, .gguf file or hub id (default: embedded)")
     add("--suite", choices=[name for name in SUITES if name], help="good values for all that is not given")
     add("--policies", type=listed(str), metavar="A,B", help=f"of {', '.join(TOKEN_POLICIES)}")
     add("--layers", type=listed(str), metavar="A,B", help=f"of {', '.join(LAYER_POLICIES)}")

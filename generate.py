@@ -71,7 +71,7 @@ complain = partial(commandline.complain, "generate.py")
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", default=str(EMBEDDED), help="Hugging Face folder or hub id (default: the embedded model)")
+    add("--checkpoint", default=str(EMBEDDED), help="Hugging Face folder, .gguf file or hub id (default: embedded)")
     add("--prompt", metavar="TEXT|-", help="the prompt; - reads standard input")
     add("--prompt-file", metavar="F", help="a UTF-8 file with the prompt")
     add("--prompt-ids", metavar="1,2,3", help="token ids, taken as they are")

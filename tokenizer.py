@@ -6,6 +6,8 @@
     vocab.json and merges.txt    byte-level BPE (GPT-2, OPT, Qwen)
     tokenizer.model              sentencepiece (Llama 2, Mistral), or tiktoken lines "base64 rank" (Llama 3)
 
+A GGUF file stands for a folder; its metadata hold byte-level BPE or sentencepiece.
+
 Decoding is the same for all of them: every id stands for a string of bytes, and a text is those bytes joined and
 read as UTF-8, each invalid stretch as U+FFFD. A stream of ids therefore needs an incremental UTF-8 decoder and
 nothing else: what `TextStream` hands out, joined, is exactly `Tokenizer.decode` of all ids, at a fixed cost a token.
@@ -22,6 +24,7 @@ from threading import Lock
 from typing import Any
 
 import files
+import gguf_file
 from child import Child, Overrun
 from errors import UserError, place, shown, visible
 
@@ -151,6 +154,8 @@ class TextStream:
 def load(folder: Path) -> Tokenizer | None:
     """The tokenizer in `folder`, or None if there is none; UserError if a file of it is broken."""
     settings = read_settings(folder)
+    if gguf_file.is_gguf(folder):
+        return _load_gguf(folder, settings)
     if (folder / "tokenizer.json").exists():
         return _load_json(folder / "tokenizer.json", settings)
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
@@ -182,6 +187,15 @@ def eos_ids(folder: Path, tokenizer: Tokenizer | None = None, chat: bool = False
     return frozenset(own)
 
 
+def _load_gguf(path: Path, settings: dict[str, Any]) -> Tokenizer | None:
+    match gguf_file.tokenizer_kind(path):
+        case "gpt2":
+            return _completed(gguf_file.byte_level(path), path, path, settings)
+        case "llama":
+            return _load_sentencepiece(path, gguf_file.sentencepiece(path), settings)
+    return None
+
+
 def _load_json(path: Path, settings: dict[str, Any], tried: bool = False) -> Tokenizer:
     import tokenizers
 
@@ -189,13 +203,20 @@ def _load_json(path: Path, settings: dict[str, Any], tried: bool = False) -> Tok
     if not tried and _risky(path, data):
         _try(path)
     backend = _safely(path, tokenizers.Tokenizer.from_buffer, data)
+    return _completed(backend, path, path.parent, settings)
+
+
+def _completed(backend: Any, path: Path, folder: Path, settings: dict[str, Any]) -> Tokenizer:
+    """With the tokens that the settings add to a whole tokenizer of the library, `path`."""
+    import tokenizers
+
     backend.no_truncation()  # a file may carry the settings of a training run
     backend.no_padding()
     if isinstance(backend.model, tokenizers.models.BPE):
         backend.model.dropout = None
-    named = _named(settings, _class_tokens(path.parent, settings))
+    named = _named(settings, _class_tokens(folder, settings))
     present = {i: _flags(token) for i, token in backend.get_added_tokens_decoder().items()}
-    _add_tokens(backend, path.parent, settings, named, present)
+    _add_tokens(backend, folder, settings, named, present)
     # transformers ignores add_bos_token and add_eos_token beside a tokenizer.json: its post-processor says it all.
     return _wrap(backend, path, named, *_processed_ends(path, backend))
 
@@ -393,7 +414,7 @@ def _load_sentencepiece(path: Path, data: bytes, settings: dict[str, Any]) -> To
     }
     named = _named(settings, own)
     added = {i: _token(model.id_to_piece(i), special=True) for i in range(size) if model.is_control(i)}
-    listed, others = _declared(path.parent, settings, named)
+    listed, others = _declared(path if gguf_file.is_gguf(path) else path.parent, settings, named)
     added |= {i: token for i, token in listed.items() if i >= size or token["special"]}
     taken = {token["content"] for token in added.values()}
     for token in others:  # a piece of the model, or a new token after all others
@@ -665,6 +686,8 @@ def _library_token(token: dict[str, Any]) -> Any:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty if there is no such file."""
+    if gguf_file.is_gguf(path.parent):
+        return gguf_file.read_json(path)
     return files.read_json(path) if path.exists() else {}
 
 

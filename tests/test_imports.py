@@ -22,6 +22,7 @@ FLOORS = {
     "chat": 1,
     "model": 1,
     "waiting": 1,
+    "gguf_file": -0.5,
     "files": -1,
     "errors": -2,
     "config": 0,
