@@ -192,7 +192,7 @@ class Attention(nn.Module):
         out = self.over_prompt(q, k, v)
         scores = None
         if policy is not None:
-            scores = policy.score_prompt(q, k, lengths, self.prompt_probs)
+            scores = policy.score_prompt(q, k, v, lengths, self.prompt_probs)
             k[:, :, : policy.sinks] = k_raw[:, :, : policy.sinks]
         return self.wo(out.transpose(1, 2).flatten(2)), k, v, scores
 

@@ -8,6 +8,7 @@ from dataclasses import fields
 
 from errors import UserError
 from policies.tokens.base import TokenPolicy
+from policies.tokens.dropkv import DropKV
 from policies.tokens.full import Full
 from policies.tokens.h2o import H2O, H2OMean
 from policies.tokens.keydiff import KeyDiff
@@ -18,7 +19,7 @@ from policies.tokens.tova import TOVA
 from policies.tokens.window import Window
 
 TOKEN_POLICIES: dict[str, type[TokenPolicy]] = {
-    policy.name: policy for policy in (Full, Window, Streaming, H2O, H2OMean, TOVA, SnapKV, KNorm, KeyDiff)
+    policy.name: policy for policy in (Full, Window, Streaming, H2O, H2OMean, TOVA, SnapKV, DropKV, KNorm, KeyDiff)
 }
 
 
@@ -36,6 +37,7 @@ def make(name: str, **options) -> TokenPolicy:
 __all__ = [
     "TOKEN_POLICIES",
     "TOVA",
+    "DropKV",
     "Full",
     "H2O",
     "H2OMean",
