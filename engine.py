@@ -19,7 +19,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import partial
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +35,7 @@ from model import PROMPT_CHUNK, Transformer
 from policies import layers as layer_policies
 from policies import tokens as token_policies
 from policies.layers import LayerPolicy, Plan
-from policies.layers.base import total_slots
+from policies.layers.base import Attended, total_slots
 from policies.tokens import TokenPolicy
 from sampling import GREEDY, Sampler, Sampling
 from waiting import Waiting
@@ -211,12 +213,22 @@ class Engine:
 
         Prompts are read one by one, and nothing is kept of them.
         """
-        policies, signals = self._policies(max_length), []
+        policies, slots, signals = self._policies(max_length), self._budget_slots(max_length), []
+        known = self._plan(None, slots, max_length)
+        measures = None if known else self._measures(slots, self._caps(max_length))
+        seen: list[list[Tensor]] = [[] for _ in policies]  # evidence of each layer
+
+        def keep(layer: int, evidence: Tensor | None, _: Prompt) -> None:
+            if evidence is not None:
+                seen[layer].append(evidence)
+
         for request in requests:
-            rotary = self._rotary([request])
-            signals.append(self._prefill(*self._padded([request]), rotary, policies, lambda *_: None)[1])
+            signals.append(
+                self._prefill(*self._padded([request]), self._rotary([request]), policies, keep, measures)[1]
+            )
         importance = [fmean(layer) for layer in zip(*signals, strict=True)]
-        return self._plan(importance, self._budget_slots(max_length), max_length), importance
+        evidence = None if known else [torch.cat(layer).mean(0).tolist() for layer in seen]
+        return self._plan(evidence, slots, max_length), importance
 
     def needs(self, max_length: int, longest_prompt: int | None = None, apart: bool = False) -> Needs:
         """Bytes for sequences of `max_length` tokens, before anything is allocated. The model may be on meta.
@@ -233,7 +245,9 @@ class Engine:
         prompt = max_length if longest_prompt is None else longest_prompt
         experts = max(1, c.experts_per_token)
         read = prompt * (2 * (item + wide) * (c.dim + heads + 2 * groups) + 3 * item * experts * c.ffn_dim)
-        queries = max(self.policy.queries, PROMPT_CHUNK if c.attention_softcap is not None else 0)
+        queries = max(
+            self.policy.queries, self.layer_policy.queries, PROMPT_CHUNK if c.attention_softcap is not None else 0
+        )
         read += 4 * wide * c.n_heads * min(prompt, queries) * prompt
         # Of every prompt meanwhile: the residual stream; the layer's keys and values, and once more while they are
         # joined or cut; what waits for the plan, in the arena and outside.
@@ -474,10 +488,11 @@ class Engine:
                 memory,
                 lengths,
                 policies,
-                lambda signals: self.layer_policy.upper_bound(signals, len(caps), budget_slots, caps, floor),
+                lambda seen: self.layer_policy.upper_bound(seen, len(caps), budget_slots, caps, floor),
             )
-            logits, importance = self._prefill(ids, lengths, rotary, policies, waiting.keep)
-            plan = self._plan(importance, budget_slots, length)
+            measures = self._measures(budget_slots, caps)
+            logits, importance = self._prefill(ids, lengths, rotary, policies, waiting.keep, measures)
+            plan = self._plan(waiting.evidence, budget_slots, length)
             decoder, made = self._decoder(plan, policies, samplings, later, memory)
             keep = decoder.keeper(at, lengths)
             for layer, prompt in enumerate(waiting.prompts):
@@ -514,40 +529,49 @@ class Engine:
         lengths: Tensor,
         rotary: Sequence[Tensor],
         policies: Sequence[TokenPolicy],
-        keep: Callable[[int, Tensor, Prompt], None],
+        keep: Callable[[int, Tensor | None, Prompt], None],
+        measures: Sequence[Callable[[Attended], Tensor] | None] | None = None,
     ) -> tuple[Tensor, list[float]]:
         """ids [R, S], right-padded -> logits [R, vocab] after each row's last token, and every layer's importance.
 
-        keep(layer, signal [R], prompt) is called after each layer: what it does not keep is gone before the next one.
+        keep(layer, evidence [R, ...], prompt) is called after each layer: what it does not keep is gone before the next
+        one. The evidence is what the layer's own one of `measures` says.
         """
         x = self.model.embedded(ids, torch.arange(ids.shape[1], device=self.device)[None])
         size = rows_at_once(ids.shape[1])
         chunks = [slice(start, start + size) for start in range(0, len(ids), size)]
         ragged = [lengths[rows] if int(lengths.min()) < ids.shape[1] else None for rows in chunks]
         signals = []
-        for layer, (block, frequencies, policy) in enumerate(zip(self.model.layers, rotary, policies, strict=True)):
+        measures = measures or [None] * len(policies)
+        each = zip(self.model.layers, rotary, policies, measures, strict=True)
+        for layer, (block, frequencies, policy, measure) in enumerate(each):
             own, parts = [frequencies[rows] if frequencies.dim() > 1 else frequencies for rows in chunks], []
             for rows, turned, real in zip(chunks, own, ragged, strict=True):
-                x[rows], *part = block.prefill(x[rows], turned, real, policy)
+                x[rows], *part = block.prefill(x[rows], turned, real, policy, measure)
                 parts.append(part)
-            signal, prompt = torch.cat([part[0] for part in parts]), Prompt.joined([part.pop() for part in parts])
-            signals.append(signal.mean())
-            keep(layer, signal, prompt)
+            prompt = Prompt.joined([part.pop() for part in parts])
+            signals.append(torch.cat([part[0] for part in parts]).mean())
+            keep(layer, torch.cat([part[1] for part in parts]) if measure else None, prompt)
             del prompt, part
         last = x[torch.arange(len(lengths), device=self.device), lengths - 1]
         return self.model.logits(last), torch.stack(signals).tolist()
 
-    def _plan(self, importance: list[float] | None, budget_slots: int, length: int) -> Plan | None:
-        """Slots per layer; None if the importance is needed for it and not known yet."""
+    def _measures(self, budget_slots: int, caps: Sequence[int]) -> list[Callable[[Attended], Tensor]]:
+        """What asks each layer for the evidence that the layer policy wants."""
+        fixed = {"budget": budget_slots, "floor": self.policy.floor}
+        return [partial(self.layer_policy.measure, cap=cap, **fixed) for cap in caps]
+
+    def _plan(self, evidence: list[Any] | None, budget_slots: int, length: int) -> Plan | None:
+        """Slots per layer; None if evidence is needed for it and there is none yet."""
         caps = self._caps(length)
         if self.plan is not None:  # only windows cap it: longer sequences may follow
             windows = map(self.model.config.window, range(len(caps)))
             return Plan([min(slots, window or slots) for slots, window in zip(self.plan, windows, strict=True)])
-        if importance is None:
-            if self.layer_policy.uses_signals:
+        if evidence is None:
+            if self.layer_policy.reads_prompt:
                 return None
-            importance = [0.0] * len(caps)
-        return self.layer_policy.allocate(importance, budget_slots, caps, self.policy.floor)
+            evidence = [0.0] * len(caps)
+        return self.layer_policy.allocate(evidence, budget_slots, caps, self.policy.floor)
 
     def _cache(self, slots: Sequence[int], batch: int, memory: Memory) -> KVCache:
         c, dtype = self.model.config, self.model.embed.weight.dtype

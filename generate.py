@@ -8,7 +8,8 @@
     python generate.py --input prompts.jsonl --output results.jsonl --batch-size 8 --squeeze --resume
 
 Two choices make a cache: --policy says which tokens a layer keeps in its slots (full, window, streaming, h2o,
-h2o-mean, tova, snapkv, dropkv, knorm, keydiff), and --layers how many slots each layer gets (uniform, squeeze, mix, pyramid).
+h2o-mean, tova, snapkv, dropkv, knorm, keydiff), and --layers how many slots each layer gets (uniform, perturbation,
+squeeze, mix, pyramid).
 --squeeze is --layers squeeze with a policy and a budget that suit it. The text streams to standard output, then a
 short report; --json prints one object instead. --chat wraps the prompt in the checkpoint's own template; --interactive
 reads a turn a line and goes on over one cache. --input and --output take many prompts from a file, --batch-size at a

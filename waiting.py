@@ -21,25 +21,25 @@ from kvcache import Memory, Prompt
 
 
 class Waiting:
-    """lengths [R] of the prompts; bounds(signals so far) are the most slots that each of these layers can get.
+    """lengths [R] of the prompts; bounds(evidence so far) are the most slots that each of these layers can get.
 
     `memory` holds arenas k and v, large enough for the plan of R rows. It may be larger: all of it is used.
     """
 
     def __init__(
-        self, memory: Memory, lengths: Tensor, policies: Sequence[Any], bounds: Callable[[list[float]], list[int]]
+        self, memory: Memory, lengths: Tensor, policies: Sequence[Any], bounds: Callable[[list[Any]], list[int]]
     ):
         self.k, self.v = memory.whole("k"), memory.whole("v")
         self.lengths, self.policies, self.upper_bounds = lengths, policies, bounds
-        self.signals: list[float] = []
+        self.evidence: list[Any] = []  # of each layer, the mean over the prompts
         self.prompts: list[Prompt] = []
         self.bounds: list[int] = []  # in slots, as the regions lie
         self.starts: list[int | None] = []  # of the regions, in slots; None: outside
 
-    def keep(self, layer: int, signal: Tensor, prompt: Prompt) -> None:
-        """Take in the next layer: its signal [R], and its prompt [R, K, S, D]."""
-        self.signals.append(signal.mean().item())
-        bounds = self.upper_bounds(self.signals)
+    def keep(self, layer: int, evidence: Tensor, prompt: Prompt) -> None:
+        """Take in the next layer: the evidence of it [R, ...], and its prompt [R, K, S, D]."""
+        self.evidence.append(evidence.mean(0).tolist())
+        bounds = self.upper_bounds(self.evidence)
         self.prompts.append(prompt)
         self.bounds.append(bounds[-1])
         self.starts.append(None)

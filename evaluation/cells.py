@@ -6,6 +6,7 @@ are done for each of them. What is decoded goes through the engine's own steps, 
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from model import Transformer
 from policies import layers as layer_policies
 from policies import tokens as token_policies
 from policies.layers import LayerPolicy
+from policies.layers.base import Attended
 from sampling import GREEDY
 
 
@@ -57,33 +59,52 @@ def check(model: Transformer, cell: Cell, ids: Sequence[int], new: int) -> None:
 
 
 class Batch:
-    """Rows of token ids after the prefill under one token policy. Each may go on for `new` tokens.
+    """Rows of token ids after the prefill under the one token policy of `cells`. Each may go on for `new` tokens.
 
-    A batch has one plan for each cell, made from its rows' mean signal. The rows are ones that `check` lets pass.
+    A batch has one plan for each cell, made from its rows' mean evidence. The rows are ones that `check` lets pass.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: Transformer, policy: str, rows: Sequence[Sequence[int]], new: int):
-        self.model, self.policy, self.new = model, policy, new
+    def __init__(self, model: Transformer, cells: Sequence[Cell], rows: Sequence[Sequence[int]], new: int):
+        self.model, self.policy, self.new = model, cells[0].policy, new
+        policy = self.policy
         engine = Engine(model, policy)
         self.requests = [Request(ids, new) for ids in rows]
         self.length = max(map(len, rows)) + new
         padded, self.lengths = engine._padded(self.requests)
         self.rotary, self.policies = engine._rotary(self.requests), engine._policies(self.length)
-        signals, self.prompts = [], []
+        self.prompts: list[Prompt] = []
+        # What each layer policy wants to know of each layer [B, ...]. The smallest budget wants to know the most.
+        asking = [own for own in {cell.layer_policy(): None for cell in cells} if own.reads_prompt]
+        slots = min(self._slots(cell) for cell in cells)
+        caps = engine._caps(self.length)
+        self.evidence: dict[LayerPolicy, list[list[Tensor]]] = {own: [[] for _ in caps] for own in asking}
+        signals: list[list[Tensor]] = [[] for _ in caps]
 
-        def keep(layer: int, signal: Tensor, prompt: Prompt) -> None:
-            signals.append(signal)
+        def ask(seen: Attended, layer: int) -> Tensor:
+            for own, found in self.evidence.items():
+                found[layer].append(own.measure(seen, slots, caps[layer], engine.policy.floor))
+            signals[layer].append(seen.signal)
+            return seen.signal
+
+        measures = [partial(ask, layer=layer) for layer in range(len(caps))]
+
+        def keep(layer: int, _: Tensor | None, prompt: Prompt) -> None:
             self.prompts.append(prompt)
 
-        self.logits, self.importance = engine._prefill(padded, self.lengths, self.rotary, self.policies, keep)
-        self.signals = torch.stack(signals, dim=1)  # [B, L]
+        self.logits, _ = engine._prefill(padded, self.lengths, self.rotary, self.policies, keep, measures)
+        self.signals = torch.stack([torch.cat(layer) for layer in signals], dim=1)  # [B, L]
+
+    def _slots(self, cell: Cell) -> int:
+        return Engine(self.model, self.policy, cell.layer_policy(), cell.budget)._budget_slots(self.length)
 
     def _start(self, cell: Cell) -> Decoder:
         """A cache of its own for `cell`; `plan` and `kv_share` (of the full cache) say how large it is."""
         engine = Engine(self.model, self.policy, cell.layer_policy(), cell.budget)
-        slots = engine._budget_slots(self.length)
-        plan = engine._plan(self.importance, slots, self.length)
+        evidence = None
+        if engine.layer_policy in self.evidence:
+            evidence = [torch.cat(layer).mean(0).tolist() for layer in self.evidence[engine.layer_policy]]
+        plan = engine._plan(evidence, self._slots(cell), self.length)
         self.plan, self.kv_share = plan.slots, sum(plan.slots) / sum(engine._caps(self.length))
         greedy, rows = [GREEDY] * len(self.requests), torch.arange(len(self.requests), device=engine.device)
         decoder, _ = engine._decoder(plan, self.policies, greedy, (), Memory())
@@ -94,8 +115,15 @@ class Batch:
 
     @torch.inference_mode()
     def forced(self, cell: Cell, following: Tensor) -> Iterator[Tensor]:
-        """Feed following [B, T] one by one, whatever the model would say; yields the logits [B, vocab] after each."""
+        """Feed following [B, T], whatever the model would say; yields the logits [B, vocab] after each.
+
+        Policies that place a token by its position take all T at once, which is the same as one by one.
+        """
         decoder = self._start(cell)
+        if not decoder.policies[0].scored:
+            for x in decoder.append(following.to(self.lengths.device)).unbind(1):
+                yield self.model.logits(x)
+            return
         for tokens in following.to(self.lengths.device).T:
             decoder.tokens.copy_(tokens)
             yield decoder.logits()

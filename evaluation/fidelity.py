@@ -31,11 +31,8 @@ class Fidelity:
     def results(self, batch: Batch, cell: Cell, rows: Sequence[Row]) -> list[dict]:
         ids = torch.tensor([row.expected for row in rows], device=batch.lengths.device)
         if self._rows is not rows:
-            full = (
-                batch
-                if batch.policy == FULL.policy
-                else Batch(batch.model, FULL.policy, [r.ids for r in rows], self.new)
-            )
+            own = batch.policy == FULL.policy
+            full = batch if own else Batch(batch.model, [FULL], [row.ids for row in rows], self.new)
             self._full = [logits.float().log_softmax(-1) for logits in full.forced(FULL, ids[:, :-1])]
             self._rows = rows
         measured = []

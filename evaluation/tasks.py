@@ -113,7 +113,7 @@ def run(model: Transformer, tasks: Sequence[Task], cells: Sequence[Cell], log: L
                 bar.update(len(rows) * (len(own) - len(missing)))
                 if not missing:
                     continue
-                batch = Batch(model, policy, [row.ids for row in rows], task.new)
+                batch = Batch(model, missing, [row.ids for row in rows], task.new)
                 for cell in missing:
                     for index, (row, result) in enumerate(zip(rows, task.results(batch, cell, rows), strict=True)):
                         record = {"task": task.name, "row": row.number, **asdict(cell), **row.about, **result}

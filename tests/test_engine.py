@@ -74,7 +74,7 @@ def test_streaming_with_other_sinks_equals_naive(model):
 
 @pytest.mark.parametrize("policy", FROZEN)
 def test_frozen_policies_with_a_shorter_ring_equal_naive(model, policy):
-    """Rings that grow from 4 to 9 and 6 slots, one of 1, and one of a layer that the prompt does not fill. They wrap."""
+    """Rings that grow from 4 to 9 and 6 slots, one of 1, one in a layer that the prompt does not fill. All wrap."""
     ids, following = random_ids(20), random_ids(NEW, seed=3)
     plan = [2, 19, 26, 13]
     got = teacher_forced(Engine(model, make(policy, recent=4), plan=plan), ids, following)

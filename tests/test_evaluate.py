@@ -43,14 +43,14 @@ def refused(capsys, *args) -> str:
     return err
 
 
-@pytest.mark.parametrize("policy", ["streaming", "h2o"])
+@pytest.mark.parametrize("policy", ["streaming", "h2o", "dropkv"])
 def test_fidelity_equals_the_naive_cache(model, policy):
     """KL, agreement and loss of single rows, from lists that evict token by token."""
     task = Fidelity(random_ids(60), context=20, new=12, count=2)
     assert [row.ids + row.expected for row in task.rows] == [random_ids(60)[:33], random_ids(60)[27:]]
     cell = Cell(policy, "squeeze", 0.5, 0.4)
     for row in task.rows:
-        [got] = task.results(batch := Batch(model, policy, [row.ids], 12), cell, [row])
+        [got] = task.results(batch := Batch(model, [cell], [row.ids], 12), cell, [row])
         assert sum(batch.plan) <= 4 * 12 and len(set(batch.plan)) > 1
         naive, full = NaiveCache(model, policy, batch.plan), NaiveCache(model, "full", [99] * 4)
         for cache in (naive, full):
@@ -66,14 +66,18 @@ def test_fidelity_equals_the_naive_cache(model, policy):
         assert got == pytest.approx(want, rel=1e-4)
 
 
-@pytest.mark.parametrize("cell", [FULL, Cell("h2o", "squeeze", 0.3, 0.3), Cell("streaming", "pyramid", None, 12)])
+@pytest.mark.parametrize(
+    "cell",
+    [FULL, Cell("h2o", "squeeze", 0.3, 0.3), Cell("streaming", "pyramid", None, 12)]
+    + [Cell("snapkv", "perturbation", None, 15)],
+)
 def test_greedy_equals_the_engine(model, cell):
     """One prefill, then cells one after the other: each as the engine would do it from the start, ragged rows."""
     rows, eos = [random_ids(n, seed=n) for n in (30, 41, 35)], frozenset(range(0, 97, 7))
-    batch = Batch(model, cell.policy, rows, 10)
-    for other in grid([cell.policy], ["uniform"], [], [0.5]):
-        if other.policy == cell.policy:
-            batch.greedy(other)
+    others = [other for other in grid([cell.policy], ["uniform"], [], [0.5]) if other.policy == cell.policy]
+    batch = Batch(model, [*others, cell], rows, 10)
+    for other in others:
+        batch.greedy(other)
     requests = [Request(ids, 10, eos_ids=eos) for ids in rows]
     engine = Engine(model, cell.policy, cell.layer_policy(), cell.budget)
     done = {id(completion.request): completion for completion in engine.generate(requests)}
@@ -393,7 +397,7 @@ def test_lm_eval_model(tiny, harness):
     pairs = [(text[:40], text[40:44]), (text[:39], text[39:40]), (text[100:200], text[200:203])]
     got = lm._loglikelihood_tokens([(("", ""), *pair) for pair in pairs])
     for (context, more), (score, greedy) in zip(pairs[2:], got[2:], strict=True):  # alone in its batch
-        batch = Batch(model, "streaming", [context], len(more))
+        batch = Batch(model, [cell], [context], len(more))
         logits = [batch.logits, *batch.forced(cell, torch.tensor([more[:-1]]))]
         want = torch.cat(logits).log_softmax(-1)[range(len(more)), more].sum().item()
         assert score == pytest.approx(want, rel=1e-5)

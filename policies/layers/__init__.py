@@ -1,7 +1,7 @@
 """Layer axis: how many KV slots does each layer get?
 
-A policy turns the importance signals of a prompt into wishes, real numbers that sum to `budget * L`, and `fit` makes
-them true in integers. To add one: a file here with a subclass of `LayerPolicy`, and an entry in `LAYER_POLICIES`.
+A policy turns what it measures in each layer of a prompt into wishes, real numbers that sum to `budget * L`, and `fit`
+makes them true in integers. To add one: a file here with a subclass of `LayerPolicy`, and an entry in `LAYER_POLICIES`.
 """
 
 from dataclasses import fields
@@ -9,11 +9,14 @@ from dataclasses import fields
 from errors import UserError
 from policies.layers.base import LayerPolicy, Plan
 from policies.layers.mix import Mix
+from policies.layers.perturbation import Perturbation
 from policies.layers.pyramid import Pyramid
 from policies.layers.squeeze import Squeeze
 from policies.layers.uniform import Uniform
 
-LAYER_POLICIES: dict[str, type[LayerPolicy]] = {policy.name: policy for policy in (Uniform, Squeeze, Mix, Pyramid)}
+LAYER_POLICIES: dict[str, type[LayerPolicy]] = {
+    policy.name: policy for policy in (Uniform, Perturbation, Squeeze, Mix, Pyramid)
+}
 
 
 def make(name: str, **options) -> LayerPolicy:
@@ -27,4 +30,4 @@ def make(name: str, **options) -> LayerPolicy:
     return LAYER_POLICIES[name](**options)
 
 
-__all__ = ["LAYER_POLICIES", "LayerPolicy", "Mix", "Plan", "Pyramid", "Squeeze", "Uniform", "make"]
+__all__ = ["LAYER_POLICIES", "LayerPolicy", "Mix", "Perturbation", "Plan", "Pyramid", "Squeeze", "Uniform", "make"]
