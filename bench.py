@@ -44,16 +44,19 @@ from torch.autograd import DeviceType
 from tqdm import tqdm
 
 from benchmark import attention, roofline
-from benchmark.record import origin
+from benchmark.record import check_picture, check_stages, origin
 from benchmark.subjects import SHAPES, Subject, make, published
 from benchmark.timing import OUT_OF_MEMORY, Run, attempt, peak_bytes, race, reset_peak, seconds, synchronise
+from checkpoint import EMBEDDED
 from commandline import Parser, guarded
 from config import ModelConfig
 from decoder import Store
 from engine import Completion, Engine, Request, rows_at_once
-from errors import UserError
+from errors import UserError, cut, place, shown
+from files import check_apart, check_output, parse_json, read_bytes, write_json, write_whole
 from graphs import Bound, CudaGraphs, compiled, compiled_graphs
 from kvcache import KVCache, LayerCache
+from memory import explained
 from model import Block, Transformer
 from policies import tokens as token_policies
 from policies.layers import LayerPolicy, Plan
@@ -85,7 +88,18 @@ class Sizes(NamedTuple):
     budget: float = 0.2
     memory: int | None = None
     peers: tuple[str, ...] = tuple(PEERS)
-    profile: Path | None = None
+    profile: "Report | None" = None
+
+
+class Report:
+    """A text file that grows: each run writes it anew, and it is whole at any moment."""
+
+    def __init__(self, path: Path):
+        self.path, self.text = path, ""
+
+    def add(self, text: str) -> None:
+        self.text += text
+        write_whole(self.path, self.text)
 
 
 # ---- stages: each yields rows
@@ -485,7 +499,7 @@ def compared(rows: list[Row], bases: list[str], key: str = "tokens_per_s") -> li
 
 
 def profile(subject: Subject, sizes: Sizes, compiled: bool, steps: int = 16) -> Row:
-    """Adds to the file the operators of `steps` warm decode steps by time: eager, or compiled and on CUDA captured.
+    """Adds to the report the operators of `steps` warm decode steps by time: eager, or compiled and on CUDA captured.
 
     shares: of the time of kernels on CUDA, of all time on a CPU (the profiler's own in it), by `KINDS`, as far as names
     tell. waits_per_step: what makes the host wait for the device, or a copy that does. Allowed is cudaEventSynchronize,
@@ -516,9 +530,8 @@ def profile(subject: Subject, sizes: Sizes, compiled: bool, steps: int = 16) -> 
             spent[next(kinds, "other operators")] += getattr(each, key)
 
     what = "profile, compiled" if compiled else "profile, eager"
-    with sizes.profile.open("a") as file:
-        table = averages.table(sort_by=key, row_limit=60, max_name_column_width=90)
-        print(f"{what}: {steps} steps of {sizes.shape}", table, sep="\n", file=file)
+    table = averages.table(sort_by=key, row_limit=60, max_name_column_width=90)
+    sizes.profile.add(f"{what}: {steps} steps of {sizes.shape}\n{table}\n")
     shares = {kind: time_ / spent.total() for kind, time_ in spent.most_common()}
     return dict(what=what, steps=steps, shares=shares, waits_per_step={name: n / steps for name, n in waits.items()})
 
@@ -562,9 +575,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for option, stages in belongs.items():
         if getattr(args, option) is not None and not set(stages) & set(args.stage):
             raise UserError(f"--{option.replace('_', '-')} belongs to --stage {' or '.join(stages)}")
-    for file in (args.out, args.plot, args.profile):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise UserError(f"{file}: that folder does not exist; make it first")
+    outputs = {"--out": args.out, "--plot": args.plot, "--profile": args.profile}
+    outputs = {flag: path for flag, path in outputs.items() if path is not None}
+    for flag, path in outputs.items():
+        check_output(path, flag)
+    shapes = [shape.partition(":")[0] for shape in args.shape or []]
+    check_apart(outputs, {f"--shape {place(shape)}": shape for shape in shapes} | {"the embedded checkpoint": EMBEDDED})
+    if args.plot is not None:
+        check_picture(args.plot, "--plot")
+    args.profile = args.profile and Report(args.profile)
     if args.max_memory is not None and not (0 < args.max_memory < math.inf and args.device == "cuda"):
         raise UserError(f"--max-memory must be positive, and needs --device cuda, not {args.max_memory}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -578,13 +597,13 @@ THROUGHPUT = ("throughput", "long")
 def peers(text: str) -> tuple[str, ...]:
     for way in text.split(","):
         if way not in PEERS:
-            raise argparse.ArgumentTypeError(f"{way!r} is none of {', '.join(PEERS)}")
+            raise argparse.ArgumentTypeError(f"{shown(way)} is none of {', '.join(PEERS)}")
     return tuple(text.split(","))
 
 
 def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
+    if not (text.isdecimal() and len(text) < 19 and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no positive integer")
     return int(text)
 
 
@@ -605,16 +624,15 @@ def chosen(args: argparse.Namespace) -> list[tuple[str, Sizes]]:
         limit = ModelConfig.from_hf(published(sizes.shape)[0]).max_positions
         if sizes.prompt + sizes.new > limit:
             wanted = f"{sizes.prompt} prompt + {sizes.new} new tokens"
-            raise UserError(f"{wanted} exceed the {limit} positions of {sizes.shape}; shorten them")
+            raise UserError(f"{wanted} exceed the {limit} positions of {cut(sizes.shape)}; shorten them")
     return jobs
 
 
 def run(args: argparse.Namespace) -> int:
     jobs, result = chosen(args), {"stages": {}}
     if args.out is not None and args.out.exists():
-        result = json.loads(args.out.read_text())
-    if args.profile is not None:
-        args.profile.write_text("")
+        where = f"--out {place(args.out)} holds no results of a benchmark (name another)"
+        result = check_stages(parse_json(read_bytes(args.out), where), where)
     done: Row = {}
     # Contestants share the code that is compiled; an empty cache makes first compilations what they are.
     with (
@@ -624,7 +642,8 @@ def run(args: argparse.Namespace) -> int:
         for stage, sizes in jobs:
             started, rate = time.perf_counter(), roofline.copy_rate(args.device)
             record = done.setdefault(stage, {**origin(args.device), "seconds": 0.0, "copy_bytes_per_s": rate})
-            subject = make(sizes.shape, args.device)
+            with explained(lambda shape=sizes.shape: f"out of memory: the weights of {cut(shape)} do not fit"):
+                subject = make(sizes.shape, args.device)
             dtype = str(subject.config.dtype).removeprefix("torch.")
             rates = record.setdefault("matmul_operations_per_s", {})
             rates[dtype] = roofline.matmul_rate(args.device, subject.config.dtype)
@@ -636,22 +655,15 @@ def run(args: argparse.Namespace) -> int:
                 rows.append({"shape": sizes.shape.split(":")[0], "dtype": dtype} | rounded(each))
                 record["seconds"] = seconds_before + time.perf_counter() - started
                 result["stages"][stage] = rounded(record)
-                save(args.out, result)
+                if args.out is not None:
+                    write_json(args.out, result, indent=1)
             del subject  # before the next one is made
             if args.device == "cuda":
                 gc.collect()
     if args.plot is not None:
         plot(result["stages"], args.plot)
-    print(json.dumps(result))
+    print(json.dumps(result, allow_nan=False))
     return 0
-
-
-def save(file: Path | None, result: Row) -> None:
-    """Whole or not at all: who ends the run at any moment finds the rows before it."""
-    if file is not None:
-        part = file.with_name(f"{file.name}.part")
-        part.write_text(json.dumps(result, indent=1) + "\n")
-        part.replace(file)
 
 
 def rows_of(stage: str, subject: Subject, sizes: Sizes) -> Iterator[Row]:
@@ -725,7 +737,7 @@ def plot(stages: dict[str, Any], file: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.set_ylim(bottom=0)
         axis.legend()
-    figure.savefig(file, dpi=110)
+    write_whole(file, lambda out: figure.savefig(out, dpi=110, format=file.suffix[1:]))
     plt.close(figure)
 
 

@@ -1,21 +1,35 @@
 """What the command lines share: whatever a user can put right is one line on standard error and exit code 2."""
 
 import argparse
+import io
+import os
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from typing import Any, NoReturn, TextIO
 
-import torch
 from tqdm import tqdm
 
-from errors import UserError
+from errors import UserError, cut, reason, shown, visible
+
+LONGEST_LINE = 600  # characters of an error: whatever it quotes
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong arguments are a UserError."""
+    """Wrong arguments are a UserError, which shows of each no more than 80 characters."""
+
+    given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        self.given = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
+        values = {part for arg in self.given for part in (arg, arg.partition("=")[2])}
+        for value in sorted(values, key=len, reverse=True):
+            if value and shown(value) != repr(value):
+                message = message.replace(repr(value), shown(value)).replace(value, cut(value))
+        raise UserError(f"{cut(message, LONGEST_LINE - 100)} (see --help)")
 
 
 def number(text: str) -> int | float:
@@ -25,23 +39,76 @@ def number(text: str) -> int | float:
         return float(text)
 
 
+class StreamError(Exception):
+    """Standard output takes no more text. No handler of UserError may go on after it."""
+
+
+class Stream:
+    """A standard stream. A failed write to standard output is a StreamError; standard error has nobody left to tell."""
+
+    def __init__(self, stream: TextIO, output: bool):
+        self._stream, self._output = stream, output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except OSError as error:
+            with suppress(OSError, ValueError):  # what is left in the buffer must not fail once more when Python ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            if self._output:
+                raise StreamError(f"standard output: {error.strerror or reason(error)}") from error
+
+
+@contextmanager
+def streams() -> Iterator[None]:
+    """Standard streams that can be used: /dev/null stands in for a closed one, and no file that is opened later takes
+    its number; a character that the terminal's encoding lacks is replaced.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+    output, error = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    if isinstance(output, io.TextIOWrapper) and output.errors == "strict":
+        output.reconfigure(errors="replace")
+    with redirect_stdout(Stream(output, True)), redirect_stderr(Stream(error, False)):
+        yield
+
+
 def guarded(program: str, call: Callable[[], int], interrupted: str = "interrupted") -> int:
-    """The exit code: what `call` returns, 2 after an error that a user can put right, 130 after Ctrl-C."""
-    try:
-        return call()
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
-        complain(program, error)
-    except ModuleNotFoundError as error:
-        complain(program, f"{error}; install it (requirements-dev.txt has most of what is optional)")
-    except RuntimeError as error:
-        if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
-            raise
-        complain(program, f"torch.compile failed, --no-compile does without: {str(error).strip().splitlines()[0]}")
-    except KeyboardInterrupt:
-        print(f"{program}: {interrupted}", file=sys.stderr)
-        return 130
-    return 2
+    """The exit code: what `call` returns, 2 after an error that a user can put right, 130 after Ctrl-C, 141 after the
+    reader of standard output has gone. What else is raised is a fault of ours: it goes on, with its traceback.
+    """
+    with streams():
+        try:
+            try:
+                return call()
+            finally:
+                sys.stdout.flush()
+        except (UserError, StreamError) as error:
+            if isinstance(error.__cause__, BrokenPipeError) and isinstance(error, StreamError):
+                return 141
+            complain(program, error)
+            return 2
+        except KeyboardInterrupt:
+            print(f"{program}: {interrupted}", file=sys.stderr)
+            return 130
 
 
 def complain(program: str, error: Exception | str) -> None:
-    tqdm.write(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    text = visible(str(error))
+    if len(text) > LONGEST_LINE:  # the beginning names the place, the end says what to do
+        text = f"{text[:400]} ... {text[-150:]}"
+    tqdm.write(f"{program}: error: {text}", file=sys.stderr)

@@ -1,5 +1,7 @@
 """The one class of error that a user can put right, and how a value stands in its line."""
 
+import importlib
+from types import ModuleType
 from typing import Any
 
 LONGEST = 80  # characters of a value in an error
@@ -22,10 +24,10 @@ def shown(value: Any) -> str:
     return cut(text)
 
 
-def cut(text: str) -> str:
-    """At most 80 characters of a text, without control characters."""
-    text = visible(text[: LONGEST + 1])
-    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
+def cut(text: str, most: int = LONGEST) -> str:
+    """At most 80 characters of a text, or `most`, without control characters."""
+    text = visible(text[: most + 1])
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def place(path: Any) -> str:
@@ -44,3 +46,12 @@ def reason(error: BaseException) -> str:
     """The first line of what an error says, cut like a value, or its kind if it says nothing."""
     lines = str(error).strip().splitlines()
     return cut(lines[0]) if lines else type(error).__name__
+
+
+def optional(package: str) -> ModuleType:
+    """A package that only some runs need. UserError that says how to get it, where it cannot be imported."""
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:  # the package, or one that it needs itself
+        needs = "" if error.name == package.partition(".")[0] else f", which {package} needs"
+        raise UserError(f"{error.name} is not installed{needs}: pip install {error.name}") from error

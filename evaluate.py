@@ -18,7 +18,6 @@ on where an earlier run was cut off.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,12 +30,14 @@ import tokenizer as tokenizers
 from benchmark.record import origin
 from checkpoint import EMBEDDED
 from commandline import Parser, guarded, number
-from errors import UserError
+from errors import UserError, cut, optional, place, shown
 from evaluation import standard, summary, tiny_data
 from evaluation.cells import Cell, grid
 from evaluation.fidelity import Fidelity
 from evaluation.recall import Recall
 from evaluation.tasks import Log, Task, check_all, run
+from files import accessing, check_apart, check_folder, check_output, read_text, write_json, write_whole
+from memory import explained
 from policies.layers import LAYER_POLICIES
 from policies.tokens import TOKEN_POLICIES
 
@@ -55,6 +56,7 @@ DEFAULTS = {
     "questions": 128,
     "batch": 16,
 }
+RESULTS, PICTURES = "predictions.jsonl", ("frontier", "plans", "importance", "needle")  # in --out
 NO_SETTINGS = (
     "policies",
     "layers",
@@ -119,12 +121,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         for each in value if isinstance(value, list) else [value]:
             given = getattr(args, name)
             if isinstance(each, int) and min(given if isinstance(given, list) else [given]) < 1:
-                raise UserError(f"--{name} must be at least 1, not {given}")
+                raise UserError(f"--{name} must be at least 1, not {shown(given)}")
+    if args.rows is not None and args.rows < 1:
+        raise UserError(f"--rows must be at least 1, not {shown(args.rows)}")
     if args.files and not tasks_given and not args.suite:
         args.tasks = []
     for name in args.tasks:
         if name not in DEFAULTS["tasks"]:
-            raise UserError(f"unknown task {name!r}; known: {', '.join(DEFAULTS['tasks'])}")
+            raise UserError(f"unknown task {shown(name)}; known: {', '.join(DEFAULTS['tasks'])}")
     args.out = Path(args.out or (HERE / "results" / f"eval_{args.suite}" if args.suite else HERE / "runs" / "eval"))
     return args
 
@@ -142,9 +146,13 @@ def evaluate(args: argparse.Namespace) -> int:
     folder = checkpoint.resolve(args.checkpoint)
     tokenizer = tokenizers.load(folder)
     if tokenizer is None:
-        raise UserError(f"{args.checkpoint} has no tokenizer; evaluation reads text")
+        raise UserError(f"{place(args.checkpoint)} has no tokenizer; evaluation reads text")
     if args.lm_eval:
         return harness(args, cells, tokenizer)
+    check_paths(args, folder)
+    optional("matplotlib")  # now and not after an hour
+    from evaluation import pictures
+
     model, config = checkpoint.load(folder, args.device, args.dtype)
     tasks = make_tasks(args, tokenizer, tokenizers.eos_ids(folder), config.max_positions)
     check_all(model, tasks, cells, args.batch)
@@ -152,19 +160,39 @@ def evaluate(args: argparse.Namespace) -> int:
     settings = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
     if folder.is_relative_to(HERE):  # results say the same wherever the project lies
         settings["checkpoint"] = str(folder.relative_to(HERE))
-    log = Log(args.out / "predictions.jsonl", settings, args.resume)
-    run(model, tasks, cells, log, args.batch)
+    needed = {task.name: summary.needed(task) for task in tasks}
+    log = Log(args.out / RESULTS, settings, args.resume, needed)
+    try:
+        with explained(lambda: "out of memory; use a smaller --batch or --dtype, or shorter prompts; --resume goes on"):
+            run(model, tasks, cells, log, args.batch)
+    finally:
+        log.close()
 
     result = {**record, "settings": settings, **summary.summarise(tasks, cells, log)}
     text = f"{summary.table(result)}\n\n{summary.conclusions(result)}\n"
-    (args.out / "summary.json").write_text(json.dumps(result) + "\n")
-    (args.out / "table.md").write_text(text)
+    write_json(args.out / "summary.json", result)
+    write_whole(args.out / "table.md", text)
     print(text)
-    from evaluation import pictures
-
     for path in pictures.draw(result, args.out):
         print(path)
     return 0
+
+
+def check_paths(args: argparse.Namespace, folder: Path) -> None:
+    """UserError unless the files in --out can be written and are no other paths of the run."""
+    with accessing(args.out):
+        there = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise UserError(f"--out {place(args.out)}: {place(there)} is no folder; name another")
+    check_folder(there, "--out")
+    names = [RESULTS, "summary.json", "table.md", *(f"{name}.png" for name in PICTURES)]
+    outputs = {f"{name} in --out": args.out / name for name in names}
+    for flag, path in outputs.items():
+        if args.out.exists():
+            check_output(path, flag)
+    inputs = {"--checkpoint": folder} | ({"--text": args.text} if args.text else {})
+    inputs |= {f"{place(path)} of --files": path for source in args.files or [] for path in standard.paths(source)}
+    check_apart(outputs, inputs)
 
 
 def make_tasks(
@@ -172,10 +200,7 @@ def make_tasks(
 ) -> list[Task]:
     tasks: list[Task] = []
     if args.tasks:
-        if args.text:
-            text = Path(args.text).read_text(encoding="utf-8")
-        else:
-            text = "".join(map(tiny_data.read, tiny_data.source_files()[1]))
+        text = read_text(args.text) if args.text else "".join(map(tiny_data.read, tiny_data.source_files()[1]))
         ids = tokenizer.encode(text, special=False)
 
         def encode(words: str) -> list[int]:
@@ -192,15 +217,14 @@ def make_tasks(
         for name, lines in standard.read(source):
             tasks.append(standard.Standard(name, lines[: args.rows], tokenizer, eos_ids, limit))
             if tasks[-1].name in {task.name for task in tasks[:-1]}:
-                raise UserError(f"{name}: another file is {tasks[-1].name} too; evaluate them one after the other")
+                other = f"another file is {cut(tasks[-1].name)} too"
+                raise UserError(f"{place(name)}: {other}; evaluate them one after the other")
     return tasks
 
 
 def harness(args: argparse.Namespace, cells: list[Cell], tokenizer: tokenizers.Tokenizer) -> int:
     """lm-eval's own tasks and metrics, once for each cell."""
-    import lm_eval
-    from lm_eval.utils import make_table
-
+    lm_eval, utils = optional("lm_eval"), optional("lm_eval.utils")
     from evaluation.lm_eval_model import EngineLM
 
     folder = checkpoint.resolve(args.checkpoint)
@@ -208,7 +232,7 @@ def harness(args: argparse.Namespace, cells: list[Cell], tokenizer: tokenizers.T
     for cell in cells:
         lm = EngineLM(model, tokenizer, tokenizers.eos_ids(folder), cell, args.batch)
         print(cell)
-        print(make_table(lm_eval.simple_evaluate(model=lm, tasks=args.lm_eval, limit=args.rows)))
+        print(utils.make_table(lm_eval.simple_evaluate(model=lm, tasks=args.lm_eval, limit=args.rows)))
     return 0
 
 

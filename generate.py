@@ -19,7 +19,6 @@ time; see batch.py for the lines.
 import argparse
 import json
 import math
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -39,8 +38,21 @@ from batch import Job, Summary
 from checkpoint import EMBEDDED
 from commandline import Parser, guarded, number
 from engine import Completion, Conversation, Engine, Figures, Request, Stream, check_budget
-from errors import UserError
-from files import read_json
+from errors import UserError, cut, place, reason, shown
+from files import (
+    POSITIVE,
+    PROMPT_BYTES,
+    accessing,
+    amount,
+    check_apart,
+    check_output,
+    decoded,
+    is_a,
+    read_bytes,
+    read_json,
+    read_stream,
+    write_json,
+)
 from memory import size
 from policies import layers as layer_policies
 from policies import tokens as token_policies
@@ -51,16 +63,7 @@ SQUEEZE_POLICY = "streaming"  # what a bare --squeeze runs inside each layer
 
 
 def main(argv: list[str] | None = None) -> int:
-    def call() -> int:
-        try:
-            code = run(parse(argv))
-            sys.stdout.flush()
-            return code
-        except BrokenPipeError:  # the reader has gone; nothing more to say, also not at shutdown
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141
-
-    return guarded("generate.py", call)
+    return guarded("generate.py", lambda: run(parse(argv)))
 
 
 complain = partial(commandline.complain, "generate.py")
@@ -116,13 +119,10 @@ def run(args: argparse.Namespace) -> int:
     plan = None if args.plan is None else read_plan(Path(args.plan))
     if args.budget is not None:
         check_budget(args.budget)
-    if args.save_plan is not None and not Path(args.save_plan).parent.is_dir():
-        raise UserError(f"--save-plan {args.save_plan}: that folder does not exist; make it first")
-    if args.save_plan is not None and Path(args.save_plan).is_dir():
-        raise UserError(f"--save-plan {args.save_plan} is a folder; name a file")
     if args.max_memory is not None and not 0 < args.max_memory < math.inf:
         raise UserError(f"--max-memory must be a positive number of GiB, not {args.max_memory}")
     folder = checkpoint.resolve(args.checkpoint)
+    check_paths(args, folder)
     tokenizer = tokenizers.load(folder)
     turns = Turns(tokenizer, chosen_template(args, folder, tokenizer), args.system)
     if args.prompt_ids is not None:
@@ -156,9 +156,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.interactive:
         dry.check(Request(ids, args.max_new_tokens))
     needs = dry.needs(length)
-    if args.max_memory is not None:
+    if args.max_memory is not None or needs.row > limit:  # the rest is an upper bound, the cache is allocated at once
         needs.check(1, limit)
-    with needs.explained(1, limit):
+    with needs.explained(1, limit), compiling():
         engine = load()
         if args.interactive:
             return interact(args, engine.conversation(sampling), turns, eos_ids)
@@ -166,10 +166,37 @@ def run(args: argparse.Namespace) -> int:
         completion = follow(stream, text, echo=not args.json)
     save_plan(args, engine, completion.figures)
     if args.json:
-        print(json.dumps(report_json(args, engine, completion, text.text)))
+        print(json.dumps(report_json(args, engine, completion, text.text), allow_nan=False))
     else:
         print(report(engine, completion))
     return 0
+
+
+def check_paths(args: argparse.Namespace, folder: Path) -> None:
+    """UserError unless every output can be written and is no other path of the run."""
+    outputs = {"--output": args.output, "--save-plan": args.save_plan}
+    if args.output is not None:
+        outputs["the state of --output"] = f"{args.output}.job.json"
+    inputs = {"--input": args.input, "--prompt-file": args.prompt_file, "--plan": args.plan, "--checkpoint": folder}
+    outputs, inputs = ({flag: path for flag, path in paths.items() if path is not None} for paths in (outputs, inputs))
+    for flag, path in outputs.items():
+        check_output(path, flag)
+    check_apart(outputs, inputs)
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """UserError if torch.compile finds no compiler that works."""
+    try:
+        yield
+    except RuntimeError as error:
+        causes = [error, error.__cause__, error.__context__, getattr(error, "inner_exception", None)]
+        if not any(type(cause).__name__ in NO_COMPILER for cause in causes):
+            raise
+        raise UserError(f"torch.compile failed, --no-compile does without: {reason(error)}") from error
+
+
+NO_COMPILER = "InvalidCxxCompiler CppCompileError TritonMissing GPUTooOldForTriton".split()  # torch._inductor.exc
 
 
 def asked(args: argparse.Namespace, folder: Path, plan: list[int] | None, dry: Engine) -> dict[str, Any]:
@@ -192,19 +219,24 @@ def run_job(
 ) -> int:
     def bad(number: int, error: UserError) -> None:
         if args.strict:
-            raise UserError(f"{args.input} line {number}: {error}")
-        complain(f"{args.input} line {number}: {error}")
+            raise UserError(f"{place(args.input)} line {number}: {error}")
+        complain(f"{place(args.input)} line {number}: {error}")
 
-    survey = job.survey(dry, args.max_length, bad)
-    length = args.max_length or survey.longest
+    def check(line: Request) -> None:  # one that asks for far too much must not make the cache of all too large
+        prompt, length = len(line.ids), len(line.ids) + line.max_new_tokens
+        if length > dry.model.config.max_positions:
+            dry.needs(length, prompt, apart=True).check(1, limit)
+
+    survey = job.survey(dry, args.max_length, bad, check)
+    length = job.state.get("max_length") or args.max_length or survey.longest
     needs = dry.needs(length, survey.longest_prompt, apart=True)
     share = 1 if args.max_memory is not None else memory.SHARE
     rows = args.batch_size or job.state.get("batch_size") or needs.rows(survey.count, int(share * limit))
     needs.check(rows, limit)
-    file, done = job.begin()
-    summary, engine = Summary(before=len(done)), dry
+    file, done = job.begin(survey)
+    summary, engine, whole = Summary(before=len(done)), dry, f"{place(args.output)} is whole, --resume goes on with it"
     try:
-        with file, needs.explained(rows, limit):
+        with file, needs.explained(rows, limit), compiling():
             if len(done) < survey.count:
                 engine = load(job.state["plan"] if job.state else dry.plan)
                 job.decide(engine, survey, rows, length)
@@ -212,14 +244,14 @@ def run_job(
                 for summary in job.run(engine, survey, file, done):  # noqa: B007
                     pass
     except KeyboardInterrupt:
-        print(f"generate.py: interrupted; {args.output} is whole, --resume goes on with it", file=sys.stderr)
+        print(f"generate.py: interrupted; {whole}", file=sys.stderr)
         return 130
     except UserError as error:
-        raise UserError(f"{error}; {args.output} is whole, --resume goes on with it") from error
+        raise UserError(f"{error}; {whole}") from error
     if summary.figures:
         save_plan(args, engine, summary.figures)
     result = job_json(args, engine, survey.bad, rows, length, needs.row_full * rows, summary)
-    print(json.dumps(result) if args.json else job_report(result, summary))
+    print(json.dumps(result, allow_nan=False) if args.json else job_report(result, summary))
     return 2 if survey.bad else 0
 
 
@@ -282,7 +314,7 @@ def job_report(result: dict[str, Any], summary: Summary) -> str:
 def save_plan(args: argparse.Namespace, engine: Engine, figures: Figures) -> None:
     if args.save_plan is not None:
         saved = {"plan": figures.plan, "policy": engine.policy.name, "layers": engine.layer_policy.name}
-        Path(args.save_plan).write_text(json.dumps(saved) + "\n")
+        write_json(args.save_plan, saved)
 
 
 def choose_policies(args: argparse.Namespace) -> tuple[token_policies.TokenPolicy, layer_policies.LayerPolicy]:
@@ -301,15 +333,18 @@ def rows(text: str) -> int | None:
     if text == "auto":
         return None
     if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1 or auto, not {text}")
+        raise argparse.ArgumentTypeError(f"must be at least 1 or auto, not {cut(text)}")
     return int(text)
 
 
 def read_plan(path: Path) -> list[int]:
     plan = read_json(path, (dict, list))
     plan = plan.get("plan") if isinstance(plan, dict) else plan
-    if not isinstance(plan, list) or not plan or any(type(slots) is not int or slots < 1 for slots in plan):
-        raise UserError(f"{path}: a plan is a list of positive integers, slots per layer, or an object that has one")
+    if plan == [] or not is_a(plan, [POSITIVE]):
+        raise UserError(
+            f"{place(path)}: a plan is a list of positive integers, slots per layer, or an object that has one; not "
+            f"{shown(plan)}"
+        )
     return plan
 
 
@@ -335,10 +370,12 @@ def chosen_template(
     if args.interactive and args.prompt == "-":
         raise UserError("--interactive reads its turns from standard input; the first one can be a --prompt-file")
     if tokenizer is None and args.prompt_ids is None and args.input is None:
-        raise UserError(f"{args.checkpoint} has no tokenizer; give the prompt as --prompt-ids")
+        raise UserError(f"{place(args.checkpoint)} has no tokenizer; give the prompt as --prompt-ids")
     template = chat.load(folder, tokenizer) if args.chat or args.interactive and args.chat is None else None
     if args.chat and template is None:
-        raise UserError(f"{args.checkpoint} has no chat template; without --chat the prompt is continued as it stands")
+        raise UserError(
+            f"{place(args.checkpoint)} has no chat template; without --chat the prompt is continued as it stands"
+        )
     if args.system is not None and template is None:
         raise UserError("--system is a part of a chat; give --chat and a checkpoint that has a chat template")
     return template
@@ -370,22 +407,24 @@ def parse_ids(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise UserError(f"--prompt-ids must be integers with commas between, not {text!r}") from None
+        raise UserError(f"--prompt-ids must be integers with commas between, not {shown(text)}") from None
 
 
 def prompt_text(args: argparse.Namespace) -> str:
     if args.prompt not in (None, "-"):
-        text = args.prompt.encode("utf-8", "surrogateescape")
         name = "--prompt"
+        try:
+            data = args.prompt.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:
+            raise UserError("--prompt holds half of a surrogate pair, which is no character") from None
     elif args.prompt == "-":
-        text, name = sys.stdin.buffer.read(), "standard input"
+        name = "standard input"
+        with accessing(name):
+            data = read_stream(sys.stdin.buffer, name, PROMPT_BYTES)
     else:
-        path = Path(args.prompt_file or DEMO_PROMPT)
-        text, name = path.read_bytes(), str(path)
-    try:
-        text = text.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8: byte {error.object[error.start]:#04x} at {error.start}") from None
+        path = args.prompt_file or DEMO_PROMPT
+        data, name = read_bytes(path, PROMPT_BYTES), place(path)
+    text = decoded(data, name)
     if not text:
         raise UserError(f"the prompt is empty ({name}); give some text")
     return text
@@ -456,12 +495,16 @@ def lines(args: argparse.Namespace) -> Iterator[str]:
     typed = sys.stdin.isatty()
     while True:
         try:
-            line = input("> " if typed else "")
+            line = input("> ") if typed else sys.stdin.readline(PROMPT_BYTES + 1)
         except (EOFError, KeyboardInterrupt):
             return
         except UnicodeDecodeError as error:
             raise UserError(f"standard input is not UTF-8: byte {error.object[error.start]:#04x}") from None
-        if line:
+        if not (line or typed):  # the end
+            return
+        if len(line) > PROMPT_BYTES:
+            raise UserError(f"a line of standard input holds more than {amount(PROMPT_BYTES)}; shorten it")
+        if line := line.removesuffix("\n"):
             yield line
 
 

@@ -1,8 +1,8 @@
 """What a run needs and what there is, in bytes: computed before anything is allocated."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,16 +50,21 @@ class Needs(NamedTuple):
             f"--max-new-tokens or --dtype"
         )
 
-    @contextmanager
-    def explained(self, rows: int, limit: int) -> Iterator[None]:
+    def explained(self, rows: int, limit: int) -> AbstractContextManager[None]:
         """UserError with these numbers when memory runs out nevertheless."""
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:  # a GPU's is a kind of RuntimeError, a CPU's just one
-            known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-            if not known:
-                raise
-            raise UserError(self.refusal(rows, limit)) from error
+        return explained(lambda: self.refusal(rows, limit))
+
+
+@contextmanager
+def explained(line: Callable[[], str]) -> Iterator[None]:
+    """UserError with this line when memory runs out inside."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # a GPU's is a kind of RuntimeError, a CPU's just one
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        if not known:
+            raise
+        raise UserError(line()) from error
 
 
 def free(device: torch.device) -> int:
@@ -84,6 +89,7 @@ def _installed() -> int:
 
 
 def size(amount: float) -> str:
+    amount = min(amount, 1e100)  # an integer may be too large for a division
     for unit in ("B", "KiB", "MiB"):
         if amount < 1024:
             return f"{amount:.4g} {unit}"

@@ -4,16 +4,19 @@ import platform
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from errors import UserError, optional, place, shown
+from files import NATURAL, POSITIVE, Kind, checked
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def origin(device: str = "cpu") -> dict[str, str | int]:
     """Device, date, versions and command of this run."""
-    import transformers
-
+    transformers = optional("transformers")
     script = Path(sys.argv[0]).resolve()
     script = script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else script.name
     return {
@@ -25,6 +28,33 @@ def origin(device: str = "cpu") -> dict[str, str | int]:
         "transformers": transformers.__version__,
         "command": " ".join(["python", script, *sys.argv[1:]]),
     }
+
+
+ORIGIN = {"device": str, "date": str, "torch": str, "transformers": str, "command": str}  # what is shown of it
+JOB = {"shape": str, "dtype": str, "prompt_tokens": NATURAL, "new_tokens": NATURAL}
+
+
+def check_stages(value: dict[str, Any], where: str) -> dict[str, Any]:
+    """What bench.py has written. UserError, which begins with `where`, if it is something else."""
+    for name, stage in checked(value, {"stages": dict}, where)["stages"].items():
+        which = f"{where}: stage {shown(name)}"
+        if not isinstance(stage, dict):
+            raise UserError(f"{which} is {shown(stage)}")
+        for number, row in enumerate(checked(stage, ORIGIN | {"rows": [dict]}, which)["rows"], 1):
+            kinds: dict[str, Kind] = {"what": str}
+            if name == "decode" and "ms_per_step" in row:
+                kinds |= JOB | {"ms_per_step": float}
+            if name in ("throughput", "long") and "batch" in row and "largest" not in str(row.get("what")):
+                kinds |= JOB | {"batch": POSITIVE} | ({"failed": str} if "failed" in row else {"tokens_per_s": float})
+            checked(row, kinds, f"{which} row {number}")
+    return value
+
+
+def check_picture(path: Path, name: str) -> None:
+    """UserError unless a picture can be drawn into such a file; `name` is the flag that asks for it."""
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"{name} {place(path)}: pictures are .png, .svg or .pdf files")
+    optional("matplotlib")
 
 
 def device_name(device: str) -> str:

@@ -11,8 +11,8 @@ import torch
 import checkpoint
 from checkpoint import EMBEDDED
 from config import ModelConfig
-from errors import UserError
-from files import read_json
+from errors import UserError, cut, shown
+from files import accessing, read_json
 from model import Transformer
 
 
@@ -69,13 +69,17 @@ def published(shape: str) -> tuple[dict[str, Any], torch.dtype | None]:
     """config.json of NAME[:DTYPE], and the dtype if one is named. UserError if there is no such thing."""
     name, _, dtype = shape.partition(":")
     if dtype and dtype not in checkpoint.DTYPES:
-        raise UserError(f"dtype {dtype!r} of --shape {shape} is not supported; use {', '.join(checkpoint.DTYPES)}")
+        raise UserError(
+            f"dtype {shown(dtype)} of --shape {cut(name)} is not supported; use {', '.join(checkpoint.DTYPES)}"
+        )
     if name in SHAPES:
         raw = SHAPES[name]
     else:
         file = EMBEDDED / "config.json" if name == "embedded" else Path(name)
-        if not file.is_file():
-            raise UserError(f"shape {name!r} is neither a file nor one of embedded, {', '.join(SHAPES)}")
+        with accessing(file):
+            known = file.is_file()
+        if not known:
+            raise UserError(f"shape {shown(name)} is neither a file nor one of embedded, {', '.join(SHAPES)}")
         raw = read_json(file)
     return raw, checkpoint.DTYPES[dtype] if dtype else None
 

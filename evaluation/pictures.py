@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from evaluation.summary import DEPTHS, plan_name  # noqa: E402
+from files import write_whole  # noqa: E402
 
 
 def draw(summary: dict, folder: Path) -> list[Path]:
@@ -21,7 +22,7 @@ def draw(summary: dict, folder: Path) -> list[Path]:
         figure = picture(summary)
         figure.tight_layout()
         paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=110)
+        write_whole(paths[-1], lambda file, figure=figure: figure.savefig(file, dpi=110))
         plt.close(figure)
     return paths
 

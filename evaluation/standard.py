@@ -11,18 +11,20 @@ of rouge-score is not exactly that of the package that LongBench uses.
 """
 
 import json
+import lzma
 import re
 import string
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from checkpoint import HUB_ID
-from errors import UserError
+from errors import UserError, cut, optional, place, reason
 from evaluation.cells import Batch, Cell
 from evaluation.tasks import Row
-from files import parse_json
+from files import MOST_BYTES, Kind, accessing, checked, parse_json, read_bytes, read_stream
 from tokenizer import Tokenizer
 
 LONGBENCH = json.loads((Path(__file__).parent / "longbench.json").read_text())["datasets"]
@@ -34,11 +36,14 @@ RULER = {  # tokens to generate and metric, by how the task's name begins
     "qa": (32, "match_part"),
 }
 SUMMARIES = {"xsum": ("document", "summary", 64), "cnn_dailymail": ("article", "highlights", 128)}
-FORMATS = {  # field -> type, by which a file's first row is told apart
-    "longbench": {"context": str, "input": str, "answers": list},
-    "ruler": {"input": str, "outputs": list},
+FORMATS: dict[str, dict[str, Kind]] = {  # field -> kind, by which a file's first row is told apart
+    "longbench": {"context": str, "input": str, "answers": [str]},
+    "ruler": {"input": str, "outputs": [str]},
     **{name: {text: str, summary: str} for name, (text, summary, _) in SUMMARIES.items()},
 }
+MORE = {"dataset": str, "answer_prefix": str, "all_classes": (None, [str])}  # kinds of fields that a row may have
+MOST_DATA = 4 * MOST_BYTES  # of one jsonl file: the largest of LongBench has 60 MB
+UNZIPPING = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, RuntimeError, NotImplementedError)
 FIRST_LINE = {"trec", "triviaqa", "samsum"}  # LongBench counts only the first line of what is said
 
 
@@ -46,16 +51,17 @@ class Standard:
     """One file as a task. UserError, one line with file and row, for what is not in the published format."""
 
     def __init__(self, name: str, lines: Sequence[bytes], tokenizer: Tokenizer, eos_ids: Collection[int], limit: int):
-        records = [_parsed(line, f"{name} row {n}") for n, line in enumerate(lines, 1) if line.strip()]
+        path, name = Path(name), place(name)
+        records = [parse_json(line, f"{name} row {n}") for n, line in enumerate(lines, 1) if line.strip()]
         if not records:
             raise UserError(f"{name} has no rows")
         self.kind = next((kind for kind, fields in FORMATS.items() if fields.keys() <= records[0].keys()), None)
         if self.kind is None:
             known = "; ".join(f"{kind}: {', '.join(fields)}" for kind, fields in FORMATS.items())
-            raise UserError(f"{name} row 1 has the fields {', '.join(records[0])}; known formats: {known}")
+            fields = cut(", ".join(records[0]))
+            raise UserError(f"{name} row 1 has the fields {fields}; known formats: {known}")
         for n, record in enumerate(records, 1):
             _check(record, FORMATS[self.kind], f"{name} row {n}")
-        path = Path(name)
         own = path.parent.name if path.stem in ("validation", "test", "train") else path.stem
         self.dataset = records[0].get("dataset", own) if self.kind == "longbench" else own
         prompt, answers, self.new, self.metric = self._format(name)
@@ -76,11 +82,15 @@ class Standard:
         if self.kind == "ruler":
             task = next((task for task in RULER if self.dataset.startswith(task)), None)
             if task is None:
-                raise UserError(f"{name}: {self.dataset} is no RULER task; their names begin with {', '.join(RULER)}")
+                raise UserError(
+                    f"{name}: {cut(self.dataset)} is no RULER task; their names begin with {', '.join(RULER)}"
+                )
             return lambda r: r["input"] + r.get("answer_prefix", ""), lambda record: record["outputs"], *RULER[task]
-        own = LONGBENCH.get(str(self.dataset).removesuffix("_e"))
+        own = LONGBENCH.get(self.dataset.removesuffix("_e"))
         if own is None:
-            raise UserError(f"{name}: dataset {self.dataset} is not among {', '.join(LONGBENCH)} (English ones only)")
+            raise UserError(
+                f"{name}: dataset {cut(self.dataset)} is not among {', '.join(LONGBENCH)} (English ones only)"
+            )
         return lambda r: own["prompt"].format(**r), lambda record: record["answers"], own["new"], own["metric"]
 
     def results(self, batch: Batch, cell: Cell, rows: Sequence[Row]) -> list[dict]:
@@ -93,28 +103,42 @@ class Standard:
         return results
 
 
-def read(source: str) -> Iterator[tuple[str, list[bytes]]]:
-    """Name and lines of every jsonl: a file, a folder, a zip, or a dataset of the hub (its jsonl and zip files)."""
+def paths(source: str) -> list[Path]:
+    """The jsonl and zip files of a file, a folder or a dataset of the hub."""
     path = Path(source).expanduser()
-    if not path.exists() and path.suffix not in (".jsonl", ".zip") and HUB_ID.fullmatch(source):
+    with accessing(path):
+        there = path.exists()
+    if not there and path.suffix not in (".jsonl", ".zip") and HUB_ID.fullmatch(source):
         from huggingface_hub import snapshot_download
 
         try:
-            path = Path(snapshot_download(source, repo_type="dataset", allow_patterns=["*.jsonl", "*.zip"]))
+            path, there = (
+                Path(snapshot_download(source, repo_type="dataset", allow_patterns=["*.jsonl", "*.zip"])),
+                True,
+            )
         except Exception as error:  # the client's own, its http library's, the operating system's
-            raise UserError(f"{source} is no file here, and the hub did not give it: {error}") from error
-    if not path.exists():
-        raise UserError(f"{source} does not exist")
+            raise UserError(f"{cut(source)} is no file here, and the hub did not give it: {reason(error)}") from error
+    if not there:
+        raise UserError(f"{place(source)} does not exist")
     files = sorted(path.rglob("*.jsonl")) + sorted(path.rglob("*.zip")) if path.is_dir() else [path]
     if not files:
-        raise UserError(f"{source} holds no .jsonl file")
-    for file in files:
+        raise UserError(f"{place(source)} holds no .jsonl file")
+    return files
+
+
+def read(source: str) -> Iterator[tuple[str, list[bytes]]]:
+    """Name and lines of every jsonl in `paths`, in zip files too."""
+    for file in paths(source):
         if file.suffix != ".zip":
-            yield str(file), file.read_bytes().splitlines()
+            yield str(file), read_bytes(file, MOST_DATA).splitlines()
             continue
-        with zipfile.ZipFile(file) as archive:
-            for name in sorted(name for name in archive.namelist() if name.endswith(".jsonl")):
-                yield name, archive.read(name).splitlines()
+        try:
+            with zipfile.ZipFile(file) as archive:
+                for name in sorted(name for name in archive.namelist() if name.endswith(".jsonl")):
+                    with archive.open(name) as member:
+                        yield name, read_stream(member, f"{place(file)}: {place(name)}", MOST_DATA).splitlines()
+        except UNZIPPING as error:
+            raise UserError(f"{place(file)} is no zip file that can be read: {reason(error)}") from error
 
 
 def middle_cut(ids: list[int], limit: int) -> list[int]:
@@ -122,18 +146,10 @@ def middle_cut(ids: list[int], limit: int) -> list[int]:
     return ids if len(ids) <= limit else ids[: limit - limit // 2] + ids[len(ids) - limit // 2 :]
 
 
-def _parsed(line: bytes, where: str) -> dict:
-    return parse_json(line, where)
-
-
-def _check(record: dict, fields: dict[str, type], where: str) -> None:
-    for field, kind in fields.items():
-        if field not in record:
-            raise UserError(f"{where} lacks the field {field!r}")
-        value = record[field]
-        if not isinstance(value, kind) or kind is list and not (value and all(isinstance(v, str) for v in value)):
-            wanted = "text" if kind is str else "a list of texts"
-            raise UserError(f"{where}: the field {field!r} must be {wanted}, not {json.dumps(value)[:60]}")
+def _check(record: dict, fields: dict[str, Kind], where: str) -> None:
+    checked(record, fields | {name: kind for name, kind in MORE.items() if name in record}, where)
+    if empty := [name for name, kind in fields.items() if kind == [str] and not record[name]]:
+        raise UserError(f"{where}: {empty[0]!r} is empty; a row needs an answer")
 
 
 def f1(said: str, answers: Sequence[str], classes: Sequence[str] = ()) -> float:
@@ -152,16 +168,13 @@ def f1(said: str, answers: Sequence[str], classes: Sequence[str] = ()) -> float:
 
 
 def rouge_l(said: str, answers: Sequence[str], classes: Sequence[str] = ()) -> float:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"])
+    scorer = optional("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
     return max(scorer.score(answer, said)["rougeL"].fmeasure for answer in answers)
 
 
 def edit_similarity(said: str, answers: Sequence[str], classes: Sequence[str] = ()) -> float:
     """Of the first line that is neither a comment nor a fence."""
-    from rapidfuzz.fuzz import ratio
-
+    ratio = optional("rapidfuzz.fuzz").ratio
     lines = said.lstrip("\n").split("\n")
     code = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
     return max(ratio(code, answer) / 100 for answer in answers)

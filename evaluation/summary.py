@@ -9,8 +9,10 @@ from dataclasses import asdict
 
 import numpy as np
 
+from errors import UserError, place
 from evaluation.cells import FULL, Cell
 from evaluation.tasks import Log, Task
+from files import Kind
 from policies.layers.squeeze import three_means
 
 RESAMPLES = 2000
@@ -34,7 +36,7 @@ def summarise(tasks: Sequence[Task], cells: Sequence[Cell], log: Log) -> dict:
             {
                 **asdict(cell),
                 "kv_share": round(float(np.mean([r["kv_share"] for r in log.of(tasks[0], cell)])), 4),
-                "plan": next(record["plan"] for record in log.of(tasks[0], cell) if "plan" in record),
+                "plan": _plan(log, tasks[0], cell),
                 "scores": {name: score.of(cell) for name, score in scores.items()},
             }
             for cell in cells
@@ -63,10 +65,24 @@ def summarise(tasks: Sequence[Task], cells: Sequence[Cell], log: Log) -> dict:
     return summary
 
 
+def _plan(log: Log, task: Task, cell: Cell) -> list[int]:
+    for record in log.of(task, cell):
+        if "plan" in record:
+            return record["plan"]
+    raise UserError(f"{place(log.path)} has no plan of {cell.policy} x {cell.layers}; give another --out")
+
+
 def _importance(signals: list[list[float]]) -> dict:
     """In which share of the prompts squeeze would take from each layer, and some prompts' signals for a picture."""
     squeezed = np.array([[group == 2 for group in three_means(row)] for row in signals])
     return {"prompts": len(signals), "squeezed": squeezed.mean(0).round(4).tolist(), "signals": signals[:DRAWN]}
+
+
+def needed(task: Task) -> dict[str, Kind]:
+    """The fields of a task's results that are read here."""
+    if task.metric == "kl":
+        return {"kl": float, "agree": float, "loss": float}
+    return {task.metric: (bool, float)}
 
 
 class Scores:
@@ -75,14 +91,14 @@ class Scores:
     def __init__(self, task: Task, cells: Sequence[Cell], log: Log):
         self.cells, self.metric, rows = list(cells), task.metric, len(task.rows)
         counts = np.random.default_rng(2024).multinomial(rows, [1 / rows] * rows, size=RESAMPLES) / rows
-        self.names = ["kl", "agree", "loss"] if task.metric == "kl" else [task.metric]
+        self.names = list(needed(task))
         self.rows, self.values, self.resampled = rows, {}, {}
         for name in self.names:
             values = np.array([[float(record[name]) for record in log.of(task, cell)] for cell in cells]).T
             self.values[name], self.resampled[name] = values.mean(0), counts @ values
         if "loss" in self.values:
-            self.values["perplexity"] = np.exp(self.values.pop("loss"))
-            self.resampled["perplexity"] = np.exp(self.resampled.pop("loss"))
+            for means in (self.values, self.resampled):  # JSON has no infinity
+                means["perplexity"] = np.exp(np.minimum(means.pop("loss"), 700))
         self.quality = "perplexity" if "perplexity" in self.values else task.metric  # what a cut is judged by
 
     def of(self, cell: Cell) -> dict[str, list[float]]:

@@ -1,16 +1,28 @@
 """What a task is, and running tasks over cells: in batches, each result written as it is made, resumable."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from errors import UserError
+from errors import UserError, cut, place
 from evaluation.cells import FULL, Batch, Cell, check
+from files import MOST_BYTES, NATURAL, POSITIVE, Lines, accessing, append, check_output, checked, exclusive, parse_json
 from model import Transformer
+
+RESULT = {  # what every line says
+    "task": str,
+    "row": NATURAL,
+    "policy": str,
+    "layers": str,
+    "p": (None, float),
+    "budget": (None, float),
+    "kv_share": float,
+}
 
 
 @dataclass(frozen=True)
@@ -36,27 +48,59 @@ class Task(Protocol):
 class Log:
     """A jsonl file with one line per result. Its first line holds the settings that the results depend on.
 
-    UserError if the file is there and `resume` is not asked for, or if its settings are others.
+    needed: for each task the fields of a result that the summary reads, and their kinds (`files.checked`). UserError if
+    the file is there and `resume` is not asked for, if its settings are others, if a line is no result, or if another
+    run writes to it.
     """
 
-    def __init__(self, path: Path, settings: dict, resume: bool):
-        self.records: dict[tuple, dict] = {}
-        settings = json.loads(json.dumps({"settings": settings}))
-        if path.exists() and path.stat().st_size:
-            if not resume:
-                raise UserError(f"{path} holds results; go on with --resume, or give another --out")
-            whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-            first, *records = map(json.loads, whole)
-            if first != settings:
-                differ = [name for name, value in settings["settings"].items() if first["settings"].get(name) != value]
-                raise UserError(f"{path} was made with other settings ({', '.join(differ)}); give another --out")
-            for record in records:
-                self._keep(record)
-            path.write_bytes(b"".join(whole))  # without a line that an interruption has cut off
-        else:
+    def __init__(self, path: Path, settings: dict, resume: bool, needed: Mapping[str, Mapping[str, Any]] | None = None):
+        self.path, self.needed, self.records, self.unwritten = path, needed or {}, {}, []
+        header = json.dumps({"settings": settings}) + "\n"
+        with accessing(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(settings) + "\n")
-        self.file = path.open("a", encoding="utf-8")
+        check_output(path, "--out")
+        if not resume and path.exists() and path.stat().st_size:
+            raise UserError(f"{place(path)} holds results; go on with --resume, or give another --out")
+        self.file = exclusive(path)
+        try:
+            whole = self._read(json.loads(header)["settings"], header.encode())
+        except UserError:
+            self.close()
+            raise
+        self.file.truncate(whole)  # without a line that an interruption has cut off
+        if not whole:
+            append(self.file, header.encode(), path)
+
+    def _read(self, settings: dict, header: bytes) -> int:
+        """Take in the results that are there; the bytes that they and the settings take."""
+        whole, lines = 0, {}
+        for number, raw, size, _ in Lines(self.path, MOST_BYTES):
+            where = f"{place(self.path)} line {number} is no result (give another --out)"
+            if raw is None:
+                raise UserError(f"{where}: it is {size / 2**20:,.0f} MiB long")
+            if not raw.endswith(b"\n"):
+                if number == 1 and not header.startswith(raw):
+                    raise UserError(f"{where}: the settings of a run are the first line of its results")
+                break
+            record = parse_json(raw, where)
+            if number == 1:
+                first = checked(record, {"settings": dict}, where)["settings"]
+                names = settings | first
+                if differ := [cut(name) for name in names if (name, first.get(name)) != (name, settings.get(name))]:
+                    wrong = cut(", ".join(differ))
+                    raise UserError(f"{place(self.path)} was made with other settings ({wrong}); give another --out")
+            else:
+                checked(record, RESULT, where)
+                checked(record, self.needed.get(record["task"], {}), where)
+                if record["policy"] == FULL.policy:
+                    checked(record, {"signal": [float]}, where)
+                if "plan" in record:
+                    checked(record, {"plan": [POSITIVE]}, where)
+                if (earlier := lines.setdefault(self._key(record), number)) != number:
+                    raise UserError(f"{where}: it is the result of line {earlier} again")
+                self._keep(record)
+            whole += size
+        return whole
 
     @staticmethod
     def _key(record: dict) -> tuple:
@@ -70,8 +114,21 @@ class Log:
         return self._key({"task": task.name, "row": row.number, **asdict(cell)}) in self.records
 
     def add(self, record: dict) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                row = f"{record['task']}, row {record['row']}, {record['policy']} x {record['layers']}"
+                raise UserError(f"{row}: {name} is {value}; the model's numbers overflow, so try another --dtype")
+        self.unwritten.append(json.dumps(record, allow_nan=False).encode() + b"\n")
         self._keep(record)
+
+    def flush(self) -> None:
+        """To the disk, all that was added, or nothing of it."""
+        append(self.file, b"".join(self.unwritten), self.path)
+        self.unwritten = []
+
+    def close(self) -> None:
+        """Let others write to it."""
+        self.file.close()
 
     def of(self, task: Task, cell: Cell) -> list[dict]:
         """The results of every row, in order."""
@@ -124,5 +181,5 @@ def run(model: Transformer, tasks: Sequence[Task], cells: Sequence[Cell], log: L
                             record["signal"] = [round(signal, 5) for signal in batch.signals[index].tolist()]
                         if not log.has(task, row, cell):
                             log.add(record)
-                    log.file.flush()
+                    log.flush()
                     bar.update(len(rows))

@@ -26,7 +26,9 @@ import checkpoint  # noqa: E402
 from batch import Job  # noqa: E402
 from benchmark.record import origin  # noqa: E402
 from checkpoint import EMBEDDED  # noqa: E402
+from commandline import Parser, guarded  # noqa: E402
 from engine import Engine, Request  # noqa: E402
+from files import check_apart, check_output, write_json, write_whole  # noqa: E402
 from generate import TextSoFar  # noqa: E402
 
 PROMPTS = Path(__file__).resolve().parent.parent / "results" / "prompts_200.jsonl"
@@ -34,15 +36,26 @@ ROWS = 8
 THEIRS = f"transformers generate, batches of {ROWS}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    return guarded("bench_batch.py", lambda: run(parse(argv)))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=200, help="only the first ones")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--draw", action="store_true", help="write the file of prompts, and nothing else")
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.out is not None:
+        check_output(args.out, "--out")
+        check_apart({"--out": args.out}, {"the prompts": PROMPTS, "the embedded checkpoint": EMBEDDED})
+    return args
+
+
+def run(args: argparse.Namespace) -> int:
     if args.draw:
         return draw()
     torch.set_num_threads(args.threads)
@@ -86,7 +99,8 @@ def main() -> None:
     result |= {"same_as_transformers": same, "rows": rows}
     print(json.dumps(result, indent=1))
     if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.out, result, indent=1)
+    return 0
 
 
 def ours(engine: Engine, rows: int, prompts: int):
@@ -96,7 +110,7 @@ def ours(engine: Engine, rows: int, prompts: int):
         output = Path(folder) / "out"
         job = Job(PROMPTS, output, {}, Request(()), list, lambda: TextSoFar(None, []))
         survey = job.survey(engine)
-        file, _ = job.begin()
+        file, _ = job.begin(survey)
         done = {line.id for _, line in list(job.lines(engine))[prompts:]}
         started = time.perf_counter()
         with file:
@@ -136,7 +150,7 @@ def theirs(peer, requests: list[dict]) -> tuple[float, dict[str, list[int]]]:
     return time.perf_counter() - started, tokens
 
 
-def draw() -> None:
+def draw() -> int:
     from tokenizers import Tokenizer
 
     from evaluation import tiny_data as data
@@ -144,14 +158,16 @@ def draw() -> None:
     tokenizer = Tokenizer.from_file(str(EMBEDDED / "tokenizer.json"))
     text = tokenizer.encode("".join(data.read(file) for file in data.source_files()[1])).ids
     rng = random.Random(0)
-    with PROMPTS.open("w") as file:
-        for number in range(200):
-            length = rng.randint(16, 256)
-            start = rng.randrange(len(text) - length)
-            line = {"id": f"{number:03}", "prompt_ids": text[start : start + length]}
-            line["max_new_tokens"] = rng.randint(64, 128)
-            file.write(json.dumps(line, separators=(",", ":")) + "\n")
+    lines = []
+    for number in range(200):
+        length = rng.randint(16, 256)
+        start = rng.randrange(len(text) - length)
+        line = {"id": f"{number:03}", "prompt_ids": text[start : start + length]}
+        line["max_new_tokens"] = rng.randint(64, 128)
+        lines.append(json.dumps(line, separators=(",", ":")) + "\n")
+    write_whole(PROMPTS, "".join(lines))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,25 +23,41 @@ from torch.nn.functional import cross_entropy  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import checkpoint  # noqa: E402
-from benchmark.record import origin  # noqa: E402
+from benchmark.record import check_picture, origin  # noqa: E402
 from checkpoint import EMBEDDED  # noqa: E402
+from commandline import Parser, guarded  # noqa: E402
 from engine import Conversation, Engine, Request  # noqa: E402
 from evaluation import tiny_data as data  # noqa: E402
+from files import check_apart, check_output, write_json, write_whole  # noqa: E402
 
 SAID, ANSWERED = 32, 96
 SPAN = 1000  # tokens whose speed or loss makes one figure
 FIRST = 64  # tokens of a text that are the prompt
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    return guarded("bench_chat.py", lambda: run(parse(argv)))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--texts", type=int, default=4, help="how many texts to read")
     parser.add_argument("--slots", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    outputs = {flag: path for flag, path in (("--out", args.out), ("--plot", args.plot)) if path is not None}
+    for flag, path in outputs.items():
+        check_output(path, flag)
+    check_apart(outputs, {"the embedded checkpoint": EMBEDDED})
+    if args.plot is not None:
+        check_picture(args.plot, "--plot")
+    return args
+
+
+def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     model, config = checkpoint.load(EMBEDDED)
     tokenizer = Tokenizer.from_file(str(EMBEDDED / "tokenizer.json"))
@@ -57,10 +73,10 @@ def main() -> None:
         result["read"][policy] = read(engine, text, args)
         print(policy, result["read"][policy])
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.out, result, indent=1)
     if args.plot:
         draw(result, args.plot)
+    return 0
 
 
 def talk(engine: Engine, text: list[int], tokens: int) -> dict:
@@ -131,8 +147,8 @@ def draw(result: dict, path: Path) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    write_whole(path, lambda file: figure.savefig(file, dpi=130, format=path.suffix[1:]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

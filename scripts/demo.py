@@ -10,6 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import generate  # noqa: E402
+from commandline import guarded  # noqa: E402
+from files import read_text  # noqa: E402
 
 BUDGET = "0.3"
 RUNS = {
@@ -20,7 +22,11 @@ RUNS = {
 
 
 def main() -> int:
-    prompt = generate.DEMO_PROMPT.read_text(encoding="utf-8")
+    return guarded("demo.py", run)
+
+
+def run() -> int:
+    prompt = read_text(generate.DEMO_PROMPT)
     lines = prompt.splitlines()
     place = next(i for i, line in enumerate(lines) if line.startswith("# define"))
     print(f"[... {place} lines of Python ...]\n{lines[place]}")

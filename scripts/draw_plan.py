@@ -19,20 +19,25 @@ from demo import BUDGET  # noqa: E402
 
 import generate  # noqa: E402
 from benchmark.record import origin  # noqa: E402
+from commandline import guarded  # noqa: E402
+from files import write_json, write_whole  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 COLOURS = ["#1b6ca8", "#6aa84f", "#e69138"]
 NAMES = ["most important", "important", "squeezed"]
 
 
-def main() -> None:
+def main() -> int:
+    return guarded("draw_plan.py", run)
+
+
+def run() -> int:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         if generate.main(["--squeeze", "--budget", BUDGET, "--json", "--max-new-tokens", "48"]):
-            sys.exit(1)
+            return 1
     run = json.loads(out.getvalue())
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "plan.json").write_text(json.dumps({**origin(), "run": run}, indent=1) + "\n")
+    write_json(RESULTS / "plan.json", {**origin(), "run": run}, indent=1)
 
     layers = range(len(run["plan"]))
     colours = [COLOURS[group] for group in run["groups"]]
@@ -57,8 +62,9 @@ def main() -> None:
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS]
     right.legend(handles, NAMES, fontsize=8, loc="center", frameon=False)
     figure.tight_layout()
-    figure.savefig(RESULTS / "plan.png", dpi=130)
+    write_whole(RESULTS / "plan.png", lambda file: figure.savefig(file, dpi=130))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,7 +3,6 @@
 python scripts/render_readme.py            rewrite        (--check: fail if that would change something)
 """
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -13,11 +12,43 @@ EVALUATED = "eval_slow/summary.json"
 SHOWN = (0.2, 0.4)  # budgets of it that the README has room for
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from benchmark.record import ORIGIN, check_stages  # noqa: E402
+from commandline import guarded  # noqa: E402
 from evaluation.summary import conclusions  # noqa: E402
+from files import checked, read_json, read_text, write_whole  # noqa: E402
+
+EVALUATION = ORIGIN | {
+    "cells": [{"policy": str, "layers": str, "p": (None, float), "budget": (None, float), "scores": dict}],
+    "tasks": dict,
+    "against": [{"policy": str, "layers": str, "p": (None, float), "budget": float, "minus_uniform": dict}],
+    "cuts": [{"policy": str, "layers": str, "p": (None, float), "cut": dict}],
+    "definition": str,
+}
+FILES = {  # what is read of each
+    "eval_slow/summary.json": EVALUATION,
+    "eval_defaults/summary.json": EVALUATION,
+    "plan.json": ORIGIN
+    | {"run": dict.fromkeys("prompt_tokens max_new_tokens kv_bytes kv_bytes_full".split(), int) | {"text": str}},
+    "batch_cpu.json": ORIGIN
+    | dict.fromkeys("prompts prompt_tokens new_tokens same_as_transformers".split(), int)
+    | {
+        "rows": [
+            {"what": str, "kv_bytes": (None, int)}
+            | dict.fromkeys("tokens_per_s times_one_by_one times_transformers compile_s".split(), float)
+        ]
+    },
+    "chat_cpu.json": ORIGIN
+    | {"slots": int, "trained_positions": int}
+    | {"talk": {"seen": int, "kv_bytes": [int], "kv_bytes_full": int, "last_over_first": float}}
+    | {"read": dict.fromkeys("streaming window full".split(), [float])},
+}
 
 
 def result(name: str) -> dict:
-    return json.loads((ROOT / "results" / name).read_text())
+    path = ROOT / "results" / name
+    where = f"results/{name}"
+    value = read_json(path)
+    return check_stages(value, where) if name == "bench_cpu.json" else checked(value, FILES[name], where)
 
 
 def provenance(record: dict, file: str) -> str:
@@ -220,8 +251,12 @@ SECTIONS = {
 
 
 def main() -> int:
+    return guarded("render_readme.py", run)
+
+
+def run() -> int:
     path = ROOT / "README.md"
-    before = path.read_text()
+    before = read_text(path)
     text = before
     for name, render in SECTIONS.items():
         pattern = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->", re.S)
@@ -232,7 +267,7 @@ def main() -> int:
         text = f"{text[:start]}<!-- {name} -->\n{render()}\n<!-- end -->{text[end:]}"
     if "--check" in sys.argv:
         return int(text != before)
-    path.write_text(text)
+    write_whole(path, text)
     return 0
 
 

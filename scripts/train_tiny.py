@@ -17,9 +17,7 @@ Matrices are trained with Muon (Jordan et al., 2024), the rest with AdamW.
 
 import argparse
 import json
-import os
 import random
-import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -30,13 +28,15 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import save  # noqa: E402
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import checkpoint  # noqa: E402
+from commandline import Parser, guarded  # noqa: E402
 from evaluation import tiny_data as data  # noqa: E402
+from files import accessing, check_apart, check_folder, read_bytes, write_json, write_whole  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 
 EOS = 0
@@ -81,15 +81,27 @@ STAGES = [
 ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    return guarded("train_tiny.py", lambda: run(parse(argv)))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "tiny", help="state and log")
     parser.add_argument("--out", type=Path, default=ROOT / "checkpoints" / "tiny", help="the exported folder")
     parser.add_argument("--tokens", type=float, default=7.58e6, help="length of the run")
     parser.add_argument("--lr", type=float, default=0.01, help="of the matrices; the rest gets 0.3 of it")
     parser.add_argument("--export-only", action="store_true")
-    args = parser.parse_args()
-    args.run.mkdir(parents=True, exist_ok=True)
+    args = parser.parse_args(argv)
+    check_apart({"--out": args.out}, {"--run": args.run})
+    return args
+
+
+def run(args: argparse.Namespace) -> int:
+    for flag, folder in (("--run", args.run), ("--out", args.out)):
+        with accessing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        check_folder(folder, flag)
     torch.manual_seed(0)
     text = Text(load_tokenizer(args.run / "tokenizer.json"), random.Random(0))
     model = new_model()
@@ -97,6 +109,7 @@ def main() -> None:
     if not args.export_only:
         train(model, state, text, args)
     export(model, state, text, args)
+    return 0
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -119,7 +132,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     words = "# define " + " ".join(data.KEYS + data.VALUES) + "\n"
     source = [data.read(file) for file in data.source_files()[0]]
     tokenizer.train_from_iterator([*source, *[words] * 4000], trainer)
-    tokenizer.save(str(path))
+    write_whole(path, tokenizer.to_str(pretty=True))
     return tokenizer
 
 
@@ -313,9 +326,7 @@ class State:
     def save(self) -> None:
         state = {"model": self.model.state_dict(), "adam": self.adam.state_dict(), "muon": self.muon.momentum}
         state |= {"step": self.step, "tokens": self.tokens, "spent": self.spent}
-        partial = self.path.with_suffix(".tmp")
-        torch.save(state, partial)
-        os.replace(partial, self.path)
+        write_whole(self.path, lambda file: torch.save(state, file))
 
 
 class Muon:
@@ -411,18 +422,17 @@ def held_out_loss(model: Transformer, text: Text, tokens: int = 1024) -> float:
 
 def export(model: Transformer, state: State, text: Text, args: argparse.Namespace) -> None:
     """Write a Hugging Face folder with its model card, and the demo's prompt."""
-    args.out.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in checkpoint.to_hf(model.state_dict(), model.config).items()}
-    save_file(tensors, args.out / "model.safetensors", metadata={"format": "pt"})
-    shutil.copy(args.run / "tokenizer.json", args.out / "tokenizer.json")
+    write_whole(args.out / "model.safetensors", save(tensors, metadata={"format": "pt"}))
+    write_whole(args.out / "tokenizer.json", read_bytes(args.run / "tokenizer.json"))
     special = {"eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048}
     for name, content in (
         ("config.json", CONFIG),
         ("generation_config.json", {"eos_token_id": EOS}),
         ("tokenizer_config.json", special),
     ):
-        (args.out / name).write_text(json.dumps(content, indent=2) + "\n")
-    (args.out / "demo_prompt.txt").write_text(demo_prompt(text))
+        write_json(args.out / name, content, indent=2)
+    write_whole(args.out / "demo_prompt.txt", demo_prompt(text))
     rates = {length: recall(model, text, length, 200, seed=7) for length in (256, 512, 1024)}
     card = CARD.format(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -437,7 +447,7 @@ def export(model: Transformer, state: State, text: Text, args: argparse.Namespac
         held_out=held_out_loss(model, text),
         recall="\n".join(f"| {length} | {rate:.1%} |" for length, rate in rates.items()),
     )
-    (args.out / "README.md").write_text(card)
+    write_whole(args.out / "README.md", card)
     print(card)
 
 
@@ -475,4 +485,4 @@ end.
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

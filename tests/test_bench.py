@@ -209,7 +209,7 @@ def test_who_fails_at_one_batch_is_not_compiled_again_at_the_next(tiny, uncompil
 
 def test_profiles_before_and_after(tiny, uncompiled, tmp_path):
     file = tmp_path / "p.txt"
-    sizes = bench.Sizes("tiny", 40, 6, profile=file)
+    sizes = bench.Sizes("tiny", 40, 6, profile=bench.Report(file))
     for what, compiled in (("profile, eager", False), ("profile, compiled", True)):
         row = bench.profile(tiny, sizes, compiled, steps=2)
         assert row["what"] == what
@@ -222,7 +222,8 @@ def test_profiles_before_and_after(tiny, uncompiled, tmp_path):
 def test_a_wait_in_a_step_is_counted(tiny, monkeypatch, tmp_path):
     argmax = torch.Tensor.argmax
     monkeypatch.setattr(torch.Tensor, "argmax", lambda *args: (args[0][0, 0].item(), argmax(*args))[1])
-    row = bench.profile(tiny, bench.Sizes("tiny", 40, 6, profile=tmp_path / "p.txt"), compiled=False, steps=2)
+    sizes = bench.Sizes("tiny", 40, 6, profile=bench.Report(tmp_path / "p.txt"))
+    row = bench.profile(tiny, sizes, compiled=False, steps=2)
     assert row["waits_per_step"] == {"aten::item": 1, "aten::_local_scalar_dense": 1}
 
 

@@ -280,10 +280,14 @@ def test_prompts_of_standard_files(tiny):
 @pytest.mark.parametrize(
     ("name", "rows", "words"),
     [
-        ("a.jsonl", [LONG, {"input": "x", "context": "y"}], "a.jsonl row 2 lacks the field 'answers'"),
-        ("a.jsonl", [LONG, LONG, LONG | {"answers": "x"}], "row 3: the field 'answers' must be a list of texts"),
-        ("a.jsonl", [LONG | {"answers": []}], "row 1: the field 'answers' must be a list of texts, not []"),
-        ("vt.jsonl", [RULER, RULER | {"outputs": [7]}], "vt.jsonl row 2: the field 'outputs'"),
+        ("a.jsonl", [LONG, {"input": "x", "context": "y"}], "a.jsonl row 2: 'answers' is missing"),
+        (
+            "a.jsonl",
+            [LONG, LONG, LONG | {"answers": "x"}],
+            "row 3: 'answers' must be a list, each of it a text",
+        ),
+        ("a.jsonl", [LONG | {"answers": []}], "row 1: 'answers' is empty"),
+        ("vt.jsonl", [RULER, RULER | {"outputs": [7]}], "vt.jsonl row 2: 'outputs' must be"),
         ("a.jsonl", [{"question": "x", "id": 3}], "row 1 has the fields question, id; known formats: longbench"),
         ("a.jsonl", [LONG | {"dataset": "dureader"}], "dataset dureader is not among narrativeqa"),
         ("sort.jsonl", [RULER], "sort is no RULER task; their names begin with niah"),

@@ -6,7 +6,7 @@ makes them true in integers. To add one: a file here with a subclass of `LayerPo
 
 from dataclasses import fields
 
-from errors import UserError
+from errors import UserError, shown
 from policies.layers.base import LayerPolicy, Plan
 from policies.layers.mix import Mix
 from policies.layers.perturbation import Perturbation
@@ -22,11 +22,13 @@ LAYER_POLICIES: dict[str, type[LayerPolicy]] = {
 def make(name: str, **options) -> LayerPolicy:
     """The policy of that name, configured. UserError for a name or an option that does not exist."""
     if name not in LAYER_POLICIES:
-        raise UserError(f"unknown layer policy {name!r}; known: {', '.join(LAYER_POLICIES)}")
+        raise UserError(f"unknown layer policy {shown(name)}; known: {', '.join(LAYER_POLICIES)}")
     known = [field.name for field in fields(LAYER_POLICIES[name])]
     for option in options:
         if option not in known:
-            raise UserError(f"layer policy {name!r} has no option {option!r}; it has: {', '.join(known) or 'none'}")
+            raise UserError(
+                f"layer policy {shown(name)} has no option {shown(option)}; it has: {', '.join(known) or 'none'}"
+            )
     return LAYER_POLICIES[name](**options)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from errors import UserError
+from errors import UserError, shown
 from policies.layers.base import Plan
 from policies.layers.squeeze import Squeeze
 
@@ -24,7 +24,7 @@ class Mix(Squeeze):
     def __post_init__(self):
         super().__post_init__()
         if isinstance(self.share, bool) or not isinstance(self.share, int | float) or not 0 <= self.share <= 1:
-            raise UserError(f"share must be in [0, 1], not {self.share!r}")
+            raise UserError(f"share must be in [0, 1], not {shown(self.share)}")
 
     def allocate(self, signals: Sequence[float], budget: int, caps: Sequence[int], floor: int) -> Plan:
         return Plan(self._milder().allocate(signals, budget, caps, floor).slots)

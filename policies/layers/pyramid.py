@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from errors import UserError
+from errors import UserError, shown
 from policies.layers.base import LayerPolicy, Plan, fit
 
 
@@ -18,7 +18,7 @@ class Pyramid(LayerPolicy):
 
     def __post_init__(self):
         if isinstance(self.beta, bool) or not isinstance(self.beta, int | float) or not 1 <= self.beta < float("inf"):
-            raise UserError(f"beta must be a number of at least 1, not {self.beta!r}")
+            raise UserError(f"beta must be a number of at least 1, not {shown(self.beta)}")
 
     def allocate(self, evidence: Sequence[Any], budget: int, caps: Sequence[int], floor: int) -> Plan:
         layers = len(caps)

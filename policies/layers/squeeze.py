@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate, combinations
 from typing import ClassVar
 
-from errors import UserError
+from errors import UserError, shown
 from policies.layers.base import LayerPolicy, Plan, fit, granule_size, pour, total_slots
 
 
@@ -25,7 +25,7 @@ class Squeeze(LayerPolicy):
 
     def __post_init__(self):
         if isinstance(self.p, bool) or not isinstance(self.p, int | float) or not 0 < self.p <= 1:
-            raise UserError(f"p must be in (0, 1], not {self.p!r}")
+            raise UserError(f"p must be in (0, 1], not {shown(self.p)}")
 
     def allocate(self, signals: Sequence[float], budget: int, caps: Sequence[int], floor: int) -> Plan:
         groups = three_means(signals)

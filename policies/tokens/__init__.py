@@ -6,7 +6,7 @@ A policy is a small frozen dataclass that is its own configuration. To add one: 
 
 from dataclasses import fields
 
-from errors import UserError
+from errors import UserError, shown
 from policies.tokens.base import TokenPolicy
 from policies.tokens.dropkv import DropKV
 from policies.tokens.full import Full
@@ -26,11 +26,11 @@ TOKEN_POLICIES: dict[str, type[TokenPolicy]] = {
 def make(name: str, **options) -> TokenPolicy:
     """The policy of that name, configured. UserError for a name or an option that does not exist."""
     if name not in TOKEN_POLICIES:
-        raise UserError(f"unknown policy {name!r}; known: {', '.join(TOKEN_POLICIES)}")
+        raise UserError(f"unknown policy {shown(name)}; known: {', '.join(TOKEN_POLICIES)}")
     known = [field.name for field in fields(TOKEN_POLICIES[name])]
     for option in options:
         if option not in known:
-            raise UserError(f"policy {name!r} has no option {option!r}; it has: {', '.join(known) or 'none'}")
+            raise UserError(f"policy {shown(name)} has no option {shown(option)}; it has: {', '.join(known) or 'none'}")
     return TOKEN_POLICIES[name](**options)
 
 

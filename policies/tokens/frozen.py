@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from errors import UserError
+from errors import UserError, shown
 from policies.tokens.base import TokenPolicy
 
 
@@ -31,7 +31,7 @@ class Frozen(TokenPolicy):
 
     def __post_init__(self):
         if type(self.recent) is not int or self.recent < 1:
-            raise UserError(f"recent must be an integer of at least 1, not {self.recent!r}")
+            raise UserError(f"recent must be an integer of at least 1, not {shown(self.recent)}")
 
     def place(self, position: Tensor, slots: int) -> Tensor:
         ring = max(slots // 2, 1)

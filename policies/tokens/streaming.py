@@ -8,7 +8,7 @@ therefore stored unrotated (`TokenPolicy.sinks`), and attention turns a fresh co
 from dataclasses import dataclass
 from typing import ClassVar
 
-from errors import UserError
+from errors import UserError, shown
 from policies.tokens.base import TokenPolicy
 
 
@@ -19,7 +19,9 @@ class Streaming(TokenPolicy):
 
     def __post_init__(self):
         if type(self.sinks) is not int or self.sinks < 1:
-            raise UserError(f"sinks must be an integer of at least 1, not {self.sinks!r}; without sinks use window")
+            raise UserError(
+                f"sinks must be an integer of at least 1, not {shown(self.sinks)}; without sinks use window"
+            )
 
     @property
     def floor(self) -> int:
