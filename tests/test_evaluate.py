@@ -46,7 +46,7 @@ def refused(capsys, *args) -> str:
 @pytest.mark.parametrize("policy", ["streaming", "h2o", "dropkv"])
 def test_fidelity_equals_the_naive_cache(model, policy):
     """KL, agreement and loss of single rows, from lists that evict token by token."""
-    task = Fidelity(random_ids(60), context=20, new=12, count=2)
+    task = Fidelity([random_ids(60)], context=20, new=12, count=2)
     assert [row.ids + row.expected for row in task.rows] == [random_ids(60)[:33], random_ids(60)[27:]]
     cell = Cell(policy, "squeeze", 0.5, 0.4)
     for row in task.rows:

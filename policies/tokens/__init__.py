@@ -4,9 +4,9 @@ A policy is a small frozen dataclass that is its own configuration. To add one: 
 `TokenPolicy`, and add it to `TOKEN_POLICIES`. Shapes as in model.py.
 """
 
-from dataclasses import fields
+from typing import Any
 
-from errors import UserError, shown
+from policies import options
 from policies.tokens.base import TokenPolicy
 from policies.tokens.dropkv import DropKV
 from policies.tokens.full import Full
@@ -23,15 +23,9 @@ TOKEN_POLICIES: dict[str, type[TokenPolicy]] = {
 }
 
 
-def make(name: str, **options) -> TokenPolicy:
-    """The policy of that name, configured. UserError for a name or an option that does not exist."""
-    if name not in TOKEN_POLICIES:
-        raise UserError(f"unknown policy {shown(name)}; known: {', '.join(TOKEN_POLICIES)}")
-    known = [field.name for field in fields(TOKEN_POLICIES[name])]
-    for option in options:
-        if option not in known:
-            raise UserError(f"policy {shown(name)} has no option {shown(option)}; it has: {', '.join(known) or 'none'}")
-    return TOKEN_POLICIES[name](**options)
+def make(word: str, **given: Any) -> TokenPolicy:
+    """The policy of that name, or of a word such as `snapkv:recent=32`, configured: see options.py."""
+    return options.make("policy", TOKEN_POLICIES, word, given)
 
 
 __all__ = [
