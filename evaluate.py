@@ -180,6 +180,7 @@ def evaluate(args: argparse.Namespace) -> int:
     model, config = checkpoint.load(folder, args.device, args.dtype)
     tasks = make_tasks(args, folder, tokenizer, config.max_positions)
     check_all(model, tasks, cells, args.batch)
+    beside = summary.beside(args.beside, tasks) if args.beside else []
     record = origin(args.device)
     settings = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
     if folder.is_relative_to(HERE):  # results say the same wherever the project lies
@@ -194,7 +195,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
     result = {**record, "settings": settings, **summary.summarise(tasks, cells, log)}
     if args.beside:
-        result["beside"] = summary.beside(args.beside, tasks)
+        result["beside"] = beside
     text, board = f"{summary.table(result)}\n\n{summary.conclusions(result)}\n", f"{leaderboard(result)}\n"
     write_json(args.out / "summary.json", result)
     write_whole(args.out / "table.md", text)
