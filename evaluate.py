@@ -230,7 +230,6 @@ def make_tasks(args: argparse.Namespace, folder: Path, tokenizer: tokenizers.Tok
         source = [] if args.text else map(tiny_data.read, tiny_data.source_files()[1])
         read = texts.documents(args.text, args.skip) if args.text else ["".join(source)]
         each = [tokenizer.encode(text, special=False) for text in read]
-        ids = [i for own in each for i in own]
 
         def encode(said: str) -> list[int]:
             return tokenizer.encode(said, special=False)
@@ -246,7 +245,7 @@ def make_tasks(args: argparse.Namespace, folder: Path, tokenizer: tokenizers.Tok
         else:
             facts, count = (1, args.needles) if name == "needle" else (8, args.questions)
             for length in sorted(args.lengths) if name == "needle" else [args.length]:
-                tasks.append(Recall(encode, tokenizer.decode, ids, length, facts, count, args.unseen))
+                tasks.append(Recall(encode, tokenizer.decode, each, length, facts, count, args.unseen))
     for source in args.files or []:
         for name, lines in standard.read(source):
             eos_ids = tokenizers.eos_ids(folder)

@@ -96,7 +96,7 @@ def test_recall_prompts(tiny):
 
     def made(**changes):
         kind = {"length": 200, "facts": 3, "count": 10} | changes
-        return Recall(lambda words: tokenizer.encode(words, special=False), tokenizer.decode, text, **kind)
+        return Recall(lambda words: tokenizer.encode(words, special=False), tokenizer.decode, [text], **kind)
 
     task = made()
     assert [row.ids for row in task.rows] == [row.ids for row in made().rows] != [row.ids for row in made(seed=1).rows]
@@ -117,6 +117,8 @@ def test_batches_hold_rows_of_about_the_same_length():
     rows = [Row(n, [0] * length, None) for n, length in enumerate([10, 100, 95, 90, 89, 11, 100, 9])]
     made = list(batches(rows, 3))
     assert [[len(row.ids) for row in batch] for batch in made] == [[100, 100, 95], [90, 89], [11, 10], [9]]
+    asked = [Row(n, [0] * 50, None, question=[0] * length) for n, length in enumerate([2, 3, 2, 2, 2])]
+    assert [[row.number for row in batch] for batch in batches(asked, 3)] == [[1], [0, 2, 3], [4]]
 
 
 @pytest.fixture(scope="module")
@@ -422,7 +424,7 @@ def test_unseen_parts_the_prompt(tiny):
         return tokenizer.encode(words, special=False)
 
     for kind, args in (
-        (Recall, (encode, tokenizer.decode, text, 200, 3, 10)),
+        (Recall, (encode, tokenizer.decode, [text], 200, 3, 10)),
         (Passkey, (tokenizer, None, [text], 400, 10)),
     ):
         seen, unseen = kind(*args), kind(*args, unseen=True)
