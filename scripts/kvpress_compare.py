@@ -35,11 +35,11 @@ import checkpoint  # noqa: E402
 import evaluate  # noqa: E402
 import tokenizer as tokenizers  # noqa: E402
 from commandline import Parser, guarded  # noqa: E402
-from errors import UserError, optional, shown  # noqa: E402
+from errors import UserError, optional, place, shown  # noqa: E402
 from evaluation.fidelity import Fidelity, compare  # noqa: E402
 from evaluation.passkey import scored  # noqa: E402
 from evaluation.tasks import Row, Task  # noqa: E402
-from files import Lines, parse_json  # noqa: E402
+from files import NATURAL, Lines, checked, parse_json  # noqa: E402
 
 WRAPPED = {  # presses that divide another one's budget
     "AdaKV": ("AdaKVPress", "SnapKVPress"),
@@ -48,6 +48,7 @@ WRAPPED = {  # presses that divide another one's budget
     "CriticalAdaKV": ("CriticalAdaKVPress", "SnapKVPress"),
 }
 SINGLE = ("SnapKV", "ObservedAttention", "TOVA", "StreamingLLM", "PyramidKV", "ExpectedAttention", "KeyDiff", "Knorm")
+KEY = {"task": str, "row": NATURAL, "policy": str, "budget": float}  # by which results are told apart
 EAGER = ("ObservedAttention",)  # reads the attention of the whole prompt, which only transformers' eager form gives
 
 
@@ -77,9 +78,11 @@ def run(own: argparse.Namespace, args: argparse.Namespace) -> int:
     folder = checkpoint.resolve(args.checkpoint)
     tokenizer = tokenizers.load(folder)
     tasks = evaluate.make_tasks(args, folder, tokenizer, limit=0)
-    done = (
-        {key(parse_json(line.raw, str(own.results))) for line in Lines(own.results)} if own.results.exists() else set()
-    )
+    done = set()
+    for number, raw, *_ in Lines(own.results) if own.results.exists() else []:
+        where = f"{place(own.results)} line {number} is no result; take it out, or give another --results"
+        done.add(key(checked(parse_json(raw or b"", where), KEY, where)))
+    transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with own.results.open("a") as file, torch.inference_mode():
         for task in tasks:
@@ -108,7 +111,7 @@ def run(own: argparse.Namespace, args: argparse.Namespace) -> int:
 
 
 def key(record: dict) -> tuple:
-    return tuple(record[name] for name in ("task", "row", "policy", "budget"))
+    return tuple(record[name] for name in KEY)
 
 
 def result(
@@ -156,17 +159,23 @@ class Cache:
     def __init__(self, model: Any, ids: Sequence[int], press: Any, attention: str):
         self.model, self.seen = model, len(ids)
         model.set_attn_implementation(attention)
+        for module in model.modules():
+            if getattr(module, "masked_key_indices", None) is not None:  # what a press before this one has masked
+                module.masked_key_indices = None
         self.past = optional("transformers").DynamicCache()
         with press(model) if press else nullcontext():
             out = model(torch.tensor([list(ids)]), past_key_values=self.past, use_cache=True, logits_to_keep=1)
         self.logits = out.logits[0, -1]
         model.set_attn_implementation("sdpa")
         kept = {self.past.get_seq_length(layer) for layer in range(len(self.past))}
-        self.equal = len(kept) == 1  # a mask for several tokens at once fits all layers
+        masked = any(getattr(module, "masked_key_indices", None) is not None for module in model.modules())
+        # A mask for several tokens at once fits layers of one length; where heads differ, kvpress seeks a key that no
+        # query sees, which there may not be for many queries.
+        self.at_once = len(kept) == 1 and not masked
 
     def feed(self, ids: Sequence[int]) -> Tensor:
         """The logits [T, vocab] after each of the ids."""
-        size = len(ids) if self.equal else 1
+        size = len(ids) if self.at_once else 1
         parts = []
         for start in range(0, len(ids), size):
             part = torch.tensor([list(ids[start : start + size])])
