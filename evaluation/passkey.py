@@ -43,8 +43,9 @@ class Passkey:
 
         unseen: the question is read when the text has been compressed.
         """
-        self.name, self.tokenizer, self.template, self.rows = f"passkey {length}", tokenizer, template, []
-        rng = random.Random(f"{self.name} {seed}")
+        name, self.tokenizer, self.template, self.rows = f"passkey {length}", tokenizer, template, []
+        rng = random.Random(f"{name} {seed}")
+        self.name = f"{name} unseen" if unseen else name
         longest = max(map(len, texts))
         usable = [text for text in texts if len(text) >= length]
         if not usable:

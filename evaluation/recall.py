@@ -32,8 +32,9 @@ class Recall:
 
         unseen: the question is read when the text has been compressed.
         """
-        self.name = f"{'needle' if facts == 1 else 'recall'} {length}"
-        rng, self.rows, self.decode = random.Random(f"{self.name} {seed}"), [], decode
+        name = f"{'needle' if facts == 1 else 'recall'} {length}"
+        rng, self.rows, self.decode = random.Random(f"{name} {seed}"), [], decode
+        self.name = f"{name} unseen" if unseen else name
         usable = [text for text in texts if len(text) > length]
         if not usable:
             longest = max(map(len, texts))

@@ -75,6 +75,7 @@ class Standard:
         self.dataset = records[0].get("dataset", own) if self.kind == "longbench" else own
         parts, answers, self.new, self.metric = self._format(name)
         self.name, self.tokenizer, self.eos_ids = f"{self.kind}: {self.dataset}", tokenizer, eos_ids
+        self.name += " unseen" * unseen
         if limit <= self.new:
             raise UserError(f"{name}: {limit} positions leave no room for a prompt and {self.new} new tokens")
         self.rows = []

@@ -84,29 +84,23 @@ def run(own: argparse.Namespace, args: argparse.Namespace) -> int:
         done.add(key(checked(parse_json(raw or b"", where), KEY, where)))
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    cells = [(name, budget) for name in own.presses for budget in args.budgets]
+    work = [(task, row) for task in tasks for row in task.rows]
     with own.results.open("a") as file, torch.inference_mode():
-        for task in tasks:
-            for row in task.rows:
-                full = None
-                for name in own.presses:
-                    for budget in args.budgets:
-                        record = {
-                            "task": task.name,
-                            "row": row.number,
-                            "policy": f"kvpress {name}",
-                            "layers": "uniform",
-                        }
-                        record |= {"p": None, "budget": budget}
-                        if key(record) in done:
-                            continue
-                        if full is None and isinstance(task, Fidelity):
-                            full = following(model, row, None, "sdpa")
-                        record |= row.about | result(
-                            kvpress, model, tokenizer, task, row, name, budget, own.within, full
-                        )
-                        file.write(json.dumps(record) + "\n")
-                        file.flush()
-                print(task.name, row.number, flush=True)
+        for task, row in work:
+            full = None
+            for name, budget in cells:
+                plan = "pyramid" if name == "PyramidKV" else "uniform"
+                record = {"task": task.name, "row": row.number, "policy": f"kvpress {name}", "layers": plan}
+                record |= {"p": None, "budget": budget}
+                if key(record) in done:
+                    continue
+                if full is None and isinstance(task, Fidelity):
+                    full = following(model, row, None, "sdpa")
+                found = result(kvpress, model, tokenizer, task, row, name, budget, own.within, full)
+                file.write(json.dumps(record | row.about | found) + "\n")
+                file.flush()
+            print(task.name, row.number, flush=True)
     return 0
 
 

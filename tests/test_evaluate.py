@@ -574,7 +574,7 @@ def test_a_run_on_documents_beside_another_program(tmp_path, capsys, monkeypatch
     out = capsys.readouterr().out
     board = (tmp_path / "out" / "leaderboard.md").read_text()
     assert board in out and board.count("| X | uniform | **0.0000** (0.0000 to 0.0000) |") == 1
-    for task in ("fidelity: KL", "passkey 160: digits right, %; the full cache ", "recall 96: exact, %"):
+    for task in ("fidelity: KL", "passkey 160 unseen: digits right, %; the full", "recall 96 unseen: exact, %"):
         assert board.count(task) == 1
     assert board.count("| streaming:sinks=2 | perturbation:where=last,queries=8 | ") == 3
     few = written(tmp_path / "y.jsonl", lines[:1])
