@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, 
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import partial
 from numbers import Integral
 from statistics import fmean
 from typing import Any
@@ -34,11 +35,11 @@ from memory import Needs
 from model import PROMPT_CHUNK, Transformer
 from policies import layers as layer_policies
 from policies import tokens as token_policies
-from policies.layers import LayerPolicy, Plan
-from policies.layers.base import total_slots
+from policies.layers import LayerPolicy, Plan, Uniform
+from policies.layers.base import Attended, total_slots
 from policies.tokens import TokenPolicy
 from sampling import GREEDY, NOT_FINITE, Sampler, Sampling
-from waiting import NotFinite, Waiting, mean_signal
+from waiting import NotFinite, Waiting, mean_finite
 
 READ_TOKENS = 16384  # of all prompts of a batch, that go through a block at once: more take memory, not less time
 DEFAULT_BUDGET = 0.4  # of the sequence, for a bounded policy without a budget (results/eval_defaults)
@@ -262,17 +263,28 @@ class Engine:
         Prompts are read one by one, up to the first `count` whose importance is finite, and nothing is kept of them. If
         it is finite for none of them, the plan is the one for equal layers and the importance None.
         """
-        policies, signals = self._policies(max_length), []
+        policies, slots = self._policies(max_length), self._budget_slots(max_length)
+        plan, signals, seen = self._plan(None, slots, max_length), [], []  # evidence by prompt and layer
+        measures = None if plan else self._measures(slots, self._caps(max_length))
         for request in requests:
-            rotary = self._rotary([request])
-            own = self._prefill(*self._padded([request]), rotary, policies, lambda *_: None)[1]
-            if all(map(math.isfinite, own)):
+            found: list[Tensor | None] = []
+
+            def keep(layer: int, evidence: Tensor | None, _: Prompt, found: list = found) -> None:
+                found.append(evidence)
+
+            own = self._prefill(*self._padded([request]), self._rotary([request]), policies, keep, measures)[1]
+            if all(map(math.isfinite, own)) and all(part is None or bool(part.isfinite().all()) for part in found):
                 signals.append(own)
+                seen.append(found)
             if len(signals) == count:
                 break
         importance = [fmean(layer) for layer in zip(*signals, strict=True)] or None
-        known = importance or [0.0] * self.model.config.n_layers
-        return self._plan(known, self._budget_slots(max_length), max_length), importance
+        if plan is None and not seen:
+            plan = Uniform().allocate([], slots, self._caps(max_length), self.policy.floor)
+        if plan is None:
+            evidence = [torch.cat(layer).mean(0).tolist() for layer in zip(*seen, strict=True)]
+            plan = self._plan(evidence, slots, max_length)
+        return plan, importance
 
     def needs(self, max_length: int, longest_prompt: int | None = None, apart: bool = False) -> Needs:
         """Bytes for sequences of `max_length` tokens, before anything is allocated. The model may be on meta.
@@ -290,7 +302,9 @@ class Engine:
         prompt = max_length if longest_prompt is None else longest_prompt
         experts = max(1, c.experts_per_token)
         read = prompt * (2 * (item + wide) * (c.dim + heads + 2 * groups) + 3 * item * experts * c.ffn_dim)
-        queries = max(self.policy.queries, PROMPT_CHUNK if c.attention_softcap is not None else 0)
+        queries = max(
+            self.policy.queries, self.layer_policy.queries, PROMPT_CHUNK if c.attention_softcap is not None else 0
+        )
         read += 4 * wide * c.n_heads * min(prompt, queries) * prompt
         # Of every prompt meanwhile: the residual stream; the layer's keys and values, and once more while they are
         # joined or cut; what waits for the plan, in the arena and outside.
@@ -574,10 +588,11 @@ class Engine:
                 memory,
                 lengths,
                 policies,
-                lambda signals: self.layer_policy.upper_bound(signals, len(caps), budget_slots, caps, floor),
+                lambda seen: self.layer_policy.upper_bound(seen, len(caps), budget_slots, caps, floor),
             )
-            logits, importance = self._prefill(ids, lengths, rotary, policies, waiting.keep)
-            plan = self._plan(importance, budget_slots, length)
+            measures = self._measures(budget_slots, caps)
+            logits, importance = self._prefill(ids, lengths, rotary, policies, waiting.keep, measures)
+            plan = self._plan(waiting.evidence, budget_slots, length)
             decoder, made = self._decoder(plan, policies, samplings, later, memory)
             keep = decoder.keeper(at, lengths)
             for layer, prompt in enumerate(waiting.prompts):
@@ -618,42 +633,51 @@ class Engine:
         lengths: Tensor,
         rotary: Sequence[Tensor],
         policies: Sequence[TokenPolicy],
-        keep: Callable[[int, Tensor, Prompt], None],
+        keep: Callable[[int, Tensor | None, Prompt], None],
+        measures: Sequence[Callable[[Attended], Tensor] | None] | None = None,
     ) -> tuple[Tensor, list[float]]:
         """ids [R, S], right-padded -> logits [R, vocab] after each row's last token, and every layer's importance.
 
         A row of which any layer's signal is not finite has logits of NaN; the importance is that of the other rows.
-        keep(layer, signal [R], prompt) is called after each layer: what it does not keep is gone before the next one.
+        keep(layer, evidence [R, ...], prompt) is called after each layer: what it does not keep is gone before the next
+        one. The evidence is what the layer's own one of `measures` says.
         """
         x = self.model.embedded(ids, torch.arange(ids.shape[1], device=self.device)[None])
         size = rows_at_once(ids.shape[1])
         chunks = [slice(start, start + size) for start in range(0, len(ids), size)]
         ragged = [lengths[rows] if int(lengths.min()) < ids.shape[1] else None for rows in chunks]
         signals = []
-        for layer, (block, frequencies, policy) in enumerate(zip(self.model.layers, rotary, policies, strict=True)):
+        measures = measures or [None] * len(policies)
+        each = zip(self.model.layers, rotary, policies, measures, strict=True)
+        for layer, (block, frequencies, policy, measure) in enumerate(each):
             own, parts = [frequencies[rows] if frequencies.dim() > 1 else frequencies for rows in chunks], []
             for rows, turned, real in zip(chunks, own, ragged, strict=True):
-                x[rows], *part = block.prefill(x[rows], turned, real, policy)
+                x[rows], *part = block.prefill(x[rows], turned, real, policy, measure)
                 parts.append(part)
-            signal, prompt = torch.cat([part[0] for part in parts]), Prompt.joined([part.pop() for part in parts])
-            signals.append(signal)
-            keep(layer, signal, prompt)
+            prompt = Prompt.joined([part.pop() for part in parts])
+            signals.append(torch.cat([part[0] for part in parts]))
+            keep(layer, torch.cat([part[1] for part in parts]) if measure else None, prompt)
             del prompt, part
         last = x[torch.arange(len(lengths), device=self.device), lengths - 1]
         broken = ~torch.stack(signals).isfinite().all(0)
         logits = self.model.logits(last).masked_fill(broken[:, None], math.nan)
-        return logits, torch.stack([mean_signal(signal) for signal in signals]).tolist()
+        return logits, torch.stack([mean_finite(signal) for signal in signals]).tolist()
 
-    def _plan(self, importance: list[float] | None, budget_slots: int, length: int) -> Plan | None:
-        """Slots per layer; None if the importance is needed for it and not known yet."""
+    def _measures(self, budget_slots: int, caps: Sequence[int]) -> list[Callable[[Attended], Tensor]]:
+        """What asks each layer for the evidence that the layer policy wants."""
+        fixed = {"budget": budget_slots, "floor": self.policy.floor}
+        return [partial(self.layer_policy.measure, cap=cap, **fixed) for cap in caps]
+
+    def _plan(self, evidence: list[Any] | None, budget_slots: int, length: int) -> Plan | None:
+        """Slots per layer; None if evidence is needed for it and there is none yet."""
         caps = self._caps(length)
         if self.plan is not None:
             return Plan(self._cut_plan(length))
-        if importance is None:
-            if self.layer_policy.uses_signals:
+        if evidence is None:
+            if self.layer_policy.reads_prompt:
                 return None
-            importance = [0.0] * len(caps)
-        return self.layer_policy.allocate(importance, budget_slots, caps, self.policy.floor)
+            evidence = [0.0] * len(caps)
+        return self.layer_policy.allocate(evidence, budget_slots, caps, self.policy.floor)
 
     def _cut_plan(self, length: int) -> list[int]:
         """The plan that is given, without the slots that sequences of `length` tokens cannot use.

@@ -10,7 +10,8 @@ Shapes, here and in kvcache.py, engine.py and policies/tokens:
 layer's slots. The cache is an argument, never a member.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from config import ACTIVATIONS, ModelConfig
 from kvcache import LayerCache, Prompt, attend, softcapped
+from policies.layers.base import Attended
 
 PROMPT_CHUNK = 512  # prompt queries whose attention rows exist at the same time, where they have to
 
@@ -55,7 +57,7 @@ class Transformer(nn.Module):
         """ids [B, S] -> logits [B, S, vocab], without a cache."""
         x = self.embedded(ids, torch.arange(ids.shape[1], device=ids.device)[None])
         for block, rotary in zip(self.layers, self.rotary(ids.shape[1]), strict=True):
-            x, _, _ = block.prefill(x, rotary)
+            x, *_ = block.prefill(x, rotary)
         return self.logits(x)
 
     def rotary(self, length: int) -> list[Tensor]:
@@ -114,25 +116,49 @@ class Block(nn.Module):
         self.feed_forward = Experts(config) if config.experts else FeedForward(config)
         self.post_ffn_norm = make_norm(config) if post else nn.Identity()
 
-    def prefill(self, x: Tensor, rotary: Tensor, lengths: Tensor | None = None, policy: Any = None):
-        """x [B, S, C] -> x, the layer's signal [B] and Prompt. Rows are padded on the right, `lengths` [B] are real."""
-        normed = self.attention_norm(x)
-        out, k, v, scores = self.attention.prefill(normed, rotary, lengths, policy)
-        after = x + self.post_attention_norm(out) * self.residual_scale
-        signal = importance(x, after, lengths)
-        return self.feed(x, normed, after), signal, Prompt(k, v.contiguous(), scores)
+    def prefill(
+        self,
+        x: Tensor,
+        rotary: Tensor,
+        lengths: Tensor | None = None,
+        policy: Any = None,
+        measure: Callable[[Attended], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Prompt]:
+        """x [B, S, C] -> x, the layer's signal [B], what `measure` says of it, and its Prompt for the token policy.
+
+        Rows are padded on the right, `lengths` [B] are real.
+        """
+        normed, attention = self.attention_norm(x), self.attention
+        out, q, k, v, k_raw = attention.prefill(normed, rotary)
+        after = x + self.branch(out)
+        signal, scores, evidence = importance(x, after, lengths), None, None
+        if policy is not None:
+            scores = policy.score_prompt(q, k, v, lengths, attention.prompt_probs)
+        if measure is not None:
+            real = torch.full((len(x),), x.shape[1], device=x.device) if lengths is None else lengths
+            select = partial(policy.select, real, x.shape[1], scores=scores)
+            branch = lambda heads: self.branch(attention.wo(heads))  # noqa: E731
+            tensors = (signal, after, q, k, v, real)
+            evidence = measure(Attended(*tensors, attention.window, attention.logits, branch, select))
+        if policy is not None:
+            k[:, :, : policy.sinks] = k_raw[:, :, : policy.sinks]
+        return self.feed(x, normed, after), signal, evidence, Prompt(k, v.contiguous(), scores)
+
+    def branch(self, out: Tensor) -> Tensor:
+        """What attention's output adds to the residual stream, both [..., C]."""
+        return self.post_attention_norm(out) * self.residual_scale
 
     def decode(self, x: Tensor, rotary: Tensor, layer: LayerCache, seen: Tensor, policy: Any) -> Tensor:
         """x [B, 1, C], the token at position `seen` [B] -> x. Writes the layer's cache in place."""
         normed = self.attention_norm(x)
         out = self.attention.decode(normed, rotary, layer, seen, policy)
-        return self.feed(x, normed, x + self.post_attention_norm(out) * self.residual_scale)
+        return self.feed(x, normed, x + self.branch(out))
 
     def append(self, x: Tensor, rotary: Tensor, layer: LayerCache, seen: Tensor, policy: Any) -> Tensor:
         """x [B, T, C], the tokens from position `seen` [B] on -> x. As `decode`, for several tokens at once."""
         normed = self.attention_norm(x)
         out = self.attention.append(normed, rotary, layer, seen, policy)
-        return self.feed(x, normed, x + self.post_attention_norm(out) * self.residual_scale)
+        return self.feed(x, normed, x + self.branch(out))
 
     def feed(self, x: Tensor, normed: Tensor, after: Tensor) -> Tensor:
         """What follows attention, which read `normed` and made `after` of x, all [B, T, C]."""
@@ -185,16 +211,12 @@ class Attention(nn.Module):
         """x [B, heads, T, D], rotated to positions that broadcast to [B, heads, T]; rotary as of `rotary_of`."""
         return rotate(x, *rotary_angles(positions, rotary, self.rope_scale))
 
-    def prefill(self, x: Tensor, rotary: Tensor, lengths: Tensor | None, policy: Any):
+    def prefill(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """x [B, S, C] -> output [B, S, C]; q, k [B, H or K, S, D] rotated; v; k not rotated."""
         q, k_raw, v = self.project(x)
         positions = torch.arange(x.shape[1], device=x.device)
         q, k = self.turn(q, positions, rotary), self.turn(k_raw, positions, rotary)
-        out = self.over_prompt(q, k, v)
-        scores = None
-        if policy is not None:
-            scores = policy.score_prompt(q, k, lengths, self.prompt_probs)
-            k[:, :, : policy.sinks] = k_raw[:, :, : policy.sinks]
-        return self.wo(out.transpose(1, 2).flatten(2)), k, v, scores
+        return self.wo(self.over_prompt(q, k, v).transpose(1, 2).flatten(2)), q, k, v, k_raw
 
     def over_prompt(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention of a whole prompt [B, H, S, D]. Right padding needs no mask: a token never looks ahead.
@@ -227,9 +249,13 @@ class Attention(nn.Module):
         q [B, H, S, D], k [B, K, S, D]; shares [B, K, G, end - start, keys] in fp32.
         """
         keys, mask = self.visible(start, end, q.device)
-        logits = q.unflatten(1, (self.kv_heads, -1))[:, :, :, start:end] * self.scale @ k[:, :, None, keys].mT
-        logits = softcapped(logits.to(torch.promote_types(q.dtype, torch.float32)), self.softcap)
+        logits = self.logits(q[:, :, start:end], k[:, :, keys])
         return keys, logits.masked_fill(~mask, float("-inf")).softmax(-1)
+
+    def logits(self, q: Tensor, k: Tensor) -> Tensor:
+        """q [B, H, T, D], k [B, K, M, D] -> what the softmax is taken of, nothing masked: [B, K, G, T, M] in fp32."""
+        logits = q.unflatten(1, (self.kv_heads, -1)) * self.scale @ k[:, :, None].mT
+        return softcapped(logits.to(torch.promote_types(q.dtype, torch.float32)), self.softcap)
 
     def visible(self, start: int, end: int, device: torch.device) -> tuple[slice, Tensor]:
         """The keys that any of the queries start..end can see, and which of them each one can: [queries, keys]."""

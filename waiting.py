@@ -12,7 +12,6 @@ before it has moved. K and V take one layer's whole prompt, and the arena or all
 that comes what the first layer outside leaves free, and one layer's copy while it is cut or moved.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,37 +21,37 @@ from kvcache import Memory, Prompt
 
 
 class NotFinite(Exception):
-    """No prompt has a finite signal, so no plan can be made."""
+    """No prompt gives finite evidence, so no plan can be made."""
 
 
-def mean_signal(signal: Tensor) -> Tensor:
-    """The mean [] over the rows [R] whose signal is finite; NaN without any. One broken row spoils no plan."""
-    finite = signal.isfinite()
-    return signal.masked_fill(~finite, 0).sum() / finite.sum()
+def mean_finite(evidence: Tensor) -> Tensor:
+    """The mean [...] over those rows of [R, ...] that are finite; NaN without any. One broken row spoils no plan."""
+    return evidence[evidence.flatten(1).isfinite().all(1) if evidence.dim() > 1 else evidence.isfinite()].mean(0)
 
 
 class Waiting:
-    """lengths [R] of the prompts; bounds(signals so far) are the most slots that each of these layers can get.
+    """lengths [R] of the prompts; bounds(evidence so far) are the most slots that each of these layers can get.
 
     `memory` holds arenas k and v, large enough for the plan of R rows. It may be larger: all of it is used.
     """
 
     def __init__(
-        self, memory: Memory, lengths: Tensor, policies: Sequence[Any], bounds: Callable[[list[float]], list[int]]
+        self, memory: Memory, lengths: Tensor, policies: Sequence[Any], bounds: Callable[[list[Any]], list[int]]
     ):
         self.k, self.v = memory.whole("k"), memory.whole("v")
         self.lengths, self.policies, self.upper_bounds = lengths, policies, bounds
-        self.signals: list[float] = []
+        self.evidence: list[Any] = []  # of each layer, the mean over the prompts
         self.prompts: list[Prompt] = []
         self.bounds: list[int] = []  # in slots, as the regions lie
         self.starts: list[int | None] = []  # of the regions, in slots; None: outside
 
-    def keep(self, layer: int, signal: Tensor, prompt: Prompt) -> None:
-        """Take in the next layer: its signal [R], and its prompt [R, K, S, D]."""
-        self.signals.append(mean_signal(signal).item())
-        if not math.isfinite(self.signals[-1]):
+    def keep(self, layer: int, evidence: Tensor, prompt: Prompt) -> None:
+        """Take in the next layer: the evidence of it [R, ...], and its prompt [R, K, S, D]."""
+        mean = mean_finite(evidence)
+        if not mean.isfinite().all():
             raise NotFinite
-        bounds = self.upper_bounds(self.signals)
+        self.evidence.append(mean.tolist())
+        bounds = self.upper_bounds(self.evidence)
         self.prompts.append(prompt)
         self.bounds.append(bounds[-1])
         self.starts.append(None)

@@ -1,34 +1,45 @@
 """The caches that are compared, and how rows are run through them. All that touches the engine's inside is here.
 
-One prefill of a batch serves every layer policy, budget and p of a token policy: only plan, compaction and decoding
-are done for each of them. What is decoded goes through the engine's own steps, with real evictions.
+One prefill of a batch serves every cell: the forward pass is the same for all token policies, which look at each layer
+in turn while its tensors are there, and K and V are kept once. Only plan, compaction and decoding are done for each
+cell. What is decoded goes through the engine's own steps, with real evictions.
 """
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from decoder import Decoder
 from engine import Engine, Request, check_budget
-from errors import UserError
+from errors import UserError, shown
 from kvcache import Memory, Prompt
 from model import Transformer
 from policies import layers as layer_policies
 from policies import tokens as token_policies
-from policies.layers import LayerPolicy
+from policies.layers import LAYER_POLICIES, LayerPolicy
+from policies.layers.base import Attended
+from policies.options import options_of
+from policies.tokens import TokenPolicy
 from sampling import GREEDY, NOT_FINITE
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cache: a token policy, a layer policy (with p, if it has one) and a budget. The default is the full cache."""
+    """One cache: a token policy, a layer policy (with p, if it has one) and a budget. The default is the full cache.
+
+    The policies are words of a command line, with their options: see policies/options.py.
+    """
 
     policy: str = "full"
     layers: str = "uniform"
     p: float | None = None
     budget: float | None = None
+
+    def token_policy(self) -> TokenPolicy:
+        return token_policies.make(self.policy)
 
     def layer_policy(self) -> LayerPolicy:
         return layer_policies.make(self.layers, **({} if self.p is None else {"p": self.p}))
@@ -37,16 +48,29 @@ class Cell:
 FULL = Cell()
 
 
-def grid(policies: Sequence[str], layers: Sequence[str], ps: Sequence[float], budgets: Sequence[float]) -> list[Cell]:
-    """The full cache, then every combination; p only where the layer policy has one. UserError for what none has."""
+def grid(
+    policies: Sequence[str],
+    layers: Sequence[str],
+    ps: Sequence[float],
+    budgets: Sequence[float],
+    ps_given: bool = False,
+) -> list[Cell]:
+    """The full cache, then every combination; p only where the layer policy has one that its word does not set.
+
+    UserError for what does not exist, and for a p in a word if `ps_given`: the user has asked for others.
+    """
     for budget in budgets:
         check_budget(budget)
     cells = [FULL]
     for policy in dict.fromkeys(policies):
         if token_policies.make(policy).bounded:
-            for name in dict.fromkeys(layers):
-                has_p = "p" in {field.name for field in fields(layer_policies.make(name))}
-                cells += [Cell(policy, name, p, budget) for budget in budgets for p in (ps if has_p else [None])]
+            for word in dict.fromkeys(layers):
+                layer_policies.make(word)
+                has, sets = options_of(LAYER_POLICIES, word)
+                if "p" in sets and ps_given:
+                    raise UserError(f"layer policy {shown(word)} gives p, and so does --p; give one of them")
+                own = ps if "p" in has - sets else [None]
+                cells += [Cell(policy, word, p, budget) for budget in budgets for p in own]
     for cell in cells:
         cell.layer_policy()
     return cells
@@ -54,32 +78,84 @@ def grid(policies: Sequence[str], layers: Sequence[str], ps: Sequence[float], bu
 
 def check(model: Transformer, cell: Cell, ids: Sequence[int], new: int) -> None:
     """UserError, in one line, if `cell` cannot run a prompt with `new` tokens after it."""
-    Engine(model, cell.policy, cell.layer_policy(), cell.budget).check(Request(ids, new))
+    _engine(model, cell).check(Request(ids, new))
+
+
+def _engine(model: Transformer, cell: Cell) -> Engine:
+    return Engine(model, cell.token_policy(), cell.layer_policy(), cell.budget)
+
+
+class Looking(TokenPolicy):
+    """Token policies of one layer that look at the same prompts. What they score is kept here, not handed on.
+
+    The first keys come unrotated if any of the policies has sinks; `turned` are the same ones rotated.
+    """
+
+    def __init__(self, policies: Sequence[TokenPolicy]):
+        self.policies, self.sinks = policies, max(policy.sinks for policy in policies)
+        self.scores: list[list[Tensor | None]] = []  # of each part of the batch, by each policy
+        self.turned: list[Tensor] = []
+
+    def score_prompt(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, probs: Callable) -> None:
+        self.turned.append(k[:, :, : self.sinks].clone())
+        self.scores.append([policy.score_prompt(q, k, v, lengths, probs) for policy in self.policies])
+
+    def joined(self) -> tuple[Tensor, list[Tensor | None]]:
+        """The rotated first keys and each policy's scores, of the whole batch."""
+        scores = [None if parts[0] is None else torch.cat(parts) for parts in zip(*self.scores, strict=True)]
+        return torch.cat(self.turned), scores
 
 
 class Batch:
-    """Rows of token ids after the prefill under one token policy. Each may go on for `new` tokens.
+    """Rows of token ids after the prefill that serves `cells`. Each may go on for `new` tokens.
 
-    A batch has one plan for each cell, made from its rows' mean signal. The rows are ones that `check` lets pass.
+    A batch has one plan for each cell, made from its rows' mean evidence. The rows are ones that `check` lets pass.
+    The full cache is always among the cells.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: Transformer, policy: str, rows: Sequence[Sequence[int]], new: int):
-        self.model, self.policy, self.new = model, policy, new
-        engine = Engine(model, policy)
+    def __init__(self, model: Transformer, cells: Sequence[Cell], rows: Sequence[Sequence[int]], new: int):
+        self.model, self.new = model, new
+        cells = list(dict.fromkeys([FULL, *cells]))
+        self.words = list(dict.fromkeys(cell.policy for cell in cells))
+        engines = [Engine(model, word) for word in self.words]
         self.requests = [Request(ids, new) for ids in rows]
         self.length = max(map(len, rows)) + new
-        padded, self.lengths = engine._padded(self.requests)
-        self.rotary, self.policies = engine._rotary(self.requests), engine._policies(self.length)
-        signals, self.prompts = [], []
+        padded, self.lengths = engines[0]._padded(self.requests)
+        self.rotary, caps = engines[0]._rotary(self.requests), engines[0]._caps(self.length)
+        self.policies = [engine._policies(self.length) for engine in engines]  # by token policy and layer
+        looking = [Looking(own) for own in zip(*self.policies, strict=True)]
+        # What each layer policy wants to know of each layer [B, ...]. The smallest budget wants to know the most.
+        smallest: dict[tuple[str, LayerPolicy], int] = {}
+        for cell in cells:
+            if (own := cell.layer_policy()).reads_prompt:
+                smallest[cell.policy, own] = min(smallest.get((cell.policy, own), self.length), self._slots(cell))
+        self.evidence: dict[tuple[str, LayerPolicy], list[list[Tensor]]] = {
+            asks: [[] for _ in caps] for asks in smallest
+        }
+        signals: list[list[Tensor]] = [[] for _ in caps]
 
-        def keep(layer: int, signal: Tensor, prompt: Prompt) -> None:
-            signals.append(signal)
-            self.prompts.append(prompt)
+        def ask(seen: Attended, layer: int) -> Tensor:
+            signals[layer].append(seen.signal)
+            for (word, own), found in self.evidence.items():
+                number = self.words.index(word)
+                policy, scores = looking[layer].policies[number], looking[layer].scores[-1][number]
+                select = partial(policy.select, seen.lengths, seen.k.shape[2], scores=scores)
+                floor, slots = engines[number].policy.floor, smallest[word, own]
+                found[layer].append(own.measure(seen._replace(select=select), slots, caps[layer], floor))
+            return seen.signal
 
-        self.logits, self.importance = engine._prefill(padded, self.lengths, self.rotary, self.policies, keep)
-        self.signals = torch.stack(signals, dim=1)  # [B, L]
-        self.not_finite = engine.not_finite
+        measures = [partial(ask, layer=layer) for layer in range(len(caps))]
+        # K and V of each layer, the first keys unrotated and rotated, and the scores by token policy.
+        self.prompts: list[tuple[Prompt, Tensor, Tensor, list[Tensor | None]]] = []
+
+        def keep(layer: int, _: Tensor | None, prompt: Prompt) -> None:
+            raw = prompt.k[:, :, : looking[layer].sinks].clone()
+            self.prompts.append((prompt, raw, *looking[layer].joined()))
+
+        self.logits, _ = engines[0]._prefill(padded, self.lengths, self.rotary, looking, keep, measures)
+        self.signals = torch.stack([torch.cat(layer) for layer in signals], dim=1)  # [B, L]
+        self.not_finite = engines[0].not_finite
         self._check(self.logits)
 
     def _check(self, logits: Tensor) -> None:
@@ -87,23 +163,40 @@ class Batch:
         if not logits.amax(-1).isfinite().all():
             raise UserError(self.not_finite)
 
+    def _slots(self, cell: Cell) -> int:
+        return _engine(self.model, cell)._budget_slots(self.length)
+
     def _start(self, cell: Cell) -> Decoder:
         """A cache of its own for `cell`; `plan` and `kv_share` (of the full cache) say how large it is."""
-        engine = Engine(self.model, self.policy, cell.layer_policy(), cell.budget)
-        slots = engine._budget_slots(self.length)
-        plan = engine._plan(self.importance, slots, self.length)
+        engine, evidence, number = _engine(self.model, cell), None, self.words.index(cell.policy)
+        if found := self.evidence.get((cell.policy, engine.layer_policy)):
+            evidence = [torch.cat(layer).mean(0).tolist() for layer in found]
+        plan = engine._plan(evidence, self._slots(cell), self.length)
         self.plan, self.kv_share = plan.slots, sum(plan.slots) / sum(engine._caps(self.length))
         greedy, rows = [GREEDY] * len(self.requests), torch.arange(len(self.requests), device=engine.device)
-        decoder, _ = engine._decoder(plan, self.policies, greedy, (), Memory())
-        for layer, prompt in enumerate(self.prompts):
-            decoder.keeper(rows, self.lengths)(layer, None, prompt)
+        policies = self.policies[number]
+        decoder, _ = engine._decoder(plan, policies, greedy, (), Memory())
+        for layer, (prompt, raw, turned, scores) in enumerate(self.prompts):
+            sinks = policies[layer].sinks
+            prompt.k[:, :, : raw.shape[2]] = torch.cat((raw[:, :, :sinks], turned[:, :, sinks:]), dim=2)
+            own = Prompt(prompt.k, prompt.v, scores[number])
+            decoder.keeper(rows, self.lengths)(layer, None, own)
         decoder.begin(rows, self.lengths, self.logits, greedy, self.rotary)
         return decoder
 
     @torch.inference_mode()
     def forced(self, cell: Cell, following: Tensor) -> Iterator[Tensor]:
-        """Feed following [B, T] one by one, whatever the model would say; yields the logits [B, vocab] after each."""
+        """Feed following [B, T], whatever the model would say; yields the logits [B, vocab] after each.
+
+        Policies that place a token by its position take all T at once, which is the same as one by one.
+        """
         decoder = self._start(cell)
+        if not decoder.policies[0].scored:
+            for x in decoder.append(following.to(self.lengths.device)).unbind(1):
+                logits = self.model.logits(x)
+                self._check(logits)
+                yield logits
+            return
         for tokens in following.to(self.lengths.device).T:
             decoder.tokens.copy_(tokens)
             logits = decoder.logits()
@@ -111,12 +204,21 @@ class Batch:
             yield logits
 
     @torch.inference_mode()
-    def greedy(self, cell: Cell, eos_ids: Collection[int] = ()) -> list[list[int]]:
-        """Each row's most likely continuation: `new` tokens, or up to its end-of-sequence token, left out."""
-        decoder = self._start(cell)
+    def greedy(
+        self, cell: Cell, eos_ids: Collection[int] = (), questions: Sequence[Sequence[int]] = ()
+    ) -> list[list[int]]:
+        """Each row's most likely continuation: `new` tokens, or up to its end-of-sequence token, left out.
+
+        questions: of each row, all of one length, read behind the compressed prompt as a conversation's later turn is;
+        they count among the `new` tokens.
+        """
+        decoder, asked = self._start(cell), len(questions[0]) if len(questions) else 0
+        if asked:
+            x = decoder.append(torch.tensor(questions, device=self.lengths.device))
+            decoder.tokens.copy_(decoder.sampler(self.model.logits(x[:, -1])))
         steps = [decoder.tokens.tolist()]
         ended = [token in eos_ids for token in steps[0]]
-        while len(steps) < self.new and not all(ended):
+        while len(steps) < self.new - asked and not all(ended):
             decoder.step()
             steps.append(decoder.tokens.tolist())
             if any(token == NOT_FINITE and not end for token, end in zip(steps[-1], ended, strict=True)):

@@ -18,25 +18,32 @@ from evaluation.tasks import Row
 class Fidelity:
     name, metric = "fidelity", "kl"
 
-    def __init__(self, text: Sequence[int], context: int, new: int, count: int):
-        """`count` pieces of `text`, evenly spread; UserError if it is too short for one."""
-        if len(text) <= context + new:
-            raise UserError(f"the text has {len(text)} tokens; --length {context} and --read {new} need more")
-        self.new = new
-        starts = [n * (len(text) - context - new - 1) // max(count - 1, 1) for n in range(count)]
-        pieces = [list(text[start : start + context + new + 1]) for start in starts]
+    def __init__(self, texts: Sequence[Sequence[int]], context: int, new: int, count: int):
+        """`count` pieces: evenly spread over a single text, else one from the beginning of each that is long enough.
+
+        UserError if there is none.
+        """
+        self.new, size = new, context + new + 1
+        usable = [text for text in texts if len(text) >= size]
+        if not usable:
+            least = f"--length {context} and --read {new} need more"
+            longest = max(map(len, texts))
+            one = len(texts) == 1
+            raise UserError(f"{'the text has' if one else 'the longest text has'} {longest} tokens; {least}")
+        if len(texts) == 1:
+            starts = [n * (len(texts[0]) - size) // max(count - 1, 1) for n in range(count)]
+            pieces = [list(texts[0][start : start + size]) for start in starts]
+        else:
+            pieces = [list(text[:size]) for text in usable[:count]]
+            if len(pieces) < count:
+                raise UserError(f"only {len(pieces)} texts have {size} tokens; take --texts {len(pieces)} or fewer")
         self.rows = [Row(n, piece[:context], piece[context:]) for n, piece in enumerate(pieces)]
         self._rows: Sequence[Row] | None = None  # those that `_full` [T, B, vocab] belongs to
 
     def results(self, batch: Batch, cell: Cell, rows: Sequence[Row]) -> list[dict]:
         ids = torch.tensor([row.expected for row in rows], device=batch.lengths.device)
         if self._rows is not rows:
-            full = (
-                batch
-                if batch.policy == FULL.policy
-                else Batch(batch.model, FULL.policy, [r.ids for r in rows], self.new)
-            )
-            self._full = [logits.float().log_softmax(-1) for logits in full.forced(FULL, ids[:, :-1])]
+            self._full = [logits.float().log_softmax(-1) for logits in batch.forced(FULL, ids[:, :-1])]
             self._rows = rows
         measured = []
         for step, logits in enumerate(batch.forced(cell, ids[:, :-1])):

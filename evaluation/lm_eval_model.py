@@ -39,7 +39,7 @@ class EngineLM(TemplateLM):
         for batch in batches(rows, self.size):
             longest = max(len(row.expected) for row in batch)
             ids = torch.tensor([[*row.expected, *[0] * (longest - len(row.expected))] for row in batch])
-            prefilled = Batch(self.model, self.cell.policy, [row.ids for row in batch], longest)
+            prefilled = Batch(self.model, [self.cell], [row.ids for row in batch], longest)
             logits = [prefilled.logits, *prefilled.forced(self.cell, ids[:, :-1])]
             scores = torch.stack(logits, dim=1).float().log_softmax(-1).cpu()
             for row, score in zip(batch, scores, strict=True):
@@ -60,7 +60,7 @@ class EngineLM(TemplateLM):
             own = [n for n, other in enumerate(news) if other == new]
             rows = [Row(n, self.tok_encode(requests[n].args[0])[new - self.limit :], None) for n in own]
             for batch in batches(rows, self.size):
-                prefilled = Batch(self.model, self.cell.policy, [row.ids for row in batch], new)
+                prefilled = Batch(self.model, [self.cell], [row.ids for row in batch], new)
                 for row, tokens in zip(batch, prefilled.greedy(self.cell, self.eos_ids), strict=True):
                     text, until = self.tokenizer.decode(tokens), settings[row.number].get("until", [])
                     for stop in [until] if isinstance(until, str) else until:

@@ -21,25 +21,34 @@ class Recall:
         self,
         encode: Callable[[str], list[int]],
         decode: Callable[[list[int]], str],
-        filler: Sequence[int],
+        texts: Sequence[Sequence[int]],
         length: int,
         facts: int,
         count: int,
+        unseen: bool = False,
         seed: int = 2024,
     ):
-        """`count` prompts of `length` tokens, `facts` facts each, between pieces of `filler`."""
-        self.name = f"{'needle' if facts == 1 else 'recall'} {length}"
-        rng, self.rows, self.decode = random.Random(f"{self.name} {seed}"), [], decode
-        if len(filler) <= length:
-            raise UserError(f"the text has {len(filler)} tokens, too few to hide facts among {length} of them")
+        """`count` prompts of `length` tokens, `facts` facts each, between pieces of one of the `texts`.
+
+        unseen: the question is read when the text has been compressed.
+        """
+        name = f"{'needle' if facts == 1 else 'recall'} {length}"
+        rng, self.rows, self.decode = random.Random(f"{name} {seed}"), [], decode
+        self.name = f"{name} unseen" if unseen else name
+        usable = [text for text in texts if len(text) > length]
+        if not usable:
+            longest = max(map(len, texts))
+            raise UserError(f"the text has {longest} tokens, too few to hide facts among {length} of them")
         for n in range(count):
             depth = (n + 0.5) / count
-            ids, answer = data.recall_prompt(rng, encode, filler, length, facts, depth)
-            self.rows.append(Row(n, ids, answer, {"length": length, "depth": round(depth, 4)}))
+            ids, asked, answer = data.recall_parts(rng, encode, usable[n % len(usable)], length, facts, depth)
+            row = Row(n, [*ids, *asked], answer, {"length": length, "depth": round(depth, 4)})
+            self.rows.append(row.asked_later(len(asked)) if unseen else row)
         self.new = max(len(row.expected) for row in self.rows)
 
     def results(self, batch: Batch, cell: Cell, rows: Sequence[Row]) -> list[dict]:
-        said = [tokens[: len(row.expected)] for tokens, row in zip(batch.greedy(cell), rows, strict=True)]
+        greedy = batch.greedy(cell, questions=[row.question for row in rows])
+        said = [tokens[: len(row.expected)] for tokens, row in zip(greedy, rows, strict=True)]
         return [
             {"prediction": self.decode(tokens), "expected": self.decode(row.expected), "exact": tokens == row.expected}
             for tokens, row in zip(said, rows, strict=True)

@@ -50,7 +50,16 @@ FIRST_LINE = {"trec", "triviaqa", "samsum"}  # LongBench counts only the first l
 class Standard:
     """One file as a task. UserError, one line with file and row, for what is not in the published format."""
 
-    def __init__(self, name: str, lines: Sequence[bytes], tokenizer: Tokenizer, eos_ids: Collection[int], limit: int):
+    def __init__(
+        self,
+        name: str,
+        lines: Sequence[bytes],
+        tokenizer: Tokenizer,
+        eos_ids: Collection[int],
+        limit: int,
+        unseen: bool = False,
+    ):
+        """unseen: the question is read when the text has been compressed; UserError for what does not part them."""
         path, name = Path(name), place(name)
         records = [parse_json(line, f"{name} row {n}") for n, line in enumerate(lines, 1) if line.strip()]
         if not records:
@@ -64,43 +73,71 @@ class Standard:
             _check(record, FORMATS[self.kind], f"{name} row {n}")
         own = path.parent.name if path.stem in ("validation", "test", "train") else path.stem
         self.dataset = records[0].get("dataset", own) if self.kind == "longbench" else own
-        prompt, answers, self.new, self.metric = self._format(name)
+        parts, answers, self.new, self.metric = self._format(name)
         self.name, self.tokenizer, self.eos_ids = f"{self.kind}: {self.dataset}", tokenizer, eos_ids
+        self.name += " unseen" * unseen
         if limit <= self.new:
             raise UserError(f"{name}: {limit} positions leave no room for a prompt and {self.new} new tokens")
         self.rows = []
         for n, record in enumerate(records):
-            ids = middle_cut(tokenizer.encode(prompt(record)), limit - self.new)
-            self.rows.append(Row(n, ids, answers(record)))
+            text, question = parts(record)
+            if not unseen:
+                ids = middle_cut(tokenizer.encode(text + question), limit - self.new)
+                self.rows.append(Row(n, ids, answers(record)))
+                continue
+            where = f"{name} row {n + 1}"
+            if not (text and question):
+                raise UserError(f"{where}: the format does not part text and question; leave --unseen away for it")
+            asked = tokenizer.encode(question, special=False)
+            if (room := limit - self.new - len(asked)) < 1:
+                raise UserError(f"{where}: a question of {len(asked)} tokens leaves no room in {limit} positions")
+            self.rows.append(Row(n, middle_cut(tokenizer.encode(text), room), answers(record), question=asked))
         self.classes = [record.get("all_classes") or [] for record in records]
 
     def _format(self, name: str) -> tuple[Callable, Callable, int, str]:
-        """How a record becomes a prompt and its answers; how many tokens to generate; the metric."""
+        """How a record becomes a prompt, in two parts, and its answers; how many tokens to generate; the metric.
+
+        The second part is the question; where a format does not part them, it is the whole prompt.
+        """
         if self.kind in SUMMARIES:
             text, summary, new = SUMMARIES[self.kind]
-            return lambda record: record[text] + "\n\nTL;DR:", lambda record: [record[summary]], new, "rouge_l"
+            return lambda record: (record[text], "\n\nTL;DR:"), lambda record: [record[summary]], new, "rouge_l"
         if self.kind == "ruler":
             task = next((task for task in RULER if self.dataset.startswith(task)), None)
             if task is None:
                 raise UserError(
                     f"{name}: {cut(self.dataset)} is no RULER task; their names begin with {', '.join(RULER)}"
                 )
-            return lambda r: r["input"] + r.get("answer_prefix", ""), lambda record: record["outputs"], *RULER[task]
+            return ruler_parts, lambda record: record["outputs"], *RULER[task]
         own = LONGBENCH.get(self.dataset.removesuffix("_e"))
         if own is None:
             raise UserError(
                 f"{name}: dataset {cut(self.dataset)} is not among {', '.join(LONGBENCH)} (English ones only)"
             )
-        return lambda r: own["prompt"].format(**r), lambda record: record["answers"], own["new"], own["metric"]
+        before, _, behind = own["prompt"].partition("{context}")
+
+        def parts(record: dict) -> tuple[str, str]:
+            if "{input}" in before:
+                return "", own["prompt"].format(**record)
+            return before.format(**record) + record["context"], behind.format(**record)
+
+        return parts, lambda record: record["answers"], own["new"], own["metric"]
 
     def results(self, batch: Batch, cell: Cell, rows: Sequence[Row]) -> list[dict]:
         metric, results = METRICS[self.metric], []
-        for tokens, row in zip(batch.greedy(cell, self.eos_ids), rows, strict=True):
+        greedy = batch.greedy(cell, self.eos_ids, [row.question for row in rows])
+        for tokens, row in zip(greedy, rows, strict=True):
             said = self.tokenizer.decode(tokens)
             counted = said.lstrip("\n").split("\n")[0] if self.dataset.removesuffix("_e") in FIRST_LINE else said
             score = metric(counted, row.expected, self.classes[row.number])
             results.append({"prediction": said, "expected": row.expected, self.metric: score})
         return results
+
+
+def ruler_parts(record: dict) -> tuple[str, str]:
+    """Text and question of a RULER row: its last line asks."""
+    text, line_break, question = record["input"].rpartition("\n")
+    return text, line_break + question + record.get("answer_prefix", "")
 
 
 def paths(source: str) -> list[Path]:

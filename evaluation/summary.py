@@ -9,10 +9,10 @@ from dataclasses import asdict
 
 import numpy as np
 
-from errors import UserError, place
+from errors import UserError, cut, place
 from evaluation.cells import FULL, Cell
-from evaluation.tasks import Log, Task
-from files import Kind
+from evaluation.tasks import RESULT, Log, Task
+from files import MOST_BYTES, Kind, Lines, checked, parse_json
 from policies.layers.squeeze import three_means
 
 RESAMPLES = 2000
@@ -65,6 +65,38 @@ def summarise(tasks: Sequence[Task], cells: Sequence[Cell], log: Log) -> dict:
     return summary
 
 
+def beside(path: str, tasks: Sequence[Task]) -> list[dict]:
+    """Results of another program, as `cells` of a summary without plans. UserError unless each task has all rows."""
+    cells: dict[Cell, dict[str, dict[int, dict]]] = {}
+    names = {task.name: task for task in tasks}
+    for number, raw, _, _ in Lines(path, MOST_BYTES):
+        where = f"{place(path)} line {number} is no result"
+        record = checked(parse_json(raw or b"", where), RESULT, where)
+        if record["task"] in names:
+            checked(record, needed(names[record["task"]]), where)
+            cell = Cell(*(record[name] for name in asdict(FULL)))
+            cells.setdefault(cell, {}).setdefault(record["task"], {})[record["row"]] = record
+    rows = []
+    for cell, results in cells.items():
+        scores = {}
+        for name, own in results.items():
+            if missing := [row.number for row in names[name].rows if row.number not in own]:
+                raise UserError(f"{place(path)} lacks row {missing[0]} of {cut(name)} for {cut(cell.policy)}")
+            scores[name] = Scores(names[name], [cell], _Rows(own)).of(cell)
+        rows.append({**asdict(cell), "scores": scores})
+    return rows
+
+
+class _Rows:
+    """Results by row, where `Scores` looks for them."""
+
+    def __init__(self, records: dict[int, dict]):
+        self.records = records
+
+    def of(self, task: Task, cell: Cell) -> list[dict]:
+        return [self.records[row.number] for row in task.rows]
+
+
 def _plan(log: Log, task: Task, cell: Cell) -> list[int]:
     for record in log.of(task, cell):
         if "plan" in record:
@@ -82,7 +114,7 @@ def needed(task: Task) -> dict[str, Kind]:
     """The fields of a task's results that are read here."""
     if task.metric == "kl":
         return {"kl": float, "agree": float, "loss": float}
-    return {task.metric: (bool, float)}
+    return {name: (bool, float) for name in getattr(task, "metrics", (task.metric,))}
 
 
 class Scores:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,12 +27,20 @@ RESULT = {  # what every line says
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt, what should follow it, and what else its results are to say."""
+    """A prompt, what should follow it, and what else its results are to say.
+
+    question: what is asked about the prompt once that is compressed; in other rows the prompt holds it.
+    """
 
     number: int
     ids: list[int]
     expected: Any
     about: dict = field(default_factory=dict)
+    question: list[int] = field(default_factory=list)
+
+    def asked_later(self, count: int) -> "Row":
+        """The same with the last `count` tokens of the prompt as a question."""
+        return replace(self, ids=self.ids[:-count], question=self.ids[-count:])
 
 
 class Task(Protocol):
@@ -138,11 +146,13 @@ class Log:
 def batches(rows: Iterable[Row], size: int, slack: float = 0.1) -> Iterator[list[Row]]:
     """Rows of about the same length (within `slack` of the longest), `size` at most, longest first.
 
-    A batch has one budget and one plan, so a row should not get those of a much longer one.
+    A batch has one budget and one plan, so a row should not get those of a much longer one. Questions of a batch have
+    the same length: they go through the model together.
     """
     batch: list[Row] = []
-    for row in sorted(rows, key=lambda row: -len(row.ids)):
-        if batch and (len(batch) == size or len(row.ids) < (1 - slack) * len(batch[0].ids)):
+    for row in sorted(rows, key=lambda row: (-len(row.question), -len(row.ids))):
+        other = batch and len(row.question) != len(batch[0].question)
+        if batch and (other or len(batch) == size or len(row.ids) < (1 - slack) * len(batch[0].ids)):
             yield batch
             batch = []
         batch.append(row)
@@ -155,7 +165,7 @@ def check_all(model: Transformer, tasks: Sequence[Task], cells: Sequence[Cell], 
     for task in tasks:
         for rows in batches(task.rows, size):
             for cell in cells:
-                check(model, cell, rows[0].ids, task.new)
+                check(model, cell, rows[0].ids, len(rows[0].question) + task.new)
 
 
 def run(model: Transformer, tasks: Sequence[Task], cells: Sequence[Cell], log: Log, size: int) -> None:
@@ -163,23 +173,21 @@ def run(model: Transformer, tasks: Sequence[Task], cells: Sequence[Cell], log: L
     work = [(task, rows) for task in tasks for rows in batches(task.rows, size)]
     with tqdm(total=sum(len(rows) for _, rows in work) * len(cells), unit="result", smoothing=0.05) as bar:
         for task, rows in work:
-            for policy in dict.fromkeys(cell.policy for cell in cells):
-                own = [cell for cell in cells if cell.policy == policy]
-                missing = [cell for cell in own if not all(log.has(task, row, cell) for row in rows)]
-                bar.set_description(f"{task.name}, {policy}")
-                bar.update(len(rows) * (len(own) - len(missing)))
-                if not missing:
-                    continue
-                batch = Batch(model, policy, [row.ids for row in rows], task.new)
-                for cell in missing:
-                    for index, (row, result) in enumerate(zip(rows, task.results(batch, cell, rows), strict=True)):
-                        record = {"task": task.name, "row": row.number, **asdict(cell), **row.about, **result}
-                        record["kv_share"] = batch.kv_share
-                        if index == 0:
-                            record["plan"] = batch.plan
-                        if cell == FULL:
-                            record["signal"] = [round(signal, 5) for signal in batch.signals[index].tolist()]
-                        if not log.has(task, row, cell):
-                            log.add(record)
-                    log.flush()
-                    bar.update(len(rows))
+            missing = [cell for cell in cells if not all(log.has(task, row, cell) for row in rows)]
+            bar.set_description(task.name)
+            bar.update(len(rows) * (len(cells) - len(missing)))
+            if not missing:
+                continue
+            batch = Batch(model, missing, [row.ids for row in rows], len(rows[0].question) + task.new)
+            for cell in missing:
+                for index, (row, result) in enumerate(zip(rows, task.results(batch, cell, rows), strict=True)):
+                    record = {"task": task.name, "row": row.number, **asdict(cell), **row.about, **result}
+                    record["kv_share"] = batch.kv_share
+                    if index == 0:
+                        record["plan"] = batch.plan
+                    if cell == FULL:
+                        record["signal"] = [round(signal, 5) for signal in batch.signals[index].tolist()]
+                    if not log.has(task, row, cell):
+                        log.add(record)
+                log.flush()
+                bar.update(len(rows))

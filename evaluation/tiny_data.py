@@ -91,6 +91,19 @@ def recall_prompt(
     `facts` facts stand at uniform depths between pieces of unseen source; one of them is asked for at the end: any, or
     one at `depth` in [0, 1) of the source.
     """
+    text, ask, answer = recall_parts(rng, encode, filler_ids, length, facts, depth)
+    return [*text, *ask], answer
+
+
+def recall_parts(
+    rng: random.Random,
+    encode: Callable[[str], list[int]],
+    filler_ids: Sequence[int],
+    length: int,
+    facts: int,
+    depth: float | None,
+) -> tuple[list[int], list[int], list[int]]:
+    """A prompt as of `recall_prompt`: its text, its question, and the answer."""
     chosen = facts_for(rng, facts)
     asked = rng.choice(chosen)
     ask, answer = encode("\n" + question(asked[0])), encode(" " + asked[1])
@@ -112,4 +125,4 @@ def recall_prompt(
     for cut, piece in sorted(zip(cuts, stated, strict=True), key=lambda pair: pair[0]):
         ids += [*middle[end:cut], *piece]
         end = cut
-    return [*ids, *middle[end:], *ask], answer
+    return [*ids, *middle[end:]], ask, answer

@@ -12,7 +12,7 @@ from torch import Tensor
 from model import Transformer
 
 EVICTING = ("h2o", "h2o-mean", "tova")  # they score all the time
-FROZEN = ("snapkv", "knorm", "keydiff")  # they score the prompt once; then a ring runs over the last slots
+FROZEN = ("snapkv", "dropkv", "knorm", "keydiff")  # they score the prompt once; then a ring runs over half the slots
 
 
 @dataclass
@@ -21,6 +21,7 @@ class Entry:
     k: Tensor  # [D], not rotated
     v: Tensor
     received: list[float] = field(default_factory=list)  # from each query since its own, summed over the group's heads
+    missed: list[float] = field(default_factory=list)  # the error that its loss alone would have made for each query
     latest: float = 0.0  # from the latest query, summed over all heads of the layer
 
 
@@ -41,7 +42,9 @@ def victim(entries: list[Entry], policy: str, slots: int, newest: int, sinks: in
 
 
 def scores_of_prompt(entries: list[Entry], policy: str, recent: int, keys: Tensor) -> list[float]:
-    """The scores by which snapkv, knorm and keydiff choose; keys [S, D] are rotated."""
+    """The scores by which the frozen policies choose; keys [S, D] are rotated."""
+    if policy == "dropkv":
+        return [sum(entry.missed[-recent:]) for entry in entries]
     if policy == "knorm":
         return [-key.norm().float().item() for key in keys]
     if policy == "keydiff":
@@ -80,15 +83,16 @@ class NaiveCache:
         self.plan = [min(slots, window) for slots, window in zip(plan, self.windows, strict=True)]
         self.rotary = model.rotary(1)
         self.lists = [[[] for _ in range(c.n_kv_heads)] for _ in range(c.n_layers)]
+        self.doomed = [[[] for _ in range(c.n_kv_heads)] for _ in range(c.n_layers)]  # go before the ring's, in order
         self.seen = 0
 
     def prompt(self, ids: list[int]) -> Tensor:
         for token in ids:
             logits = self._feed(token, evicting=False)
         for layer, (policy, lists) in enumerate(zip(self.policies, self.lists, strict=True)):
-            for entries in lists:
+            for head, entries in enumerate(lists):
                 if policy in FROZEN:
-                    self._freeze(entries, layer)
+                    self.doomed[layer][head] = self._freeze(entries, layer)
         self._shrink()
         return logits
 
@@ -106,15 +110,18 @@ class NaiveCache:
                 while len(entries) > slots and policy != "full":
                     entries.remove(victim(entries, policy, slots, self.seen - 1, self.sinks))
 
-    def _freeze(self, entries: list[Entry], layer: int) -> None:
-        """Of all but the last ones, the lowest score goes, until the list fits."""
+    def _freeze(self, entries: list[Entry], layer: int) -> list[Entry]:
+        """Of all but the last ones, the lowest score goes, until the list fits. Returns those that will go next."""
         scale = self.model.layers[layer].attention.rope_scale
         positions = torch.tensor([entry.position for entry in entries])
         keys = rotate(torch.stack([entry.k for entry in entries]), positions, self.rotary[layer], scale)
         scores = scores_of_prompt(entries, self.policies[layer], self.recent, keys)
-        ring = max(min(self.recent, self.plan[layer] // 2), 1)
-        while len(entries) > self.plan[layer]:
-            entries.remove(min(entries[:-ring], key=lambda entry: (scores[entry.position], entry.position)))
+        slots, half = self.plan[layer], max(self.plan[layer] // 2, 1)
+        last = min(self.recent, half)
+        order = sorted(entries[:-last], key=lambda entry: (scores[entry.position], entry.position))
+        for entry in order[: (gone := max(len(entries) - slots, 0))]:
+            entries.remove(entry)
+        return order[gone : gone + half - last] if len(entries) == slots else []
 
     def feed(self, token: int) -> Tensor:
         """The logits [vocab] after one more token."""
@@ -132,7 +139,8 @@ class NaiveCache:
             for kv_head, entries in enumerate(self.lists[layer]):
                 entries[:] = [entry for entry in entries if t - entry.position < self.windows[layer]]
                 if evicting and len(entries) == slots and policy in FROZEN:
-                    entries.pop(-min(self.recent, slots // 2))  # the oldest of the ring
+                    doomed = self.doomed[layer][kv_head]
+                    entries.remove(doomed.pop(0) if doomed else entries[-max(slots // 2, 1)])
                 elif evicting and len(entries) == slots and policy != "full":
                     entries.remove(victim(entries, policy, slots, t, self.sinks))
                 entries.append(Entry(t, k[kv_head], v[kv_head]))
@@ -142,6 +150,7 @@ class NaiveCache:
                 values = torch.stack([entry.v for entry in entries])
                 for entry in entries:
                     entry.received.append(0.0)
+                    entry.missed.append(0.0)
                 for query in q.view(len(k), -1, q.shape[-1])[kv_head]:
                     scores = keys @ rotate(query, places[-1], frequencies, scale) * attention.scale
                     if attention.softcap:
@@ -150,6 +159,8 @@ class NaiveCache:
                     out.append(probs @ values)
                     for entry, prob in zip(entries, probs.tolist(), strict=True):
                         entry.received[-1] += prob
+                        error = (entry.v - out[-1]).square().sum().item()
+                        entry.missed[-1] += (prob / max(1 - prob, 1e-6)) ** 2 * error
             if policy == "tova":  # every head keeps the same positions
                 for same in zip(*self.lists[layer], strict=True):
                     for entry in same:

@@ -74,9 +74,9 @@ def test_streaming_with_other_sinks_equals_naive(model):
 
 @pytest.mark.parametrize("policy", FROZEN)
 def test_frozen_policies_with_a_shorter_ring_equal_naive(model, policy):
-    """Rings of 1, 4, 4 and 3, which go round several times; layers that the prompt fills and one that it does not."""
+    """Rings that grow from 4 to 9 and 6 slots, one of 1, one in a layer that the prompt does not fill. All wrap."""
     ids, following = random_ids(20), random_ids(NEW, seed=3)
-    plan = [2, 9, 26, 7]
+    plan = [2, 19, 26, 13]
     got = teacher_forced(Engine(model, make(policy, recent=4), plan=plan), ids, following)
     naive = NaiveCache(model, policy, plan, recent=4)
     want = torch.stack([naive.prompt(ids), *(naive.feed(token) for token in following)])

@@ -13,17 +13,20 @@ import numpy as np
 import pytest
 import render_readme
 import torch
-from conftest import random_ids
+from conftest import random_ids, random_model
 from naive import NaiveCache
 
+import chat
 import checkpoint
 import evaluate
 import tokenizer as tokenizers
 from engine import Engine, Request
 from errors import UserError
-from evaluation import standard
+from evaluation import standard, texts
 from evaluation.cells import FULL, Batch, Cell, grid
 from evaluation.fidelity import Fidelity
+from evaluation.leaderboard import leaderboard
+from evaluation.passkey import Passkey, scored
 from evaluation.recall import Recall
 from evaluation.summary import Scores, interval, wilson
 from evaluation.tasks import Log, Row, batches
@@ -48,14 +51,14 @@ def refused(capsys, *args) -> str:
     return err
 
 
-@pytest.mark.parametrize("policy", ["streaming", "h2o"])
+@pytest.mark.parametrize("policy", ["streaming", "h2o", "dropkv"])
 def test_fidelity_equals_the_naive_cache(model, policy):
     """KL, agreement and loss of single rows, from lists that evict token by token."""
-    task = Fidelity(random_ids(60), context=20, new=12, count=2)
+    task = Fidelity([random_ids(60)], context=20, new=12, count=2)
     assert [row.ids + row.expected for row in task.rows] == [random_ids(60)[:33], random_ids(60)[27:]]
     cell = Cell(policy, "squeeze", 0.5, 0.4)
     for row in task.rows:
-        [got] = task.results(batch := Batch(model, policy, [row.ids], 12), cell, [row])
+        [got] = task.results(batch := Batch(model, [cell], [row.ids], 12), cell, [row])
         assert sum(batch.plan) <= 4 * 12 and len(set(batch.plan)) > 1
         naive, full = NaiveCache(model, policy, batch.plan), NaiveCache(model, "full", [99] * 4)
         for cache in (naive, full):
@@ -71,14 +74,18 @@ def test_fidelity_equals_the_naive_cache(model, policy):
         assert got == pytest.approx(want, rel=1e-4)
 
 
-@pytest.mark.parametrize("cell", [FULL, Cell("h2o", "squeeze", 0.3, 0.3), Cell("streaming", "pyramid", None, 12)])
+@pytest.mark.parametrize(
+    "cell",
+    [FULL, Cell("h2o", "squeeze", 0.3, 0.3), Cell("streaming", "pyramid", None, 12)]
+    + [Cell("snapkv", "perturbation", None, 15)],
+)
 def test_greedy_equals_the_engine(model, cell):
     """One prefill, then cells one after the other: each as the engine would do it from the start, ragged rows."""
     rows, eos = [random_ids(n, seed=n) for n in (30, 41, 35)], frozenset(range(0, 97, 7))
-    batch = Batch(model, cell.policy, rows, 10)
-    for other in grid([cell.policy], ["uniform"], [], [0.5]):
-        if other.policy == cell.policy:
-            batch.greedy(other)
+    others = [other for other in grid([cell.policy], ["uniform"], [], [0.5]) if other.policy == cell.policy]
+    batch = Batch(model, [*others, cell], rows, 10)
+    for other in others:
+        batch.greedy(other)
     requests = [Request(ids, 10, eos_ids=eos) for ids in rows]
     engine = Engine(model, cell.policy, cell.layer_policy(), cell.budget)
     done = {id(completion.request): completion for completion in engine.generate(requests)}
@@ -94,7 +101,7 @@ def test_recall_prompts(tiny):
 
     def made(**changes):
         kind = {"length": 200, "facts": 3, "count": 10} | changes
-        return Recall(lambda words: tokenizer.encode(words, special=False), tokenizer.decode, text, **kind)
+        return Recall(lambda words: tokenizer.encode(words, special=False), tokenizer.decode, [text], **kind)
 
     task = made()
     assert [row.ids for row in task.rows] == [row.ids for row in made().rows] != [row.ids for row in made(seed=1).rows]
@@ -115,6 +122,8 @@ def test_batches_hold_rows_of_about_the_same_length():
     rows = [Row(n, [0] * length, None) for n, length in enumerate([10, 100, 95, 90, 89, 11, 100, 9])]
     made = list(batches(rows, 3))
     assert [[len(row.ids) for row in batch] for batch in made] == [[100, 100, 95], [90, 89], [11, 10], [9]]
+    asked = [Row(n, [0] * 50, None, question=[0] * length) for n, length in enumerate([2, 3, 2, 2, 2])]
+    assert [[row.number for row in batch] for batch in batches(asked, 3)] == [[1], [0, 2, 3], [4]]
 
 
 @pytest.fixture(scope="module")
@@ -477,6 +486,205 @@ def test_own_text(tmp_path):
     assert evaluate.main([*args, *SMALL, "--out", str(tmp_path / "out")]) == 0
 
 
+POLICY_WORDS = ["full", "streaming", "h2o", "tova", "dropkv", "snapkv:recent=8", "keydiff", "streaming:sinks=2"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 16, "windowed": (0, 2)}], ids=["", "windows"])
+def test_one_prefill_equals_one_for_each_policy(model, changes):
+    """Plans and tokens of every cell, in an order that changes between sinks and none; ragged rows, windows."""
+    model = random_model(**changes) if changes else model
+    rows = [random_ids(n, seed=n) for n in (30, 41, 35)]
+    cells = [Cell(word, plan, None, 0.4) for plan in ("squeeze", "perturbation") for word in POLICY_WORDS[1:]]
+    together = Batch(model, cells, rows, 6)
+    for cell in [*cells, FULL]:
+        alone = Batch(model, [cell], rows, 6)
+        assert together.greedy(cell) == alone.greedy(cell)
+        assert together.plan == alone.plan and (cell == FULL or len(set(together.plan)) > 1)
+        ids = torch.tensor([random_ids(5, seed=n) for n in range(3)])
+        for one, other in zip(together.forced(cell, ids), alone.forced(cell, ids), strict=True):
+            assert torch.equal(one, other)
+    assert torch.equal(together.signals, alone.signals)
+
+
+@pytest.mark.parametrize("policy", ["full", "streaming", "h2o", "snapkv"])
+def test_a_later_question_equals_a_conversations_second_turn(model, policy):
+    """Under the same plan: the context as a first turn whose answer is an end-of-sequence token at once."""
+    contexts, questions = [random_ids(n, seed=n) for n in (40, 33)], [random_ids(7, seed=n) for n in (8, 9)]
+    cell = FULL if policy == "full" else Cell(policy, "squeeze", 0.3, 0.4)
+    batch = Batch(model, [cell], contexts, 7 + 9)
+    got = batch.greedy(cell, questions=questions)
+    assert sum(batch.plan) < 0.5 * 4 * 56 or cell == FULL
+    for context, question, answer in zip(contexts, questions, got, strict=True):
+        turns = Engine(model, policy, plan=batch.plan if cell != FULL else None).conversation()
+        assert len(list(turns.stream(context, 1, eos_ids=range(97)))) == 1
+        assert list(turns.stream(question, 9)) == answer and len(set(answer)) > 1
+
+
+def test_unseen_parts_the_prompt(tiny):
+    """Together text and question are the prompt that is seen; batches hold questions of one length."""
+    _, tokenizer, text = tiny
+
+    def encode(words: str) -> list[int]:
+        return tokenizer.encode(words, special=False)
+
+    for kind, args in (
+        (Recall, (encode, tokenizer.decode, [text], 200, 3, 10)),
+        (Passkey, (tokenizer, None, [text], 400, 10)),
+    ):
+        seen, unseen = kind(*args), kind(*args, unseen=True)
+        for one, other in zip(seen.rows, unseen.rows, strict=True):
+            assert one.ids == other.ids + other.question and one.expected == other.expected and not one.question
+        asked = tokenizer.decode(unseen.rows[0].question)
+        assert asked.startswith("\n# define" if kind is Recall else "\nWhat is the special magic number for")
+        made = list(batches(unseen.rows, 4))
+        assert sorted(row.number for batch in made for row in batch) == list(range(10))
+        for batch in made:
+            assert len({len(row.question) for row in batch}) == 1
+
+
+def test_standard_files_unseen(tiny):
+    def parts(name: str, row: dict) -> tuple[str, str]:
+        task = standard.Standard(name, [json.dumps(row).encode()], tiny[1], frozenset(), 2048, unseen=True)
+        [row] = task.rows
+        assert len(row.ids) + len(row.question) + task.new <= 2048
+        return tiny[1].decode(row.ids), tiny[1].decode(row.question)
+
+    text, question = parts("hotpotqa.jsonl", LONG)
+    assert text.startswith("Answer the question") and text.endswith("word ") and "lantern" not in text
+    assert question.endswith("Question: Who has the lantern?\nAnswer:")
+    ruler = RULER | {"input": "Some numbers.\nOne: 12.\nWhat is one?", "answer_prefix": " It is"}
+    assert parts("vt.jsonl", ruler) == ("Some numbers.\nOne: 12.", "\nWhat is one? It is")
+    assert parts("cnn.jsonl", {"article": "It rained.", "highlights": "Rain."}) == ("It rained.", "\n\nTL;DR:")
+    with pytest.raises(ValueError, match="vt.jsonl row 1: the format does not part text and question"):
+        parts("vt.jsonl", RULER)
+
+
+def test_passkey_prompts(tiny):
+    """Never longer than asked for, the number once, at its depth, asked for at the end; the score by hand."""
+    _, tokenizer, text = tiny
+    task = Passkey(tokenizer, None, [text], 400, 10)
+    for row in task.rows:
+        said = tokenizer.decode(row.ids)
+        assert 380 < len(row.ids) <= 400 and said.count(row.expected) == 1 and len(row.expected) == 7
+        key = said.rpartition("number for ")[2].split()[0]
+        assert f"One of the special magic numbers for {key} is: {row.expected}." in said
+        assert said.endswith(f"The special magic number for {key} mentioned in the provided text is")
+        assert abs(said.index("One of the special") / len(said) - row.about["depth"]) < 0.25
+    assert task.new >= 8
+    for said, exact, digits in (
+        (" 1234567.", True, 7),
+        (": 1234568, I think", False, 6),
+        ("1239567 or 1234567", False, 6),
+        ("12", False, 2),
+        ("2345671", False, 0),
+        ("none", False, 0),
+        ("12345678", False, 7),
+    ):
+        assert {name: scored(said, "1234567")[name] for name in ("exact", "digits")} == {
+            "exact": exact,
+            "digits": digits / 7,
+        }
+    with pytest.raises(ValueError, match="no text has 9999999 tokens"):
+        Passkey(tokenizer, None, [text], 9999999, 1)
+    with pytest.raises(ValueError, match="20 tokens are too few"):
+        Passkey(tokenizer, None, [text], 20, 1)
+
+
+def test_passkey_through_the_chat_template(tiny, tmp_path):
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<a>"
+    )
+    template = chat.load(tmp_path, tiny[1])
+    for unseen in (False, True):
+        [row] = Passkey(tiny[1], template, [tiny[2]], 300, 1, unseen).rows
+        said = tiny[1].decode(row.ids + row.question)
+        assert said.startswith("<user>A special magic number") and "text?</><a>The special magic number for" in said
+        assert unseen == bool(row.question) == tiny[1].decode(row.question).startswith("\nWhat is the special")
+
+
+DOCUMENTS = [{"context": "a NEWLINE_CHAR b " * 30}, {"article": "c"}, {"text": "d " * 90}, {"document": "e " * 70}]
+
+
+def test_documents(tmp_path):
+    """Each line is one; pieces come from the beginning of those long enough, and never from two."""
+    path = str(written(tmp_path / "d.jsonl", DOCUMENTS))
+    read = texts.documents(path)
+    assert len(read) == 4 and read[0].startswith("a \n b a") and texts.documents(path, 3) == read[3:]
+    ids = [list(text.encode()) for text in read]
+    task = Fidelity(ids, context=100, new=20, count=3)
+    assert [row.ids + row.expected for row in task.rows] == [ids[0][:121], ids[2][:121], ids[3][:121]]
+    with pytest.raises(ValueError, match="only 3 texts have 121 tokens; take --texts 3 or fewer"):
+        Fidelity(ids, context=100, new=20, count=4)
+    with pytest.raises(ValueError, match="d.jsonl holds 4 texts; --skip 4 leaves none"):
+        texts.documents(path, 4)
+    with pytest.raises(ValueError, match="line 2 has the fields words; a document is in one of context"):
+        texts.documents(str(written(tmp_path / "x.jsonl", [DOCUMENTS[0], {"words": "x"}])))
+    with pytest.raises(ValueError, match="line 1: 'text' must be a text"):
+        texts.documents(str(written(tmp_path / "x.jsonl", [{"text": 1}])))
+
+
+def row_of(policy: str, layers: str, budget: float | None, kl: list[float], digits: list[float]) -> dict:
+    scores = {"fidelity": {"kl": kl, "agree": [0, 0, 0]}, "passkey 9": {"digits": digits, "exact": [0, 0, 0]}}
+    return {"policy": policy, "layers": layers, "p": None, "budget": budget, "scores": scores}
+
+
+def test_leaderboard():
+    summary = {
+        "tasks": {"fidelity": {"metric": "kl"}, "passkey 9": {"metric": "digits"}},
+        "cells": [
+            row_of("full", "uniform", None, [0, 0, 0], [0.9, 0.8, 1]),
+            row_of("h2o", "uniform", 0.1, [0.2, 0.1, 0.3], [0.5, 0.4, 0.6]),
+            row_of("h2o", "uniform", 0.2, [0.04, 0.03, 0.05], [0.7, 0.6, 0.8]),
+            row_of("dropkv", "perturbation", 0.1, [0.1, 0.05, 0.15], [0.25, 0.2, 0.3]),
+            row_of("dropkv", "perturbation", 0.2, [0.05, 0.04, 0.06], [0.75, 0.7, 0.8]),
+        ],
+        "beside": [row_of("kvpress TOVA", "uniform", 0.2, [0.01, 0.005, 0.02], [0.1, 0.0, 0.2])],
+    }
+    assert leaderboard(summary).splitlines() == [
+        "fidelity: KL to the full cache, nats; less is better",
+        "",
+        "| policy | layers | 10% | 20% |",
+        "|---|---|---|---|",
+        "| dropkv | perturbation | **0.1000** (0.0500 to 0.1500) | 0.0500 (0.0400 to 0.0600) |",
+        "| h2o | uniform | 0.2000 (0.1000 to 0.3000) | 0.0400 (0.0300 to 0.0500) |",
+        "| kvpress TOVA | uniform |  | **0.0100** (0.0050 to 0.0200) |",
+        "",
+        "passkey 9: digits right, %; the full cache 90.0 (80.0 to 100.0)",
+        "",
+        "| policy | layers | 10% | 20% |",
+        "|---|---|---|---|",
+        "| h2o | uniform | **50.0** (40.0 to 60.0) | 70.0 (60.0 to 80.0) |",
+        "| dropkv | perturbation | 25.0 (20.0 to 30.0) | **75.0** (70.0 to 80.0) |",
+        "| kvpress TOVA | uniform |  | 10.0 (0.0 to 20.0) |",
+    ]
+
+
+def test_a_run_on_documents_beside_another_program(tmp_path, capsys, monkeypatch):
+    """End to end: passkey and fidelity, unseen, words with options, and results of another program."""
+    monkeypatch.setattr("evaluation.pictures.draw", lambda *_: [])
+    source = evaluate.tiny_data.source_files()[1][:4]
+    path = written(tmp_path / "d.jsonl", [{"text": file.read_text()[:1500]} for file in source])
+    args = (
+        f"--text {path} --skip 1 --tasks fidelity,passkey,recall --unseen --length 96 --lengths 160 --texts 2 --read 4"
+    )
+    args += " --needles 3 --questions 3 --batch 2 --policies streaming:sinks=2,h2o --budgets 0.5"
+    args = [*args.split(), "--layers", "uniform;perturbation:where=last,queries=8", "--out", str(tmp_path / "out")]
+    other = {"layers": "uniform", "p": None, "budget": 0.5, "kv_share": 0.5}
+    lines = [
+        {"task": "fidelity", "row": n, "policy": "X", **other, "kl": 0.0, "agree": 1.0, "loss": 2.0} for n in (0, 1)
+    ]
+    beside = written(tmp_path / "x.jsonl", lines)
+    assert evaluate.main([*args, "--beside", str(beside)]) == 0
+    out = capsys.readouterr().out
+    board = (tmp_path / "out" / "leaderboard.md").read_text()
+    assert board in out and board.count("| X | uniform | **0.0000** (0.0000 to 0.0000) |") == 1
+    for task in ("fidelity: KL", "passkey 160 unseen: digits right, %; the full", "recall 96 unseen: exact, %"):
+        assert board.count(task) == 1
+    assert board.count("| streaming:sinks=2 | perturbation:where=last,queries=8 | ") == 3
+    few = written(tmp_path / "y.jsonl", lines[:1])
+    assert "lacks row 1 of fidelity for X" in refused(capsys, *args, "--resume", "--beside", few)
+
+
 @pytest.fixture
 def harness(monkeypatch):
     """lm-eval's base class: the real one where it is installed."""
@@ -501,7 +709,7 @@ def test_lm_eval_model(tiny, harness):
     pairs = [(text[:40], text[40:44]), (text[:39], text[39:40]), (text[100:200], text[200:203])]
     got = lm._loglikelihood_tokens([(("", ""), *pair) for pair in pairs])
     for (context, more), (score, greedy) in zip(pairs[2:], got[2:], strict=True):  # alone in its batch
-        batch = Batch(model, "streaming", [context], len(more))
+        batch = Batch(model, [cell], [context], len(more))
         logits = [batch.logits, *batch.forced(cell, torch.tensor([more[:-1]]))]
         want = torch.cat(logits).log_softmax(-1)[range(len(more)), more].sum().item()
         assert score == pytest.approx(want, rel=1e-5)

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from policies.layers import LAYER_POLICIES, make
 from policies.layers.base import fit, granule_size
 from policies.layers.mix import Mix
+from policies.layers.perturbation import Perturbation, sizes_of
 from policies.layers.pyramid import Pyramid
 from policies.layers.squeeze import Squeeze, three_means
 from policies.layers.uniform import Uniform
 
 POLICIES = [Uniform(), Squeeze(), Squeeze(p=0.05), Squeeze(p=1), Pyramid(), Pyramid(beta=3), Mix(), Mix(0.05, 0.9)]
+POLICIES += [Perturbation(), Perturbation("none")]
 quick = settings(deadline=None, derandomize=True, max_examples=80)
 
 
@@ -35,6 +37,24 @@ def signals_of(layers):
     few = st.sampled_from([0.1, 0.2, 0.25, 0.3]) | st.floats(-1, 1)
     pools = st.lists(few, min_size=1, max_size=5).map(st.sampled_from) | st.just(few)
     return pools.flatmap(lambda value: st.lists(value, min_size=layers, max_size=layers))
+
+
+def evidence_of(policy, size, seen=None):
+    """Of all layers, or of the first ones: signals, or curves that mostly fall, steep or flat, many of them equal."""
+    budget, caps, floor = size
+    seen = len(caps) if seen is None else seen
+    if not isinstance(policy, Perturbation):
+        return signals_of(seen)
+    few = st.sampled_from([0.0, 0.25, 0.5, 1.0, 1e6]) | st.floats(0, 1)
+
+    def curve(cap):
+        count = len(sizes_of(budget, cap, floor))
+        falling = st.lists(few, min_size=count, max_size=count).map(lambda values: sorted(values, reverse=True))
+        return falling | st.lists(few, min_size=count, max_size=count)
+
+    same = curve(caps[0]).map(lambda values: [values[-len(sizes_of(budget, cap, floor)) :] for cap in caps[:seen]])
+    own = st.tuples(*map(curve, caps[:seen])).map(list)
+    return (same | own) if len(set(caps)) == 1 else own
 
 
 def error_of(values, labels):
@@ -69,14 +89,20 @@ def test_sums_floors_and_caps_over_a_grid(policy, layers):
     for budget, floor, cap in product([1, 5, 16, 50, 127, 128, 1000], [1, 5, 37, 128], [3, 40, 128, 1003, 4000]):
         for caps in ([cap] * layers, [cap if layer % 3 else 2 * cap + 1 for layer in range(layers)]):
             if budget * layers >= sum(min(floor, cap) for cap in caps):
-                check_plan(policy, signals, budget, caps, floor)
+                evidence = signals
+                if isinstance(policy, Perturbation):
+                    evidence = [
+                        [s / size for size in sizes_of(budget, cap, floor)]
+                        for s, cap in zip(signals, caps, strict=True)
+                    ]
+                check_plan(policy, evidence, budget, caps, floor)
 
 
 @quick
 @given(sizes(), st.data(), st.sampled_from(POLICIES))
 def test_sums_floors_and_caps(size, data, policy):
     budget, caps, floor = size
-    check_plan(policy, data.draw(signals_of(len(caps))), budget, caps, floor)
+    check_plan(policy, data.draw(evidence_of(policy, size)), budget, caps, floor)
 
 
 @quick
@@ -263,8 +289,18 @@ def test_share_outside_its_range(share):
 # --- upper bounds ---
 
 
-def completions(data, seen, missing):
-    """Ways the remaining signals can come out, most of them meant to break a bound."""
+def completions(data, policy, size, seen):
+    """Ways the remaining evidence can come out, most of them meant to break a bound."""
+    budget, caps, floor = size
+    missing = len(caps) - len(seen)
+    if isinstance(policy, Perturbation):
+        counts = [len(sizes_of(budget, cap, floor)) for cap in caps[len(seen) :]]
+        yield data.draw(evidence_of(policy, size))[len(seen) :]
+        yield [[0.0] * count for count in counts]
+        yield [[1e9 * (count - n) for n in range(count)] for count in counts]
+        yield [[1e9, *[0.0] * (count - 1)] for count in counts]
+        yield [[1e9] * (count - 1) + [0.0] for count in counts]
+        return
     low, high = min(seen, default=0), max(seen, default=0)
     yield data.draw(signals_of(missing))
     yield data.draw(st.lists(st.sampled_from(seen or [0.5]), min_size=missing, max_size=missing))
@@ -280,13 +316,13 @@ def completions(data, seen, missing):
 def test_no_completion_exceeds_the_upper_bound(size, data, policy):
     budget, caps, floor = size
     layers = len(caps)
-    seen = data.draw(signals_of(data.draw(st.integers(0, layers) | st.integers(layers // 2, layers))))
+    seen = data.draw(evidence_of(policy, size, data.draw(st.integers(0, layers) | st.integers(layers // 2, layers))))
     bounds = policy.upper_bound(seen, layers, budget, caps, floor)
     assert len(bounds) == len(seen)
-    for rest in completions(data, seen, layers - len(seen)):
+    for rest in completions(data, policy, size, seen):
         slots = policy.allocate(seen + rest, budget, caps, floor).slots
         assert all(own <= bound <= cap for own, bound, cap in zip(slots, bounds, caps, strict=False))
-        if len(seen) == layers or not policy.uses_signals:
+        if len(seen) == layers or not policy.reads_prompt:
             assert bounds == slots[: len(seen)]
 
 
@@ -294,7 +330,7 @@ def test_no_completion_exceeds_the_upper_bound(size, data, policy):
 @given(sizes(min_layers=2, max_layers=9), st.data(), st.sampled_from(POLICIES))
 def test_upper_bounds_never_grow(size, data, policy):
     budget, caps, floor = size
-    signals = data.draw(signals_of(len(caps)))
+    signals = data.draw(evidence_of(policy, size))
     bounds = list(caps)
     for seen in range(1, len(caps) + 1):
         tighter = policy.upper_bound(signals[:seen], len(caps), budget, caps, floor)
@@ -307,7 +343,7 @@ def test_upper_bounds_never_grow(size, data, policy):
 @given(sizes(min_layers=2, max_layers=9), st.data(), st.sampled_from(POLICIES))
 def test_no_more_slots_wait_than_it_says(size, data, policy):
     budget, caps, floor = size
-    signals = data.draw(signals_of(len(caps)))
+    signals = data.draw(evidence_of(policy, size))
     most = policy.most_waiting(budget, caps, floor)
     assert most <= sum(caps)
     for seen in range(1, len(caps)):
@@ -357,6 +393,8 @@ def test_upper_bounds_of_squeeze_bound_the_peak():
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
 def test_a_budget_below_the_floor(policy):
     signals = [0.1, 0.5, 0.9, 0.3]
+    if isinstance(policy, Perturbation):
+        signals = [[signal, 0.0] * 10 for signal in signals]  # of which the last ones count
     with pytest.raises(ValueError, match="budget of 11 slots.* the 12 .*raise --budget to at least 12"):
         policy.allocate(signals, 11, [99] * 4, 12)
     with pytest.raises(ValueError, match="budget of 11 slots"):
@@ -389,10 +427,10 @@ def test_signals_that_are_not_finite(bad):
 
 
 def test_registry():
-    assert list(LAYER_POLICIES) == ["uniform", "squeeze", "mix", "pyramid"]
+    assert list(LAYER_POLICIES) == ["uniform", "perturbation", "squeeze", "mix", "pyramid"]
     assert all(make(name).name == name for name in LAYER_POLICIES)
     assert make("squeeze", p=0.5) == Squeeze(0.5) != make("squeeze")
-    with pytest.raises(ValueError, match="'squeez'; known: uniform, squeeze, mix, pyramid"):
+    with pytest.raises(ValueError, match="'squeez'; known: uniform, perturbation, squeeze, mix, pyramid"):
         make("squeez")
     with pytest.raises(ValueError, match="'uniform' has no option 'p'; it has: none"):
         make("uniform", p=0.3)

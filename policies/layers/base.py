@@ -5,9 +5,11 @@ of layers.
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
 
 from errors import UserError
 
@@ -18,16 +20,39 @@ class Plan:
     groups: list[int] | None = None  # squeeze: cluster of each layer, 0..2 ascending by mean signal
 
 
+class Attended(NamedTuple):
+    """One layer's attention over R prompts of S tokens, padded, while its tensors are there. Shapes as in model.py."""
+
+    signal: Tensor  # [R]: SqueezeAttention's, the mean cosine of the residual stream before and after
+    after: Tensor  # [R, S, C]: the residual stream after the attention branch
+    q: Tensor  # [R, H, S, D], rotated
+    k: Tensor  # [R, K, S, D], rotated
+    v: Tensor
+    lengths: Tensor  # [R]
+    window: int | None
+    logits: Callable[[Tensor, Tensor], Tensor]  # q [R, H, T, D], k [R, K, M, D] -> [R, K, G, T, M] in fp32
+    branch: Callable[[Tensor], Tensor]  # what heads read [..., H * D] -> what that adds to the residual stream [..., C]
+    select: Callable[[int], Tensor]  # slots -> the prompt positions that the token policy keeps in them [R, 1 or K, n]
+
+
 class LayerPolicy:
     """Base of the policies: frozen dataclasses that are their own configuration."""
 
     name: ClassVar[str]
-    uses_signals: ClassVar[bool] = True  # False: the plan is known before the prompt is read
+    reads_prompt: ClassVar[bool] = True  # False: the plan is known before the prompt is read
+    queries: int = 0  # prompt queries whose attention `measure` looks at at the same time
 
-    def allocate(self, signals: Sequence[float], budget: int, caps: Sequence[int], floor: int) -> Plan:
+    def measure(self, layer: Attended, budget: int, cap: int, floor: int) -> Tensor:
+        """The evidence of each of R prompts about one layer, [R] or [R, numbers]. Here: SqueezeAttention's signal.
+
+        budget, cap, floor: as in `allocate`, which gets the mean over all prompts.
+        """
+        return layer.signal
+
+    def allocate(self, evidence: Sequence[Any], budget: int, caps: Sequence[int], floor: int) -> Plan:
         """Slots per layer, `budget * L` in all or what the layers can use.
 
-        signals: importance of each layer, mean cosine similarity over its attention (high = less important).
+        evidence: of each layer, the mean of what `measure` said: a number or a list of numbers.
         budget: slots per layer of a uniform plan. caps: the most that each layer can use.
         floor: the token policy's minimum; a layer with a smaller cap needs only its cap.
         UserError: the budget does not cover the floors.
@@ -35,17 +60,17 @@ class LayerPolicy:
         raise NotImplementedError
 
     def upper_bound(
-        self, signals_so_far: Sequence[float], num_layers: int, budget: int, caps: Sequence[int], floor: int
+        self, so_far: Sequence[Any], num_layers: int, budget: int, caps: Sequence[int], floor: int
     ) -> list[int]:
-        """Slots that each layer seen so far cannot exceed, whatever signals the remaining layers bring."""
-        seen = len(signals_so_far)
-        if self.uses_signals:
+        """Slots that each layer seen so far cannot exceed, whatever evidence the remaining layers bring."""
+        seen = len(so_far)
+        if self.reads_prompt:
             return list(caps[:seen])
         return self.allocate([0.0] * num_layers, budget, caps, floor).slots[:seen]
 
     def most_waiting(self, budget: int, caps: Sequence[int], floor: int) -> int:
         """The most slots that the upper bounds of all layers seen can add up to while a prompt is read."""
-        return sum(caps) if self.uses_signals else total_slots(budget, caps, floor)
+        return sum(caps) if self.reads_prompt else total_slots(budget, caps, floor)
 
 
 def fit(wishes: Sequence[float], budget: int, caps: Sequence[int], floor: int, granule: int | None = None) -> list[int]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from policies.layers.base import LayerPolicy, Plan, fit
 
@@ -12,7 +12,7 @@ class Uniform(LayerPolicy):
     """Exactly `budget` slots each; what a smaller cap strands goes evenly to the layers with room."""
 
     name: ClassVar[str] = "uniform"
-    uses_signals: ClassVar[bool] = False
+    reads_prompt: ClassVar[bool] = False
 
-    def allocate(self, signals: Sequence[float], budget: int, caps: Sequence[int], floor: int) -> Plan:
+    def allocate(self, evidence: Sequence[Any], budget: int, caps: Sequence[int], floor: int) -> Plan:
         return Plan(fit([budget] * len(caps), budget, caps, floor, granule=1))

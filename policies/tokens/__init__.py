@@ -4,10 +4,11 @@ A policy is a small frozen dataclass that is its own configuration. To add one: 
 `TokenPolicy`, and add it to `TOKEN_POLICIES`. Shapes as in model.py.
 """
 
-from dataclasses import fields
+from typing import Any
 
-from errors import UserError, shown
+from policies import options
 from policies.tokens.base import TokenPolicy
+from policies.tokens.dropkv import DropKV
 from policies.tokens.full import Full
 from policies.tokens.h2o import H2O, H2OMean
 from policies.tokens.keydiff import KeyDiff
@@ -18,24 +19,19 @@ from policies.tokens.tova import TOVA
 from policies.tokens.window import Window
 
 TOKEN_POLICIES: dict[str, type[TokenPolicy]] = {
-    policy.name: policy for policy in (Full, Window, Streaming, H2O, H2OMean, TOVA, SnapKV, KNorm, KeyDiff)
+    policy.name: policy for policy in (Full, Window, Streaming, H2O, H2OMean, TOVA, SnapKV, DropKV, KNorm, KeyDiff)
 }
 
 
-def make(name: str, **options) -> TokenPolicy:
-    """The policy of that name, configured. UserError for a name or an option that does not exist."""
-    if not isinstance(name, str) or name not in TOKEN_POLICIES:
-        raise UserError(f"unknown policy {shown(name)}; known: {', '.join(TOKEN_POLICIES)}")
-    known = [field.name for field in fields(TOKEN_POLICIES[name])]
-    for option in options:
-        if option not in known:
-            raise UserError(f"policy {name!r} has no option {shown(option)}; it has: {', '.join(known) or 'none'}")
-    return TOKEN_POLICIES[name](**options)
+def make(word: str, **given: Any) -> TokenPolicy:
+    """The policy of that name, or of a word such as `snapkv:recent=32`, configured: see options.py."""
+    return options.make("policy", TOKEN_POLICIES, word, given)
 
 
 __all__ = [
     "TOKEN_POLICIES",
     "TOVA",
+    "DropKV",
     "Full",
     "H2O",
     "H2OMean",

@@ -34,10 +34,11 @@ class TokenPolicy:
         self,
         q: Tensor,
         k: Tensor,
+        v: Tensor,
         lengths: Tensor | None,
         probs: Callable[[Tensor, Tensor, int, int], tuple[slice, Tensor]],
     ) -> Tensor | None:
-        """Scores [B, K, S] of the prompt's tokens from q [B, H, S, D] and k [B, K, S, D], if the policy wants any.
+        """Scores [B, K, S] of the prompt's tokens from q [B, H, S, D] and k, v [B, K, S, D], if the policy wants any.
 
         probs(q, k, start, end) says which keys the queries start..end can see, and how much each query attends to each
         of them [B, K, G, end - start, keys], under the layer's own scale, soft cap and window.

@@ -42,7 +42,7 @@ class H2O(Evicting):
     def rank(self, score: Tensor, queries: Tensor) -> Tensor:
         return score / queries if self.corrected else score
 
-    def score_prompt(self, q: Tensor, k: Tensor, lengths: Tensor | None, probs: Callable) -> Tensor:
+    def score_prompt(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, probs: Callable) -> Tensor:
         length = q.shape[2]
         scores = torch.zeros(k.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=k.device)
         position = torch.arange(length, device=k.device)

@@ -20,7 +20,7 @@ from policies.tokens.frozen import Frozen
 class KeyDiff(Frozen):
     name: ClassVar[str] = "keydiff"
 
-    def score_prompt(self, q: Tensor, k: Tensor, lengths: Tensor | None, probs: Callable) -> Tensor:
+    def score_prompt(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, probs: Callable) -> Tensor:
         unit = F.normalize(k.to(torch.promote_types(k.dtype, torch.float32)), dim=-1)
         own = unit
         if lengths is not None:

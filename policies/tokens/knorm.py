@@ -19,6 +19,6 @@ from policies.tokens.frozen import Frozen
 class KNorm(Frozen):
     name: ClassVar[str] = "knorm"
 
-    def score_prompt(self, q: Tensor, k: Tensor, lengths: Tensor | None, probs: Callable) -> Tensor:
+    def score_prompt(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, probs: Callable) -> Tensor:
         norm = torch.linalg.vector_norm(k, dim=-1, dtype=torch.promote_types(k.dtype, torch.float32))
         return -norm.float()  # in fp64 too: in the first layer equal tokens tie, but for the rounding of their rotation

@@ -6,11 +6,24 @@ import torch
 from torch import Tensor
 
 
-def from_last_queries(q: Tensor, k: Tensor, lengths: Tensor | None, probs: Callable, count: int) -> Tensor:
-    """Attention [B, K, S] that each token receives from the last `count` queries of its row, summed over them and
-    over the query heads of its key-value head.
+def received(shares: Tensor, v: Tensor) -> Tensor:
+    """shares [B, K, G, T, M] -> [B, K, M], summed over queries and the query heads of a group."""
+    return shares.sum((2, 3))
 
-    Arguments as of `TokenPolicy.score_prompt`. Rows of different lengths are asked one by one: so only those queries'
+
+def from_last_queries(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    probs: Callable,
+    count: int,
+    score: Callable[[Tensor, Tensor], Tensor] = received,
+) -> Tensor:
+    """What `score` makes, of each token [B, K, S], of the attention of the last `count` queries of its row.
+
+    score(shares [B, K, G, T, M], v [B, K, M, D]) -> [B, K, M]: by default the attention received. The other arguments
+    are those of `TokenPolicy.score_prompt`. Rows of different lengths are asked one by one: so only those queries'
     attention is ever computed.
     """
     batch, length = q.shape[0], q.shape[2]
@@ -18,7 +31,7 @@ def from_last_queries(q: Tensor, k: Tensor, lengths: Tensor | None, probs: Calla
     parts = [(0, batch, length)] if lengths is None else [(b, b + 1, n) for b, n in enumerate(lengths.tolist())]
     for first, last, end in parts:
         keys, shares = probs(q[first:last], k[first:last], max(0, end - count), end)
-        scores[first:last, :, keys] = shares.sum((2, 3))
+        scores[first:last, :, keys] = score(shares, v[first:last, :, keys])
     return scores
 
 

@@ -27,6 +27,6 @@ class SnapKV(Frozen):
     def queries(self) -> int:
         return self.recent
 
-    def score_prompt(self, q: Tensor, k: Tensor, lengths: Tensor | None, probs: Callable) -> Tensor:
-        received = from_last_queries(q, k, lengths, probs, self.recent)  # 0 in padding, like beyond the edges
+    def score_prompt(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, probs: Callable) -> Tensor:
+        received = from_last_queries(q, k, v, lengths, probs, self.recent)  # 0 in padding, like beyond the edges
         return F.avg_pool1d(received, KERNEL, stride=1, padding=KERNEL // 2)

@@ -27,8 +27,8 @@ class TOVA(Evicting):
     def recent(self, slots: int) -> int:
         return 1
 
-    def score_prompt(self, q: Tensor, k: Tensor, lengths: Tensor | None, probs: Callable) -> Tensor:
-        received = from_last_queries(q, k, lengths, probs, count=1)
+    def score_prompt(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, probs: Callable) -> Tensor:
+        received = from_last_queries(q, k, v, lengths, probs, count=1)
         return (received.sum(1, keepdim=True) / q.shape[1]).expand_as(received)
 
     def rescored(self, score: Tensor, probs: Tensor) -> Tensor:

@@ -1,0 +1,211 @@
+"""Perturbation: layers that eviction would change the most get the most.
+
+SqueezeAttention asks how far attention moves a layer's residual stream. What a small cache costs is how far *eviction*
+moves it. For layer l and n slots, over some of a prompt's queries i:
+
+    e_l(n) = mean_i |a(i) - a_n(i)|^2 / |x(i) + a(i)|^2
+
+where a is what the attention branch adds to the stream x, and a_n is the same when the query reads only itself and what
+the token policy keeps of the prompt in n slots. The plan is the one with the least `sum_l w_l e_l(n_l)` at the total:
+slots go where the next ones lower the sum the most, along the lower convex hull of each curve (as in LU-KV).
+What a layer's error does to the output grows about linearly with the depth at which it enters, hence the weights.
+
+One block of attention per layer gives the whole curve. A policy keeps in fewer slots a subset of what it keeps in more,
+so the tokens can be put in order of the size from which on they are kept; the sums over the tokens of one size and not
+of the size before, added up from size to size, are what the softmax over each size needs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from errors import UserError, shown
+from policies.layers.base import Attended, LayerPolicy, Plan, fit, granule_size, round_up, total_slots
+
+LEAST = 0.3  # of a uniform share, that every layer gets
+WEIGHTS = {"depth": lambda share: share, "sqrt": lambda share: share**0.5, "none": lambda share: 1.0}
+WHERE = ("last", "spread", "both")
+
+
+@dataclass(frozen=True)
+class Perturbation(LayerPolicy):
+    """weights: of layer l of L, a function of (l + 1) / L: "depth", "sqrt" (its root), "none"; or a number per layer.
+    where: which queries: the prompt's "last" ones, "spread" over its last three quarters, or half of "both".
+    queries: how many.
+    """
+
+    weights: str | tuple[float, ...] = "depth"
+    where: str = "both"
+    queries: int = 32
+    name: ClassVar[str] = "perturbation"
+
+    def __post_init__(self):
+        if isinstance(self.weights, str):
+            if self.weights not in WEIGHTS:
+                raise UserError(f"weights must be one of {', '.join(WEIGHTS)}, or numbers, not {shown(self.weights)}")
+        elif not (isinstance(self.weights, tuple) and all(type(w) in (int, float) and w > 0 for w in self.weights)):
+            raise UserError(f"weights must be a name or positive numbers, not {shown(self.weights)}")
+        if self.where not in WHERE:
+            raise UserError(f"where must be one of {', '.join(WHERE)}, not {shown(self.where)}")
+        if type(self.queries) is not int or self.queries < 2:
+            raise UserError(f"queries must be an integer of at least 2, not {shown(self.queries)}")
+
+    def measure(self, layer: Attended, budget: int, cap: int, floor: int) -> Tensor:
+        """The curve e [R, sizes] at `sizes_of(budget, cap, floor)`."""
+        length = layer.k.shape[2]
+        asked, real = self._asked(layer.lengths, layer.window)
+        sizes = [min(size, length) for size in sizes_of(budget, cap, floor)]
+        out = readings(layer, sizes, asked)
+        added = layer.branch(out)
+        wide = torch.promote_types(added.dtype, torch.float32)
+        added = added.to(wide)
+        after = layer.after.gather(1, asked[..., None].expand(-1, -1, layer.after.shape[2])).to(wide)
+        errors = (added[:-1] - added[-1]).square().sum(-1) / after.square().sum(-1).clamp_min(torch.finfo(wide).tiny)
+        return (errors * real).sum(-1).T / real.sum(-1)[:, None]
+
+    def allocate(self, evidence: Sequence[Any], budget: int, caps: Sequence[int], floor: int) -> Plan:
+        wishes, _ = self._wishes(evidence, budget, caps, floor)
+        return Plan(fit(wishes, budget, caps, floor))
+
+    def upper_bound(
+        self, so_far: Sequence[Any], num_layers: int, budget: int, caps: Sequence[int], floor: int
+    ) -> list[int]:
+        """What the layers seen get if no other asks for more than its least, plus one granule.
+
+        What is handed out beyond everybody's least is the same then, and goes out in the same order but for the other
+        layers, which can only come in between: a layer's share falls.
+        """
+        if len(so_far) == num_layers:
+            return self.allocate(so_far, budget, caps, floor).slots
+        wishes, granule = self._wishes(so_far, budget, caps, floor)
+        most = [int(wish * (1 + 1e-9)) // granule * granule + granule for wish in wishes]
+        return [min(own, cap) for own, cap in zip(most, caps, strict=False)]
+
+    def most_waiting(self, budget: int, caps: Sequence[int], floor: int) -> int:
+        """One budget and a granule a layer."""
+        granules = granule_size(budget, caps, floor) * len(caps)
+        return min(sum(caps), total_slots(budget, caps, floor) + granules)
+
+    def _wishes(self, evidence: Sequence[Any], budget: int, caps: Sequence[int], floor: int) -> tuple[list, int]:
+        """Slots, as real numbers, of the layers with evidence, if the others get their least. And the granule."""
+        total, granule = total_slots(budget, caps, floor), granule_size(budget, caps, floor)
+        lows = [round_up(max(floor, int(LEAST * budget)), granule, cap) for cap in caps]
+        if sum(lows) > total:
+            lows = [round_up(floor, granule, cap) for cap in caps]
+        wishes, rest = [float(low) for low in lows[: len(evidence)]], float(total - sum(lows))
+        weights = self._weights(len(caps))
+        steps = []  # of each layer's hull: gain per slot, layer, slots
+        for layer, curve in enumerate(evidence):
+            sizes = sizes_of(budget, caps[layer], floor)
+            points = restricted(sizes, curve[-len(sizes) :], lows[layer])
+            steps += [(-weights[layer] * slope, layer, slots) for slope, slots in hull(points)]
+        for _, tied in groupby(sorted(steps, key=lambda step: -step[0]), key=lambda step: step[0]):
+            tied = list(tied)
+            share = min(1.0, rest / sum(slots for _, _, slots in tied))
+            for _, layer, slots in tied:
+                wishes[layer] += share * slots
+                rest -= share * slots
+            if share < 1:
+                break
+        return wishes, granule
+
+    def _weights(self, layers: int) -> list[float]:
+        if isinstance(self.weights, str):
+            return [WEIGHTS[self.weights]((layer + 1) / layers) for layer in range(layers)]
+        if len(self.weights) != layers:
+            raise UserError(f"perturbation has {len(self.weights)} weights, the model {layers} layers")
+        return list(self.weights)
+
+    def _asked(self, lengths: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+        """Positions [R, W] of the queries, and which of them [R, W] there are: a prompt may have fewer."""
+        index = torch.arange(self.queries, device=lengths.device)
+        lengths = lengths[:, None]
+        last = lengths - self.queries + index
+        if self.where == "last":
+            return last.clamp(min=0), last >= 0
+        span = lengths if window is None else lengths.clamp(max=window)
+        count = self.queries if self.where == "spread" else self.queries // 2
+        start = lengths - (3 * span + 3) // 4
+        spread = torch.maximum(start, start + (index[:count] + 1) * (lengths - start) // count - 1)
+        asked = torch.cat((spread, last[:, count:]), dim=1)
+        return asked.clamp(min=0), asked >= 0
+
+
+def sizes_of(budget: int, cap: int, floor: int) -> list[int]:
+    """The sizes of a curve: those of 1, 2, 3, 4, 6, 8, 12, ... from the least share, or just under it, and cap.
+
+    Those of a larger budget are the end of those of a smaller one.
+    """
+    grid = [1, *(size for power in range(1, 60) for size in (2**power, 3 * 2 ** (power - 1)))]
+    least = max(int(LEAST * budget), floor)
+    first = max(size for size in grid if size <= least)
+    return [*(max(size, floor) for size in grid if first <= size and max(size, floor) < cap), cap]
+
+
+def readings(layer: Attended, sizes: Sequence[int], asked: Tensor) -> Tensor:
+    """What queries at `asked` [R, W] read from each size, and last from all that they see: [sizes + 1, R, W, H * D]."""
+    rows, heads, length, dim = layer.k.shape
+    device, never = layer.k.device, len(sizes)
+    first_kept = torch.full((rows, heads, length), never, device=device)  # the smallest size that keeps a token
+    for number in reversed(range(never)):
+        kept = layer.select(sizes[number]).expand(-1, heads, -1)
+        first_kept.scatter_(2, kept, number)
+    position = torch.arange(length, device=device)
+    first_kept.masked_fill_((position >= layer.lengths[:, None])[:, None], never)
+    order = first_kept.argsort(dim=2, stable=True)  # [R, K, S]; the first n are what n slots keep
+
+    def at(x: Tensor, positions: Tensor) -> Tensor:
+        return x.gather(2, positions[..., None].expand(*positions.shape, dim))
+
+    own = asked[:, None].expand(-1, heads, -1)
+    queries = at(layer.q, asked[:, None].expand(-1, layer.q.shape[1], -1))
+    keys, values = at(layer.k, order), at(layer.v, order)
+    logits = layer.logits(queries, keys)  # [R, K, G, W, S]
+    itself = layer.logits(queries, at(layer.k, own)).diagonal(dim1=-2, dim2=-1)[..., None]
+    distance = (asked[:, None, :, None] - order[:, :, None])[:, :, None]
+    logits.masked_fill_((distance <= 0) | (distance >= (layer.window or length)), float("-inf"))
+    top = torch.maximum(logits.amax(-1, keepdim=True), itself)
+    shares, itself = (logits - top).exp_(), (itself - top).exp()
+    values = values.to(shares.dtype)[:, :, None]
+    edges = [0, *sizes, length]
+    parts = [slice(*edge) for edge in zip(edges, edges[1:], strict=False)]
+    read = torch.stack([shares[..., part] @ values[..., part, :] for part in parts]).cumsum(0)
+    mass = torch.stack([shares[..., part].sum(-1, keepdim=True) for part in parts]).cumsum(0)
+    read = read + itself * at(layer.v, own).to(shares.dtype)[:, :, None]
+    read = (read / (mass + itself)).to(layer.v.dtype)  # [sizes + 1, R, K, G, W, D]
+    return read.permute(0, 1, 4, 2, 3, 5).flatten(3)
+
+
+def restricted(sizes: Sequence[int], curve: Sequence[float], low: int) -> list[tuple[int, float]]:
+    """The points of a curve from `low` on, never rising; at `low` itself it is interpolated."""
+    points = list(zip(sizes, curve, strict=True))
+    before = [point for point in points if point[0] <= low]
+    after = [point for point in points if point[0] > low]
+    if before and after:
+        (left, high), (right, deep) = before[-1], after[0]
+        at_low = high + (deep - high) * (low - left) / (right - left)
+    else:
+        at_low = before[-1][1] if before else after[0][1]
+    least, falling = at_low, [(low, at_low)]
+    for size, error in after:
+        least = min(least, error)
+        falling.append((size, least))
+    return falling
+
+
+def hull(points: Sequence[tuple[int, float]]) -> list[tuple[float, int]]:
+    """The lower convex hull of points in ascending order, as (slope, length) of its edges, steepest first."""
+    edge: list[tuple[int, float]] = []
+    for point in points:
+        while len(edge) > 1 and slope(edge[-2], edge[-1]) >= slope(edge[-1], point):
+            edge.pop()
+        edge.append(point)
+    return [(slope(a, b), b[0] - a[0]) for a, b in zip(edge, edge[1:], strict=False)]
+
+
+def slope(a: tuple[int, float], b: tuple[int, float]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])
