@@ -201,8 +201,9 @@ def test_padding_spoils_nothing(model, bad_token):
 
 def test_no_figure_comes_of_them(model, bad_token):
     with pytest.raises(UserError, match=LINE):
-        Batch(model, "window", [[1, 2], [1, BAD]], 4)
-    batch, cell = Batch(model, "window", [[1, 2, 3, 4], [5, 6, 7, 8]], 6), Cell("window", budget=5)
+        Batch(model, [Cell("window", budget=5)], [[1, 2], [1, BAD]], 4)
+    cell = Cell("window", budget=5)
+    batch = Batch(model, [cell], [[1, 2, 3, 4], [5, 6, 7, 8]], 6)
     said = batch.greedy(cell)[1]
     following = torch.tensor([[1, 2, 3], [1, BAD, 3]])
     with pytest.raises(UserError, match=LINE):

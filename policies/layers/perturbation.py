@@ -29,6 +29,7 @@ from policies.layers.base import Attended, LayerPolicy, Plan, fit, granule_size,
 LEAST = 0.3  # of a uniform share, that every layer gets
 WEIGHTS = {"depth": lambda share: share, "sqrt": lambda share: share**0.5, "none": lambda share: 1.0}
 WHERE = ("last", "spread", "both")
+MOST_QUERIES = 1024  # their attention over the whole prompt is held at once
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Perturbation(LayerPolicy):
             raise UserError(f"weights must be a name or positive numbers, not {shown(self.weights)}")
         if self.where not in WHERE:
             raise UserError(f"where must be one of {', '.join(WHERE)}, not {shown(self.where)}")
-        if type(self.queries) is not int or self.queries < 2:
-            raise UserError(f"queries must be an integer of at least 2, not {shown(self.queries)}")
+        if type(self.queries) is not int or not 2 <= self.queries <= MOST_QUERIES:
+            raise UserError(f"queries must be an integer from 2 to {MOST_QUERIES}, not {shown(self.queries)}")
 
     def measure(self, layer: Attended, budget: int, cap: int, floor: int) -> Tensor:
         """The curve e [R, sizes] at `sizes_of(budget, cap, floor)`."""
