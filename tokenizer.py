@@ -15,6 +15,7 @@ nothing else: what `TextStream` hands out, joined, is exactly `Tokenizer.decode`
 
 import base64
 import codecs
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -281,11 +282,21 @@ def _growth(part: dict[str, Any]) -> float:
     if part.get("type") != "Replace" or not isinstance(content, str):
         return 1
     found = pattern.get("String") if isinstance(pattern, dict) else None
+    if found == "" or isinstance(pattern, dict) and _finds_nothing(pattern.get("Regex")):
+        return math.inf
     return (
         max(1, len(content.encode("utf-8", "replace")) / len(found.encode("utf-8", "replace")))
         if found
         else len(content) + 1
     )
+
+
+def _finds_nothing(pattern: Any) -> bool:
+    """Whether a regular expression is found between two letters: then the library's replacing panics."""
+    try:
+        return isinstance(pattern, str) and any(not found[0] for found in re.finditer(pattern, "a B\n1_."))
+    except (re.error, OverflowError, RecursionError):  # in another dialect; a trial shows what it does
+        return False
 
 
 def _odd(part: dict[str, Any]) -> bool:
@@ -294,7 +305,10 @@ def _odd(part: dict[str, Any]) -> bool:
         return part.get("start") not in (0, 1) or part.get("stop") != 0
     if part["type"] == "TemplateProcessing":
         known = part.get("special_tokens")
-        pieces = [piece for side in ("single", "pair") for piece in part.get(side) or ()]
+        sides = [part.get(side) or [] for side in ("single", "pair")]
+        if not all(isinstance(side, list) for side in sides):
+            return True
+        pieces = [piece for side in sides for piece in side]
         if not isinstance(known, dict) or not all(isinstance(piece, dict) for piece in pieces):
             return True
         return any(piece["SpecialToken"].get("id") not in known for piece in pieces if "SpecialToken" in piece)
@@ -406,8 +420,8 @@ def _load_sentencepiece(path: Path, data: bytes, settings: dict[str, Any]) -> To
     model = sentencepiece.SentencePieceProcessor()
     try:
         model.LoadFromSerializedProto(data)
-    except RuntimeError:
-        raise UserError(f"{path}: neither a sentencepiece model nor tiktoken lines") from None
+    except Exception:  # the library's own, of several kinds
+        raise UserError(f"{place(path)}: neither a sentencepiece model nor tiktoken lines") from None
     size = model.vocab_size()
     own = {
         key: model.id_to_piece(i) for key, i in (("bos_token", model.bos_id()), ("eos_token", model.eos_id())) if i >= 0
@@ -605,6 +619,8 @@ def _token(value: Any, special: bool | None = None) -> dict[str, Any] | None:
         raise UserError(
             f"the tokenizer's settings: a token must be a text or an object with its content, not {shown(value)}"
         )
+    if any("\ud800" <= letter <= "\udfff" for letter in token["content"]):
+        raise UserError(f"the tokenizer's settings: the token {shown(token['content'])} holds half of a surrogate pair")
     if wrong := [name for name in _FLAGS if type(token.get(name, False)) is not bool]:
         raise UserError(
             f"the tokenizer's settings: {wrong[0]} of the token {shown(token['content'])} must be true or false"

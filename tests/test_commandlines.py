@@ -184,7 +184,7 @@ def checkpoint_folder() -> str:
 
 
 JOB = ["--input", "in", "--output", "out"]
-OUTPUTS = ("predictions.jsonl", "summary.json", "table.md", "leaderboard.md")  # of evaluate.py, with its pictures
+WRITTEN = ("predictions.jsonl", "summary.json", "table.md", "leaderboard.md")  # of evaluate.py, with its pictures
 SAME = {  # one path twice, each as the second argument of its flag; {} is another spelling of it
     "generate": [
         ["--prompt-file", "in", "--save-plan", "{in}"],
@@ -201,7 +201,7 @@ SAME = {  # one path twice, each as the second argument of its flag; {} is anoth
         ["--checkpoint", "model", *JOB[:2], "--output", "{new}", "--save-plan", "{new}"],
     ],
     "evaluate": [
-        *(["--text", f"o/{name}", "--out", "{o}"] for name in OUTPUTS),
+        *(["--text", f"o/{name}", "--out", "{o}"] for name in WRITTEN),
         *(["--text", f"o/{name}.png", "--out", "{o}"] for name in evaluate.PICTURES),
         ["--files", "o/predictions.jsonl", "--out", "{o}"],
         ["--files", "o", "--out", "{o}"],
@@ -225,7 +225,7 @@ def test_no_path_that_a_run_writes_is_another_path_of_it(capsys, unloaded, progr
     config = (generate.EMBEDDED / "config.json").read_text()
     write("in", '{"prompt": "a"}\n'), write("x.job.json", '{"prompt": "a"}\n'), write("plan", json.dumps([64] * 8))
     write("config.json", config), checkpoint_folder()
-    for name in (*OUTPUTS[1:], *(f"{name}.png" for name in evaluate.PICTURES)):
+    for name in (*WRITTEN[1:], *(f"{name}.png" for name in evaluate.PICTURES)):
         write(f"o/{name}")
     if program == "evaluate":
         write("o/config.json", config), os.symlink(generate.EMBEDDED / "tokenizer.json", "o/tokenizer.json")

@@ -187,8 +187,9 @@ def test_importance(case: Case, lengths: list[int], theirs, ours):
     with families.ResidualStream(theirs(case), case.branch) as stream:
         theirs(case)(ids, attention_mask=real.long())
     rotary = ours(case).rotary(PROMPT)  # of the length that transformers saw
-    seen = []
-    engine._prefill(ids, torch.tensor(lengths), rotary, engine._policies(PROMPT), lambda *layer: seen.append(layer[1]))
+    seen, measures = [], Engine(ours(case), "window", "squeeze")._measures(PROMPT, [PROMPT] * len(rotary))
+    policies = engine._policies(PROMPT)
+    engine._prefill(ids, torch.tensor(lengths), rotary, policies, lambda *layer: seen.append(layer[1]), measures)
     signals = torch.stack(seen)
     torch.testing.assert_close(signals, stream.importance(lengths), atol=1e-5, rtol=0)
     assert signals.max() < 0.99  # attention does change the residual stream

@@ -95,7 +95,7 @@ def mutate(rng: random.Random, name: str, given: Input, folder: Path, done: Path
         odd += ["\U0010ffff\u202e\u200d".encode() * 20, "\ufeffx".encode(), "\ufdd0\ufdd1".encode(), b"<s></s>" * 9]
         odd += [b" " * 300, changed_bytes(rng, stdin)[0], b"\x1b[2J" * 10, "e\u0301".encode() * 60]
         ids = ["", ",", "1", "1,2", "-1", "2047", "2048", "99999999999999999999", "9" * 5000, "1.5", "1,,2", "x", "nan"]
-        ids += [" 1 , 2 ", "1_0,2", "\u0665", "+1", "1;2", "[1,2]", "0x10", "1," * 600, ",".join("9" * 10**5), "\x00"]
+        ids += [" 1 , 2 ", "1_0,2", "\u0665", "+1", "1;2", "[1,2]", "0x10", "1," * 600, ",".join("9" * 2000), "\x00"]
         if rng.random() < 0.6:
             stdin = rng.choice(odd)
             about = f"{len(stdin)} bytes {shortened(repr(stdin))}"

@@ -46,7 +46,7 @@ VALUES = [
     *map(Raw, ['"5"', '""', '" "', '"nan"', '"none"', '"default"', '"full"', '["x"]', '{"a":1}', '{"":null}']),
     *map(Raw, [r'"\ud800"', r'"\u0000\u001b[2J\r\n"', r'"\u202e\u0000"', '"../../x"', '"/etc/passwd"']),
     Raw("1" + "0" * 5000),
-    Raw('"' + "x" * 100_000 + '"'),
+    Raw('"' + "x" * 4_000 + '"'),  # a longer prompt is real work
     Raw("[" * 65 + "]" * 65),
     Raw("[" * DEEP + "]" * DEEP),
     Raw('{"a":' * DEEP + "1" + "}" * DEEP),
