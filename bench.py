@@ -224,7 +224,9 @@ def served(engine: Engine, requests: list[Request], rows: int, length: int) -> R
 def prefill(subject: Subject, sizes: Sizes) -> Iterator[Row]:
     """Prompt tokens per second and time to the first token, and what importance and the plan made of it cost of it."""
     streaming = Engine(subject.model, "streaming", "squeeze", sizes.budget)
-    given = Engine(subject.model, "streaming", plan=ours(streaming, subject.prompts(1, sizes.prompt), 1).plan)
+    plan = ours(streaming, subject.prompts(1, sizes.prompt), 1).plan
+    given, snapkv = (Engine(subject.model, policy, plan=plan) for policy in ("streaming", "snapkv"))
+    perturbation = Engine(subject.model, "snapkv", "perturbation", sizes.budget)
 
     def without(prompts: list[list[int]]) -> Run:
         with patch("model.importance", lambda before, after, lengths: torch.zeros_like(before[:, 0, 0])):
@@ -238,6 +240,8 @@ def prefill(subject: Subject, sizes: Sizes) -> Iterator[Row]:
             "full": partial(alone, Engine(subject.model), prompts, 1),
             "h2o x squeeze": partial(alone, h2o, prompts, 1),
             "streaming x squeeze": partial(alone, streaming, prompts, 1),
+            "snapkv x perturbation": partial(alone, perturbation, prompts, 1),
+            "snapkv, plan given": partial(alone, snapkv, prompts, 1),
             "plan given": partial(alone, given, prompts, 1),
             "plan given, no importance": partial(without, prompts),
         }
@@ -267,6 +271,7 @@ COSTS = {  # what a prefill costs with it and without it
     "importance": ("plan given", "plan given, no importance"),
     "planning": ("streaming x squeeze", "plan given"),  # reading each layer's importance, cutting its prompt
     "measuring and planning": ("streaming x squeeze", "plan given, no importance"),
+    "perturbation": ("snapkv x perturbation", "snapkv, plan given"),  # its curves, and cutting each layer's prompt
 }
 
 

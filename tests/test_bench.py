@@ -180,7 +180,9 @@ def test_decode_and_prefill_rows(capsys, uncompiled):
     costs = {
         row["what"]: row["of_prefill"] for row in prefill["rows"] if row["what"] in bench.COSTS and row["batch"] == 3
     }
-    assert set(costs) == {"importance", "planning", "measuring and planning"} and max(costs.values()) < 1
+    assert (
+        set(costs) == {"importance", "planning", "measuring and planning", "perturbation"} and max(costs.values()) < 1
+    )
 
 
 def test_rows_take_the_next_of_many_requests(capsys, uncompiled):
