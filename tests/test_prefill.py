@@ -14,6 +14,7 @@ import model as model_module
 from engine import READ_TOKENS, Engine, Request
 from kvcache import Memory, Prompt
 from policies.layers import LayerPolicy, make
+from policies.layers.perturbation import Perturbation, sizes_of
 from policies.layers.squeeze import Squeeze
 from policies.tokens import TOKEN_POLICIES
 
@@ -288,6 +289,25 @@ def test_keys_and_values_stay_under_the_bound(deep, whole, p, order):
     needs = engine.needs(LONG + 2, LONG)
     assert cut < needs.row + needs.held
     assert whole > DEEP * LAYER_BYTES > 1.7 * cut
+
+
+@pytest.mark.parametrize("order", quick("descending", of=ORDERS))
+def test_what_waits_for_perturbation_is_one_budget(deep, no_attention, order):
+    """And one layer's whole prompt, a copy of it while it is cut, and a granule a layer, whichever layers matter."""
+    steepness = iter(ORDERS[order](DEEP))
+
+    def measure(self, layer, budget, cap, floor):
+        steep = next(steepness)
+        return torch.tensor([[steep * (1 - size / cap) ** 2 for size in sizes_of(budget, cap, floor)]])
+
+    engine = Engine(deep, "window", "perturbation", SHARE)
+    with patch.object(Perturbation, "measure", measure), Ledger() as ledger, cuts() as counted:
+        stream = engine.stream(random_ids(LONG), max_new_tokens=2)
+        assert len(list(stream)) == 2
+    assert len(set(stream.completion.figures.plan)) > 5 and sum(counted) > 0
+    assert BUDGET * 0.99 < ledger.peak < 2 * LAYER_BYTES + BUDGET + DEEP * 16 * 2 * 8 * 4
+    needs = engine.needs(LONG + 2, LONG)
+    assert ledger.peak < needs.row + needs.held
 
 
 @pytest.mark.parametrize(("p", "order"), under((0.7, "descending")))
