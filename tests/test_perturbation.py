@@ -10,7 +10,7 @@ from naive import FROZEN
 
 from engine import Engine, Request
 from policies.layers.base import granule_size
-from policies.layers.perturbation import WEIGHTS, WHERE, Perturbation, hull, restricted, sizes_of
+from policies.layers.perturbation import WEIGHTS, WHERE, Perturbation, falling, lower_hull, restricted, sizes_of
 from policies.tokens import TOKEN_POLICIES, make
 
 BOUNDED = [name for name, policy in TOKEN_POLICIES.items() if policy.bounded]
@@ -140,12 +140,14 @@ def test_plans_are_the_best_there_are(weights, seed):
     curves = [[value for _, value in curve] for curve in points]
     plan = Perturbation(weights).allocate(curves, budget, caps, 1).slots
     assert granule_size(budget, caps, 1) == 1 and sum(plan) == 3 * budget
-    # Where the total runs out inside an edge, that edge's slots may be split between two layers by rounding.
     assert best - 1e-12 <= error(plan) <= best * (1 + 1e-9) + 1e-12
 
 
 def test_hull_by_hand():
-    assert hull([(1, 10.0), (2, 9.0), (3, 2.0), (5, 1.0), (6, 1.0)]) == [(-4.0, 2), (-0.5, 2), (0.0, 1)]
+    corners = lower_hull([(1, 10.0), (2, 9.0), (3, 2.0), (5, 1.0), (6, 1.0)])
+    assert corners == [(1, 10.0), (3, 2.0), (5, 1.0), (6, 1.0)]
+    assert falling(corners, [1, 3, 5, 6]) == [4.0, 0.5, 0.0] and falling(corners, [1, 2, 4, 6]) == [4.0, 2.25, 0.25]
+    assert falling([(6, 1.0)], [6]) == []
     assert restricted([4, 8, 16], [3.0, 4.0, 1.0], 6) == [(6, 3.5), (8, 3.5), (16, 1.0)]
     assert restricted([4, 8, 16], [3.0, 2.0, 1.0], 16) == [(16, 1.0)]
     assert sizes_of(20, 50, 1) == [6, 8, 12, 16, 24, 32, 48, 50] and sizes_of(40, 50, 1) == [12, 16, 24, 32, 48, 50]

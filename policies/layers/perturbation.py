@@ -17,14 +17,13 @@ of the size before, added up from size to size, are what the softmax over each s
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from errors import UserError, shown
-from policies.layers.base import Attended, LayerPolicy, Plan, fit, granule_size, round_up, total_slots
+from policies.layers.base import Attended, LayerPolicy, Plan, granule_size, round_up, total_slots
 
 LEAST = 0.3  # of a uniform share, that every layer gets
 WEIGHTS = {"depth": lambda share: share, "sqrt": lambda share: share**0.5, "none": lambda share: 1.0}
@@ -69,50 +68,45 @@ class Perturbation(LayerPolicy):
         return (errors * real).sum(-1).T / real.sum(-1)[:, None]
 
     def allocate(self, evidence: Sequence[Any], budget: int, caps: Sequence[int], floor: int) -> Plan:
-        wishes, _ = self._wishes(evidence, budget, caps, floor)
-        return Plan(fit(wishes, budget, caps, floor))
+        return Plan(self._handed_out(evidence, budget, caps, floor))
 
     def upper_bound(
         self, so_far: Sequence[Any], num_layers: int, budget: int, caps: Sequence[int], floor: int
     ) -> list[int]:
-        """What the layers seen get if no other asks for more than its least, plus one granule.
+        """What the layers seen get if no other asks for more than its least: together one budget at most.
 
         What is handed out beyond everybody's least is the same then, and goes out in the same order but for the other
         layers, which can only come in between: a layer's share falls.
         """
-        if len(so_far) == num_layers:
-            return self.allocate(so_far, budget, caps, floor).slots
-        wishes, granule = self._wishes(so_far, budget, caps, floor)
-        most = [int(wish * (1 + 1e-9)) // granule * granule + granule for wish in wishes]
-        return [min(own, cap) for own, cap in zip(most, caps, strict=False)]
+        return self._handed_out(so_far, budget, caps, floor)
 
     def most_waiting(self, budget: int, caps: Sequence[int], floor: int) -> int:
-        """One budget and a granule a layer."""
-        granules = granule_size(budget, caps, floor) * len(caps)
-        return min(sum(caps), total_slots(budget, caps, floor) + granules)
+        return total_slots(budget, caps, floor)
 
-    def _wishes(self, evidence: Sequence[Any], budget: int, caps: Sequence[int], floor: int) -> tuple[list, int]:
-        """Slots, as real numbers, of the layers with evidence, if the others get their least. And the granule."""
+    def _handed_out(self, evidence: Sequence[Any], budget: int, caps: Sequence[int], floor: int) -> list[int]:
+        """Slots of the layers that there is evidence of; the others get their least.
+
+        Granule by granule to the layer in which the next one lowers the sum the most; of equal gains the first ones of
+        all layers come before the second ones. It ends with the first granule that the total does not cover.
+        """
         total, granule = total_slots(budget, caps, floor), granule_size(budget, caps, floor)
         lows = [round_up(max(floor, int(LEAST * budget)), granule, cap) for cap in caps]
         if sum(lows) > total:
             lows = [round_up(floor, granule, cap) for cap in caps]
-        wishes, rest = [float(low) for low in lows[: len(evidence)]], float(total - sum(lows))
-        weights = self._weights(len(caps))
-        steps = []  # of each layer's hull: gain per slot, layer, slots
+        weights, steps = self._weights(len(caps)), []  # of all layers: gain per slot, number, layer, slots
         for layer, curve in enumerate(evidence):
             sizes = sizes_of(budget, caps[layer], floor)
-            points = restricted(sizes, curve[-len(sizes) :], lows[layer])
-            steps += [(-weights[layer] * slope, layer, slots) for slope, slots in hull(points)]
-        for _, tied in groupby(sorted(steps, key=lambda step: -step[0]), key=lambda step: step[0]):
-            tied = list(tied)
-            share = min(1.0, rest / sum(slots for _, _, slots in tied))
-            for _, layer, slots in tied:
-                wishes[layer] += share * slots
-                rest -= share * slots
-            if share < 1:
+            points = lower_hull(restricted(sizes, curve[-len(sizes) :], lows[layer]))
+            ends = [*range(lows[layer], caps[layer], granule), caps[layer]]
+            gains = falling(points, ends)
+            steps += [(-weights[layer] * gain, n, layer, ends[n + 1] - ends[n]) for n, gain in enumerate(gains)]
+        slots, rest = lows[: len(evidence)], total - sum(lows)
+        for _, _, layer, step in sorted(steps):
+            if step > rest:
                 break
-        return wishes, granule
+            slots[layer] += step
+            rest -= step
+        return slots
 
     def _weights(self, layers: int) -> list[float]:
         if isinstance(self.weights, str):
@@ -198,15 +192,31 @@ def restricted(sizes: Sequence[int], curve: Sequence[float], low: int) -> list[t
     return falling
 
 
-def hull(points: Sequence[tuple[int, float]]) -> list[tuple[float, int]]:
-    """The lower convex hull of points in ascending order, as (slope, length) of its edges, steepest first."""
+def lower_hull(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Those of the points, in ascending order, that make the lower convex hull."""
     edge: list[tuple[int, float]] = []
     for point in points:
         while len(edge) > 1 and slope(edge[-2], edge[-1]) >= slope(edge[-1], point):
             edge.pop()
         edge.append(point)
-    return [(slope(a, b), b[0] - a[0]) for a, b in zip(edge, edge[1:], strict=False)]
+    return edge
 
 
 def slope(a: tuple[int, float], b: tuple[int, float]) -> float:
     return (b[1] - a[1]) / (b[0] - a[0])
+
+
+def falling(points: Sequence[tuple[int, float]], ends: Sequence[int]) -> list[float]:
+    """How much a convex curve through the points, read linearly between them, falls per slot from end to end."""
+    gains, segment = [], 0
+    for start, stop in zip(ends, ends[1:], strict=False):
+        fall, at = 0.0, start
+        while at < stop:
+            while points[segment + 1][0] <= at:
+                segment += 1
+            until = min(stop, points[segment + 1][0])
+            fall -= slope(points[segment], points[segment + 1]) * (until - at)
+            at = until
+        # Rounding does not let a later step gain more than an earlier one.
+        gains.append(min(fall / (stop - start), gains[-1] if gains else fall / (stop - start)))
+    return gains
