@@ -39,8 +39,8 @@ class Perturbation(LayerPolicy):
     """
 
     weights: str | tuple[float, ...] = "depth"
-    where: str = "both"
-    queries: int = 32
+    where: str = "last"
+    queries: int = 64
     name: ClassVar[str] = "perturbation"
 
     def __post_init__(self):
