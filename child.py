@@ -29,7 +29,10 @@ class Overrun(UserError):
 
 
 class Child:
-    """seconds: CPU time of an answer. mib: memory of the process. May be asked from several threads."""
+    """seconds: CPU time of an answer. mib: memory beyond what the function's module takes when it is imported.
+
+    Several threads may ask.
+    """
 
     def __init__(self, function: str, seconds: int, mib: int):
         self.function, self.seconds, self.mib = function, seconds, mib
@@ -97,8 +100,10 @@ def _serve(function: str, seconds: int, mib: int) -> None:
     module, _, name = function.partition(":")
     answer = getattr(import_module(module), name)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(ValueError, OSError):  # not every system can limit memory
-        resource.setrlimit(resource.RLIMIT_AS, (mib << 20, mib << 20))
+    with contextlib.suppress(ValueError, OSError):  # not every system can say what it takes, or limit it
+        with open("/proc/self/statm") as sizes:
+            most = int(sizes.read().split()[0]) * resource.getpagesize() + (mib << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
     for request in requests:
         usage = resource.getrusage(resource.RUSAGE_SELF)
         used = int(usage.ru_utime + usage.ru_stime) + 1
