@@ -106,7 +106,7 @@ def load(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
         named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
         source = named.get("default")
     if not isinstance(source, str):
-        raise UserError(f"{path}: chat_template must be a text or a list with one named 'default'")
+        raise UserError(f"{place(path)}: chat_template must be a text or a list with one named 'default'")
     template = ChatTemplate(source, tokenizer, special_tokens(folder))
     try:
         template._render(None)
