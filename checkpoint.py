@@ -377,13 +377,15 @@ def _parts(name: str, rows: int, config: ModelConfig, names: dict[str, list[str]
 
 
 def _check(folder: Path, model: Transformer, found: dict[str, Stored]) -> None:
-    """UserError unless the tensors found are exactly those that the model consists of."""
+    """UserError unless the tensors found are those that the model consists of. A tied one goes by either name."""
     config, wanted = model.config, {}
     names = _names(folder, config)
+    (embed,), (head,) = (_parts(f"{name}.weight", 1, config, names) for name in ("embed", "head"))
+    if config.tie_embeddings and head in found and embed not in found:
+        found[embed] = found.pop(head)
     for name, parameter in model.named_parameters():
         for source, rows in _parts(name, len(parameter), config, names).items():
             wanted[source] = [rows, *parameter.shape[1:]]
-    (embed,), (head,) = (_parts(f"{name}.weight", 1, config, names) for name in ("embed", "head"))
     ignored = (*IGNORED, head) if config.tie_embeddings else IGNORED
     wrong = [name for name in wanted if name in found and found[name].shape != wanted[name]]
     problems = {

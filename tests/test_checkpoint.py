@@ -475,6 +475,16 @@ def test_index_lists_more_than_the_files_hold(written, tmp_path):
     assert load(folder)[1].tie_embeddings
 
 
+def test_tied_tensor_under_its_other_name(written, tmp_path):
+    """safetensors' own save_model keeps one of two names, the one that sorts first; transformers reads both."""
+    for name in ("llama-tied", "opt", "gemma2"):
+        model, config = load(written(name))
+        folder = shutil.copytree(written(name), tmp_path / name)
+        embed = checkpoint.WEIGHTS[config.model_type](config)["embed"][0] + ".weight"
+        tensors_with(lambda tensors, embed=embed: tensors.update({"lm_head.weight": tensors.pop(embed)}))(folder)
+        assert torch.equal(load(folder)[0].embed.weight, model.embed.weight)
+
+
 def test_hub_cache_links(written, tmp_path):
     """The hub's cache keeps files beside its snapshots and links to them; so did its older downloads to a folder."""
     snapshot = tmp_path / "models--org--name" / "snapshots" / ("0" * 40)
