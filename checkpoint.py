@@ -6,10 +6,9 @@ As a command it says what is in there, whether everything matches and what fits 
 
     python checkpoint.py Qwen/Qwen3-0.6B --tokens 8192 --memory 24 --budget 0.2
 
-Which tensors of the files make up which of our parameters is said by one table per family (`WEIGHTS`; for GGUF files by
-those of gguf_file.py). Files are
-memory-mapped and read tensor by tensor into the parameter each belongs to, so that besides the model there is never
-more than one tensor in memory. Nothing is guessed: every tensor is used, ignored by name, or an error.
+One table per family (`WEIGHTS`; for GGUF files those of gguf_file.py) says which tensors of the files make up which of
+our parameters. Files are memory-mapped. Each tensor is read into the parameter that it belongs to, so that memory holds
+the model and at most one more tensor. Nothing is guessed: every tensor is used, ignored by name, or an error.
 """
 
 import json
@@ -275,7 +274,7 @@ def _download(repo: str) -> Path:
 
 
 class _Uninitialised(TorchFunctionMode):
-    """What is made inside is not drawn at random. On meta that draws nothing, but PyTorch takes two seconds for it."""
+    """Skips random initialisation. On the meta device it draws nothing, and yet takes PyTorch two seconds."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) == nn.init.__name__:
@@ -469,7 +468,7 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """One line that names `file`, whatever goes wrong while a library reads it."""
+    """Turns whatever a library raises while it reads `file` into a UserError that names the file."""
     try:
         yield
     except Exception as error:  # safetensors' and torch's calls only; they raise what their parsers do

@@ -1,10 +1,13 @@
-"""A process of its own, with little time and memory, for what somebody else's file may make the computer do.
+"""Runs a function in a process of its own, with limits on its time and memory.
 
     Child("rendering:render", seconds=4, mib=768).ask({"source": ...})
 
-The child runs the named function of a module of this project. A request and its answer are a JSON value each, a line on
-a pipe. The child starts with the first request and lives until its owner is gone; a new one takes the place of one that
-died. It ends itself if its owner dies: an idle one reads the end of its input, a busy one runs out of time.
+Chat templates and tokenizers come from somebody else. They may hang, fill the memory or crash the process that runs
+them.
+
+The child calls the named function of one of our modules. Requests and answers are JSON values, one a line, on pipes.
+The child starts with the first request and lives as long as its owner; if it dies, the next request starts another one.
+It also ends when its owner is killed: an idle child reads the end of its input, a busy one runs out of time.
 """
 
 import contextlib
@@ -25,7 +28,7 @@ PATIENCE = 5  # seconds of the clock for one of CPU time, on a busy machine
 
 
 class Overrun(UserError):
-    """The child took more than it may, or died. The text goes on from a name of what it ran."""
+    """The child broke a limit or died. The message continues a sentence: "the chat template runs for more than ..."."""
 
 
 class Child:
