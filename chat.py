@@ -25,7 +25,7 @@ from tokenizer import Tokenizer, read_json, read_settings, special_tokens
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
 
-SECONDS, MIB = 4, 768  # of CPU time for a rendering, and of memory for the process that renders
+SECONDS, MIB = 4, 768  # of CPU time and of memory for a rendering
 
 # Two characters that Unicode keeps for a program's own use; they are taken out of all messages.
 _SEAM = "\ufdd0"  # within the name of a special token, which it keeps from being parsed
@@ -106,7 +106,7 @@ def load(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
         named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
         source = named.get("default")
     if not isinstance(source, str):
-        raise UserError(f"{path}: chat_template must be a text or a list with one named 'default'")
+        raise UserError(f"{place(path)}: chat_template must be a text or a list with one named 'default'")
     template = ChatTemplate(source, tokenizer, special_tokens(folder))
     try:
         template._render(None)

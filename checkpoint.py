@@ -6,10 +6,9 @@ As a command it says what is in there, whether everything matches and what fits 
 
     python checkpoint.py Qwen/Qwen3-0.6B --tokens 8192 --memory 24 --budget 0.2
 
-Which tensors of the files make up which of our parameters is said by one table per family (`WEIGHTS`; for GGUF files by
-those of gguf_file.py). Files are
-memory-mapped and read tensor by tensor into the parameter each belongs to, so that besides the model there is never
-more than one tensor in memory. Nothing is guessed: every tensor is used, ignored by name, or an error.
+One table per family (`WEIGHTS`; for GGUF files those of gguf_file.py) says which tensors of the files make up which of
+our parameters. Files are memory-mapped. Each tensor is read into the parameter that it belongs to, so that memory holds
+the model and at most one more tensor. Nothing is guessed: every tensor is used, ignored by name, or an error.
 """
 
 import json
@@ -275,7 +274,7 @@ def _download(repo: str) -> Path:
 
 
 class _Uninitialised(TorchFunctionMode):
-    """What is made inside is not drawn at random. On meta that draws nothing, but PyTorch takes two seconds for it."""
+    """Skips random initialisation. On the meta device it draws nothing, and yet takes PyTorch two seconds."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) == nn.init.__name__:
@@ -327,11 +326,11 @@ def _sharded(folder: Path, index: Path) -> list[Stored]:
         if missing := [shard for shard in shards if not (folder / shard).exists()]:
             raise UserError(f"{place(index)} lists {_some(missing)}, missing in that folder")
         home = folder.resolve()
-        # The hub's cache keeps the files themselves beside its snapshots.
-        blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
         for shard in shards:
             file = (folder / shard).resolve()
-            if not (file.is_relative_to(home) or file.is_relative_to(blobs)):
+            # The hub's cache keeps the files themselves in models--organization--name/blobs.
+            cached = file.parent.name == "blobs" and file.parent.parent.name.startswith("models--")
+            if not (file.is_relative_to(home) or cached):
                 raise UserError(f"{place(index)} lists {shown(shard)}, a link out of that folder; put the file there")
     stored, unlisted = [], []
     for shard in shards:
@@ -342,9 +341,7 @@ def _sharded(folder: Path, index: Path) -> list[Stored]:
                 unlisted.append(tensor.name)
     if unlisted:
         raise UserError(f"{place(index)} does not list {_some(unlisted)}, which its files hold")
-    if lacking := sorted(weight_map.keys() - {tensor.name for tensor in stored}):
-        raise UserError(f"{place(index)} lists {_some(lacking)}, which the files named there do not hold")
-    return stored
+    return stored  # what is listed and nowhere held is missed later, if the model has it
 
 
 def _listed(index: Path) -> dict[str, str]:
@@ -379,13 +376,15 @@ def _parts(name: str, rows: int, config: ModelConfig, names: dict[str, list[str]
 
 
 def _check(folder: Path, model: Transformer, found: dict[str, Stored]) -> None:
-    """UserError unless the tensors found are exactly those that the model consists of."""
+    """UserError unless the tensors found are those that the model consists of. A tied one goes by either name."""
     config, wanted = model.config, {}
     names = _names(folder, config)
+    (embed,), (head,) = (_parts(f"{name}.weight", 1, config, names) for name in ("embed", "head"))
+    if config.tie_embeddings and head in found and embed not in found:
+        found[embed] = found.pop(head)
     for name, parameter in model.named_parameters():
         for source, rows in _parts(name, len(parameter), config, names).items():
             wanted[source] = [rows, *parameter.shape[1:]]
-    (embed,), (head,) = (_parts(f"{name}.weight", 1, config, names) for name in ("embed", "head"))
     ignored = (*IGNORED, head) if config.tie_embeddings else IGNORED
     wrong = [name for name in wanted if name in found and found[name].shape != wanted[name]]
     problems = {
@@ -469,7 +468,7 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """One line that names `file`, whatever goes wrong while a library reads it."""
+    """Turns whatever a library raises while it reads `file` into a UserError that names the file."""
     try:
         yield
     except Exception as error:  # safetensors' and torch's calls only; they raise what their parsers do

@@ -1,10 +1,13 @@
-"""A process of its own, with little time and memory, for what somebody else's file may make the computer do.
+"""Runs a function in a process of its own, with limits on its time and memory.
 
     Child("rendering:render", seconds=4, mib=768).ask({"source": ...})
 
-The child runs the named function of a module of this project. A request and its answer are a JSON value each, a line on
-a pipe. The child starts with the first request and lives until its owner is gone; a new one takes the place of one that
-died. It ends itself if its owner dies: an idle one reads the end of its input, a busy one runs out of time.
+Chat templates and tokenizers come from somebody else. They may hang, fill the memory or crash the process that runs
+them.
+
+The child calls the named function of one of our modules. Requests and answers are JSON values, one a line, on pipes.
+The child starts with the first request and lives as long as its owner; if it dies, the next request starts another one.
+It also ends when its owner is killed: an idle child reads the end of its input, a busy one runs out of time.
 """
 
 import contextlib
@@ -25,11 +28,14 @@ PATIENCE = 5  # seconds of the clock for one of CPU time, on a busy machine
 
 
 class Overrun(UserError):
-    """The child took more than it may, or died. The text goes on from a name of what it ran."""
+    """The child broke a limit or died. The message continues a sentence: "the chat template runs for more than ..."."""
 
 
 class Child:
-    """seconds: CPU time of an answer. mib: memory of the process. May be asked from several threads."""
+    """seconds: CPU time of an answer. mib: memory beyond what the function's module takes when it is imported.
+
+    Several threads may ask.
+    """
 
     def __init__(self, function: str, seconds: int, mib: int):
         self.function, self.seconds, self.mib = function, seconds, mib
@@ -97,8 +103,10 @@ def _serve(function: str, seconds: int, mib: int) -> None:
     module, _, name = function.partition(":")
     answer = getattr(import_module(module), name)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(ValueError, OSError):  # not every system can limit memory
-        resource.setrlimit(resource.RLIMIT_AS, (mib << 20, mib << 20))
+    with contextlib.suppress(ValueError, OSError):  # not every system can say what it takes, or limit it
+        with open("/proc/self/statm") as sizes:
+            most = int(sizes.read().split()[0]) * resource.getpagesize() + (mib << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
     for request in requests:
         usage = resource.getrusage(resource.RUSAGE_SELF)
         used = int(usage.ru_utime + usage.ru_stime) + 1

@@ -354,9 +354,11 @@ def test_first_file_that_has_one_counts(tmp_path: Path, bare: tokenizers.Tokeniz
     ],
 )
 def test_broken_files(tmp_path: Path, bare: tokenizers.Tokenizer, files: dict[str, object], words: list[str]) -> None:
+    folder = tmp_path / "odd\x1b[2J\nname"
+    folder.mkdir()
     for name, content in files.items():
-        write(tmp_path, name, content)
-    one_line_error(lambda: chat.load(tmp_path, bare), *words)
+        write(folder, name, content)
+    one_line_error(lambda: chat.load(folder, bare), *words)
 
 
 def test_template_that_is_not_utf8(tmp_path: Path, bare: tokenizers.Tokenizer) -> None:

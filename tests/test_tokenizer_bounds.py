@@ -44,6 +44,7 @@ BAD = {
     "charsmap no base64": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "***"}},
     "growing": replacing({"String": "a"}, "a" * 10, 40),  # aborts
     "growing at every place": replacing({"Regex": ""}, "a" * 100),
+    "empty match": replacing({"Regex": "(?=.)"}, "xxxxxxxx"),
     "growing decoder": replacing({"String": "a"}, "a" * 10, 12, "decoder"),  # is killed
     "long prepend": {"normalizer": {"type": "Prepend", "prepend": "a" * 10**6}},
     "backtracking": split("(a+)+$"),
@@ -104,7 +105,10 @@ def test_ordinary_files_are_not_tried(tmp_path: Path, monkeypatch: pytest.Monkey
 TRIED = [name for name in BAD if "charsmap" in name or "prefix" in name]
 
 
-@pytest.mark.parametrize("name", [*TRIED, "no chunks", "template", "stripping decoder", "part that is none"])
+REGEXES = ["backtracking normalizer", "empty match"]
+
+
+@pytest.mark.parametrize("name", [*TRIED, *REGEXES, "no chunks", "template", "stripping decoder", "part that is none"])
 def test_risky_files_are_tried(tmp_path: Path, name: str) -> None:
     """What such a file does to the process depends on the memory that is free."""
     assert tokenizer._risky(tmp_path, json.dumps(data_of(train_bytes()) | BAD[name]).encode())
@@ -115,6 +119,14 @@ def test_what_is_tried_is_loaded(tmp_path: Path) -> None:
     assert tokenizer._risky(tmp_path, json.dumps(data).encode())
     made = load(write(tmp_path, "tokenizer.json", data))
     assert made.decode(made.encode("Hello")) == "Hello"
+
+
+def test_expression_that_takes_for_ever(tmp_path: Path) -> None:
+    """Python's re would hang on it, the library does not: a pattern is run by the library alone."""
+    hard = replacing({"Regex": "(?:" * 12 + ".*" + ")*" * 12 + "x"}, "b")
+    started = time.perf_counter()
+    made = load(write(tmp_path, "tokenizer.json", data_of(train_bytes()) | hard))
+    assert made.decode(made.encode("Hello")) == "Hello" and time.perf_counter() - started < 20
 
 
 def test_files_that_are_too_large(tmp_path: Path) -> None:

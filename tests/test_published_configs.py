@@ -1,0 +1,170 @@
+"""config.json as well-known models are published with it: each is read, and as transformers reads it.
+
+The other tests would not notice a table that is too strict. Here are nulls, names of older transformers, integers in
+place of floats, and fields that say nothing about the model.
+"""
+
+import json
+from typing import Any
+
+import pytest
+from test_config import compared
+
+from config import FAMILIES
+
+LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+SPREAD = [1 + n / 8 for n in range(48)]
+
+
+def llama(**more: Any) -> dict[str, Any]:
+    """As of Llama 2, 7B."""
+    sizes = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+    sizes |= dict(num_key_value_heads=32, vocab_size=32000, max_position_embeddings=4096)
+    other = dict(_name_or_path="x", bos_token_id=1, eos_token_id=2, initializer_range=0.02, pretraining_tp=1)
+    other |= dict(architectures=["X"], transformers_version="4.31.0.dev0", use_cache=True, pad_token_id=-1)
+    read = dict(hidden_act="silu", rms_norm_eps=1e-05, tie_word_embeddings=False, torch_dtype="float16")
+    return sizes | other | read | dict(model_type="llama", rope_scaling=None) | more
+
+
+def llama3(**more: Any) -> dict[str, Any]:
+    small = dict(attention_bias=False, attention_dropout=0.0, mlp_bias=False, rope_theta=500000.0)
+    return llama(**{**small, "torch_dtype": "bfloat16", "num_key_value_heads": 8, "vocab_size": 128256, **more})
+
+
+def mistral(**more: Any) -> dict[str, Any]:
+    small = dict(intermediate_size=14336, num_key_value_heads=8, rope_theta=10000.0, model_type="mistral")
+    return llama(**{**small, "max_position_embeddings": 32768, **more})
+
+
+def qwen(**more: Any) -> dict[str, Any]:
+    sizes = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14)
+    sizes |= dict(num_key_value_heads=2, max_window_layers=21, vocab_size=151936, max_position_embeddings=32768)
+    read = dict(rms_norm_eps=1e-06, rope_theta=1000000.0, sliding_window=32768, use_sliding_window=False)
+    return llama(**{**sizes, **read, "tie_word_embeddings": True, "model_type": "qwen2", **more})
+
+
+def gemma(**more: Any) -> dict[str, Any]:
+    sizes = dict(hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8, head_dim=256)
+    sizes |= dict(num_key_value_heads=4, vocab_size=256000, max_position_embeddings=8192, query_pre_attn_scalar=256)
+    read = dict(attention_bias=False, attn_logit_softcapping=50.0, final_logit_softcapping=30.0, sliding_window=4096)
+    read |= dict(hidden_activation="gelu_pytorch_tanh", rms_norm_eps=1e-06, rope_theta=10000.0, model_type="gemma2")
+    return sizes | read | dict(cache_implementation="hybrid", pad_token_id=0, torch_dtype="float32") | more
+
+
+def gemma3(**more: Any) -> dict[str, Any]:
+    sizes = dict(hidden_size=1152, intermediate_size=6912, num_attention_heads=4, num_key_value_heads=1)
+    read = dict(attn_logit_softcapping=None, final_logit_softcapping=None, sliding_window=512, rope_scaling=None)
+    read |= dict(rope_local_base_freq=10000, rope_theta=1000000, model_type="gemma3_text", vocab_size=262144)
+    return gemma(**{**sizes, **read, **more})
+
+
+def phi3(**more: Any) -> dict[str, Any]:
+    sizes = dict(hidden_size=3072, intermediate_size=8192, vocab_size=32064, original_max_position_embeddings=4096)
+    other = dict(auto_map={"AutoConfig": "configuration_phi3.Phi3Config"}, embd_pdrop=0.0, resid_pdrop=0.0)
+    return llama(
+        **{**sizes, **other, "rope_theta": 10000.0, "sliding_window": 2047, "model_type": "phi3"}
+        | {"attention_bias": False}
+        | more
+    )
+
+
+def granite(**more: Any) -> dict[str, Any]:
+    factors = dict(attention_multiplier=0.0078125, embedding_multiplier=12, logits_scaling=16, residual_multiplier=0.22)
+    return llama3(**{**factors, "model_type": "granite", "rope_theta": 10000000.0, **more})
+
+
+def neox(**more: Any) -> dict[str, Any]:
+    sizes = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8, num_hidden_layers=6, vocab_size=50304)
+    read = dict(hidden_act="gelu", layer_norm_eps=1e-05, rotary_emb_base=10000, rotary_pct=0.25)
+    read |= dict(tie_word_embeddings=False, use_parallel_residual=True, max_position_embeddings=2048)
+    return sizes | read | dict(model_type="gpt_neox", torch_dtype="float16", eos_token_id=0) | more
+
+
+def falcon(**more: Any) -> dict[str, Any]:
+    sizes = dict(hidden_size=4544, num_attention_heads=71, num_hidden_layers=32, vocab_size=65024)
+    read = dict(alibi=False, apply_residual_connection_post_layernorm=False, bias=False, layer_norm_epsilon=1e-05)
+    read |= dict(multi_query=True, new_decoder_architecture=False, parallel_attn=True, torch_dtype="bfloat16")
+    return sizes | read | dict(model_type="falcon", hidden_dropout=0.0, eos_token_id=11) | more
+
+
+def opt(**more: Any) -> dict[str, Any]:
+    sizes = dict(hidden_size=768, ffn_dim=3072, num_attention_heads=12, num_hidden_layers=12, vocab_size=50272)
+    read = dict(activation_function="relu", do_layer_norm_before=True, word_embed_proj_dim=768, torch_dtype="float16")
+    read |= dict(max_position_embeddings=2048, model_type="opt")
+    return sizes | read | dict(prefix="</s>", layerdrop=0.0, init_std=0.02, dropout=0.1) | more
+
+
+PUBLISHED = {
+    "llama 1": {name: value for name, value in llama().items() if name != "num_key_value_heads"},
+    "llama 2": llama(),
+    "codellama": llama(rope_theta=1000000, vocab_size=32016),
+    "vicuna 16k": llama(rope_scaling={"factor": 4.0, "type": "linear"}, max_sequence_length=16384),
+    "dynamic": llama(rope_scaling={"factor": 2.0, "type": "dynamic"}),
+    "llama 3": llama3(eos_token_id=128009),
+    "llama 3.1": llama3(rope_scaling=LLAMA3 | {"rope_type": "llama3"}, eos_token_id=[128001, 128008, 128009]),
+    "llama 3.2": llama3(head_dim=64, hidden_size=2048, rope_scaling=LLAMA3 | {"rope_type": "llama3", "factor": 32.0}),
+    "falcon 3": llama3(
+        hidden_size=3072, head_dim=256, num_attention_heads=12, num_key_value_heads=4, activation="swiglu"
+    ),
+    "smollm2": llama3(is_llama_config=True, rope_interleaved=False, rope_theta=100000, tie_word_embeddings=True)
+    | {"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}},
+    "granite code": llama(attention_bias=True, mlp_bias=True, rope_theta=10000000),
+    "mistral 0.1": mistral(sliding_window=4096),
+    "mistral 0.3": mistral(sliding_window=None, rope_theta=1000000.0, vocab_size=32768),
+    "mistral nemo": mistral(sliding_window=None, head_dim=128, hidden_size=5120, max_position_embeddings=1024000),
+    "mixtral": mistral(sliding_window=None, num_experts_per_tok=2, num_local_experts=8, router_aux_loss_coef=0.02)
+    | {"model_type": "mixtral"},
+    "qwen 2": qwen(sliding_window=131072, max_window_layers=28),
+    "qwen 2.5": qwen(use_mrope=False),
+    "qwen 2.5, newer": qwen(sliding_window=None, layer_types=["full_attention"] * 24),
+    "qwq": qwen(max_window_layers=64),
+    "qwen 3": qwen(model_type="qwen3", head_dim=128, attention_bias=False, sliding_window=None, rope_theta=5000000),
+    "smollm3": llama3(model_type="smollm3", num_hidden_layers=36, layer_types=["full_attention"] * 36)
+    | dict(max_window_layers=28, no_rope_layer_interval=4, no_rope_layers=[1, 1, 1, 0] * 9, bos_token_id=None)
+    | dict(sliding_window=None, use_sliding_window=False),
+    "gemma 2": gemma(hidden_act="gelu_pytorch_tanh"),
+    "gemma 2, 27B": gemma(query_pre_attn_scalar=144, head_dim=128, hidden_size=4608, sliding_window_size=4096),
+    "gemma 3": gemma3(sliding_window_pattern=6, eos_token_id=[1, 106]),
+    "gemma 3, 270M": gemma3(_sliding_window_pattern=6, num_hidden_layers=6, use_bidirectional_attention=False)
+    | {"layer_types": ["sliding_attention"] * 5 + ["full_attention"]},
+    "gemma 3, text of 4B": gemma3(rope_scaling={"factor": 8.0, "rope_type": "linear"}, vocab_size=262208),
+    "phi 3": phi3(),
+    "phi 3, 128k": phi3(
+        max_position_embeddings=131072,
+        sliding_window=262144,
+        rope_scaling={"type": "longrope", "long_factor": SPREAD, "short_factor": [1.05] * 48},
+    ),
+    "phi 4": phi3(original_max_position_embeddings=16384, max_position_embeddings=16384, sliding_window=None),
+    "phi 4 mini": phi3(
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        partial_rotary_factor=0.75,
+        max_position_embeddings=131072,
+        rope_scaling={"type": "longrope", "long_factor": [1] * 24 + SPREAD[24:], "short_factor": [1] * 48},
+        full_attn_mod=1,
+        lm_head_bias=False,
+        mlp_bias=False,
+    ),
+    "granite 3": granite(),
+    "olmo 2": llama3(model_type="olmo2", rope_theta=500000, rms_norm_eps=1e-06),
+    "pythia": neox(),
+    "gpt-neox 20B": neox(hidden_act="gelu_fast", attention_probs_dropout_prob=0, hidden_dropout_prob=0),
+    "redpajama": neox(use_parallel_residual=False, rotary_pct=1.0),
+    "falcon 7B": falcon(num_kv_heads=71),
+    "falcon 40B": falcon(
+        num_kv_heads=8, new_decoder_architecture=True, hidden_size=8192, num_attention_heads=128, n_embed=8192
+    ),
+    "falcon 2": falcon(num_kv_heads=8, new_decoder_architecture=True, hidden_size=4096, num_attention_heads=32)
+    | dict(ffn_hidden_size=16384, ff_factor=4, num_ln_in_parallel_attn=1, rope_theta=500042.0, activation="gelu"),
+    "opt": opt(),
+    "opt 13B": opt(_remove_final_layer_norm=False, enable_bias=True, layer_norm_elementwise_affine=True),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_config(name: str) -> None:
+    assert compared(json.loads(json.dumps(PUBLISHED[name]))) == ("same", [])
+
+
+def test_every_family_is_published() -> None:
+    assert {raw["model_type"] for raw in PUBLISHED.values()} == FAMILIES.keys()
