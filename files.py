@@ -10,6 +10,7 @@ import math
 import os
 import re
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -44,14 +45,19 @@ def accessing(path: Path | str) -> Iterator[None]:
 
 def read_bytes(path: Path | str, most: int = MOST_BYTES) -> bytes:
     """All bytes of a file or of a pipe that ends. UserError: not there, a folder, a device, or more than `most`."""
+    with opened(path) as file, accessing(path):
+        return read_stream(file, place(path), most)
+
+
+def opened(path: Path | str) -> BinaryIO:
+    """The file or pipe, to be read. UserError: not there, a folder, a device."""
     with accessing(path):
         kind = os.stat(path).st_mode
         if stat.S_ISDIR(kind):
             raise UserError(f"{place(path)} is a folder; name a file")
         if not (stat.S_ISREG(kind) or stat.S_ISFIFO(kind)):
             raise UserError(f"{place(path)} is no regular file; name a file that ends")
-        with open(path, "rb") as file:
-            return read_stream(file, place(path), most)
+        return open(path, "rb")  # noqa: SIM115
 
 
 def read_stream(file: BinaryIO, where: str, most: int = MOST_BYTES) -> bytes:
@@ -80,9 +86,7 @@ class Lines:
         self.path, self.most, self.sha256 = path, most, sha256()
 
     def __iter__(self) -> Iterator[RawLine]:
-        with accessing(self.path):
-            file = open(self.path, "rb")  # noqa: SIM115
-        with file:
+        with opened(self.path) as file:
             number = 1
             while part := self._part(file):
                 data, size, digest = part, len(part), blake2b(part, digest_size=8)
@@ -184,7 +188,9 @@ def is_a(value: Any, kind: Kind) -> bool:
         return type(value) is dict and all(name in value and is_a(value[name], each) for name, each in kind.items())
     if isinstance(kind, range):
         return type(value) is int and value in kind
-    return value is None if kind is None else type(value) in ((int, float) if kind is float else (kind,))
+    if kind is float:  # what one can hold: an integer may be larger
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return value is None if kind is None else type(value) is kind
 
 
 def kind_name(kind: Kind) -> str:
