@@ -264,14 +264,16 @@ def exclusive(path: Path | str) -> FileIO:
 
 def append(file: FileIO, data: bytes, path: Path | str) -> None:
     """Add all of `data` to an exclusive file, or nothing and a UserError."""
-    size = os.fstat(file.fileno()).st_size
+    about = os.fstat(file.fileno())
+    if not about.st_nlink:
+        raise UserError(f"{place(path)} was removed while it was written; run it again")
     try:
         with accessing(path):
             left = memoryview(data)
             while left:
                 left = left[file.write(left) :]
     except UserError:
-        file.truncate(size)
+        file.truncate(about.st_size)
         raise
 
 

@@ -248,7 +248,7 @@ def run_job(
     rows = args.batch_size or job.state.get("batch_size") or needs.rows(survey.count, int(share * limit))
     needs.check(rows, limit)
     file, done = job.begin(survey)
-    summary, engine, whole = Summary(before=len(done)), dry, f"{place(args.output)} is whole, --resume goes on with it"
+    summary, engine, way = Summary(before=len(done)), dry, f"--resume goes on with what {place(args.output)} holds"
     try:
         with file, needs.explained(rows, limit), compiling():
             if len(done) < survey.count:
@@ -258,10 +258,10 @@ def run_job(
                 for summary in job.run(engine, survey, file, done):  # noqa: B007
                     pass
     except KeyboardInterrupt:
-        print(f"generate.py: interrupted; {whole}", file=sys.stderr)
+        print(f"generate.py: interrupted; {way}", file=sys.stderr)
         return 130
     except UserError as error:
-        raise UserError(f"{error}; {whole}") from error
+        raise UserError(f"{error}; {way}") from error
     save_plan(args, engine, job.state["plan"])
     result = job_json(args, engine, survey.bad, rows, length, needs.row_full * rows, summary)
     print(json.dumps(result, allow_nan=False) if args.json else job_report(result, summary))

@@ -430,7 +430,7 @@ def test_a_full_disk_leaves_whole_lines_to_go_on_with(forked):
     whole = Path("whole").read_bytes().splitlines(keepends=True)
     kept = b"".join(whole[:5])
     assert forked("generate", [*args, "out"], most=len(kept) + 20) == (2, "")
-    told = "generate.py: error: out: File too large; out is whole, --resume goes on with it\n"
+    told = "generate.py: error: out: File too large; --resume goes on with what out holds\n"
     assert Path("stderr").read_text() == told and Path("out").read_bytes() == kept
     assert forked("generate", [*args, "out", "--resume"]) == (0, "")
     assert sorted(Path("out").read_bytes().splitlines(keepends=True)) == sorted(whole)
@@ -534,6 +534,12 @@ def test_one_writer_and_whole_lines(tmp_path):
     with pytest.raises(UserError, match="log: No space left on device"):
         files.append(Full(), b"two\n", path)
     assert path.read_bytes() == b"one\n"
+    path.rename(tmp_path / "moved")
+    files.append(file, b"two\n", path)
+    assert (tmp_path / "moved").read_bytes() == b"one\ntwo\n"
+    (tmp_path / "moved").unlink()
+    with pytest.raises(UserError, match="log was removed"):
+        files.append(file, b"three\n", path)
 
 
 def test_lines_are_read_without_holding_long_ones(tmp_path):
