@@ -110,6 +110,15 @@ def test_whatever_a_flag_says_is_answered_in_one_short_line(capsys, monkeypatch,
             refusal(capsys, program, *args)
 
 
+COUNTS = {"bench_batch": ("rounds", "prompts", "threads"), "bench_chat": ("tokens", "texts", "slots", "threads")}
+
+
+@pytest.mark.parametrize(("program", "flag"), [(name, flag) for name, flags in COUNTS.items() for flag in flags])
+def test_counts_are_at_least_one(capsys, unloaded, program, flag):
+    for wrong in (0, -1):
+        assert f"'{wrong}' is no positive integer" in (refusal(capsys, program, f"--{flag}", wrong) or "")
+
+
 def ours() -> Exception:
     try:
         list(zip([1], [], strict=True))
