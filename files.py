@@ -121,11 +121,11 @@ def read_json(path: Path | str, kind: type | tuple[type, ...] = dict, most: int 
     return parse_json(read_bytes(path, most), place(path), kind)
 
 
-def parse_json(data: bytes | str, where: str, kind: type | tuple[type, ...] = dict, deepest: int = DEEPEST) -> Any:
+def parse_json(data: bytes | str, where: str, kind: type | tuple[type, ...] = dict) -> Any:
     """The value in a JSON text, of one of these kinds (dict, list, ...).
 
     UserError, which begins with `where` if that is not empty: not JSON, another kind, NaN or Infinity (also as 1e999),
-    an integer of more than 400 digits, or lists and objects more than `deepest` in each other.
+    an integer of more than 400 digits, or lists and objects more than DEEPEST in each other.
     """
 
     def refuse(text: str) -> NoReturn:
@@ -139,8 +139,8 @@ def parse_json(data: bytes | str, where: str, kind: type | tuple[type, ...] = di
 
     begin = f"{where}: " if where else ""
     text = data if isinstance(data, str) else decoded(data, where or "it")
-    if _depth(text) > deepest:
-        raise UserError(f"{begin}lists and objects are more than {deepest} deep in each other")
+    if _depth(text) > DEEPEST:
+        raise UserError(f"{begin}lists and objects are more than {DEEPEST} deep in each other")
     try:
         value = json.loads(text, parse_float=real, parse_int=whole, parse_constant=refuse)
     except json.JSONDecodeError as error:

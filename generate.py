@@ -95,9 +95,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on with what is in --output, if anything is")
     add("--strict", action="store_true", help="end at the first bad line of --input (default: report it and go on)")
     add("--batch-size", type=rows, metavar="N|auto", help="rows at a time (default auto: what fits into memory)")
-    add(
-        "--max-length", type=positive, metavar="N", help="tokens of prompt and answer (default: the longest line)"
-    )
+    add("--max-length", type=positive, metavar="N", help="tokens of prompt and answer (default: the longest line)")
     add("--max-memory", type=float, metavar="GIB", help="refuse what may need more (default: what is free)")
     add("--max-new-tokens", type=int, default=128, metavar="N")
     word = {"metavar": "NAME[:opt=value,...]"}
