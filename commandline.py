@@ -44,7 +44,7 @@ def number(text: str) -> int | float:
 
 def positive(text: str) -> int:
     if not (text.isdecimal() and len(text) < 19 and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{shown(text)} is no positive integer")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no positive integer below 10**18")
     return int(text)
 
 

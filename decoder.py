@@ -48,14 +48,15 @@ class Decoder:
             # One graph for all lengths from the start. Where all are equal a static one is faster.
             for arena in (arena for layer in cache.layers for arena in layer if arena is not None):
                 torch._dynamo.maybe_mark_dynamic(arena, 2)
-        started, self.replay = time.perf_counter(), None
+        self.replay, self.capture_s = None, 0.0
         if code.capture:
+            started = time.perf_counter()
             # The warm-up feeds positions 0, 1, 2 of all rows. In these slots prompts may wait for their place.
             held = [(part[:, :, :3], part[:, :, :3].clone()) for layer in cache.layers for part in (layer.k, layer.v)]
             self.replay = code.capture(self._step)
             for part, before in held:
                 part.copy_(before)
-        self.capture_s = time.perf_counter() - started
+            self.capture_s = time.perf_counter() - started
 
     def keeper(self, rows: Tensor, lengths: Tensor) -> Callable[[int, Tensor | None, Prompt], None]:
         """What takes each layer's part of prompts of `lengths` [R] into the cache, for rows [R]."""
@@ -141,9 +142,9 @@ class Decoder:
 
 
 class Store:
-    """Idle decoders by what they are for, the latest last: their graphs need no new capture.
+    """Idle decoders by plan, batch size and kind of sampling, the last used one last. Captured graphs are used again.
 
-    They share one memory, so one of them runs at a time. Who comes while it does gets a decoder that is not kept.
+    All of them share one memory, so one runs at a time. While it is lent, the next caller gets a temporary decoder.
     """
 
     SIZE = 8

@@ -39,7 +39,7 @@ from policies.layers import LayerPolicy, Plan, Uniform
 from policies.layers.base import Attended, total_slots
 from policies.tokens import TokenPolicy
 from sampling import GREEDY, NOT_FINITE, Sampler, Sampling
-from waiting import NotFinite, Waiting, mean_finite
+from waiting import NotFinite, Waiting
 
 READ_TOKENS = 16384  # of all prompts of a batch, that go through a block at once: more take memory, not less time
 DEFAULT_BUDGET = 0.4  # of the sequence, for a bounded policy without a budget (results/eval_defaults)
@@ -648,8 +648,8 @@ class Engine:
         ragged = [lengths[rows] if int(lengths.min()) < ids.shape[1] else None for rows in chunks]
         signals = []
         measures = measures or [None] * len(policies)
-        each = zip(self.model.layers, rotary, policies, measures, strict=True)
-        for layer, (block, frequencies, policy, measure) in enumerate(each):
+        layers = zip(self.model.layers, rotary, policies, measures, strict=True)
+        for layer, (block, frequencies, policy, measure) in enumerate(layers):
             own, parts = [frequencies[rows] if frequencies.dim() > 1 else frequencies for rows in chunks], []
             for rows, turned, real in zip(chunks, own, ragged, strict=True):
                 x[rows], *part = block.prefill(x[rows], turned, real, policy, measure)
@@ -659,9 +659,10 @@ class Engine:
             keep(layer, torch.cat([part[1] for part in parts]) if measure else None, prompt)
             del prompt, part
         last = x[torch.arange(len(lengths), device=self.device), lengths - 1]
-        broken = ~torch.stack(signals).isfinite().all(0)
-        logits = self.model.logits(last).masked_fill(broken[:, None], math.nan)
-        return logits, torch.stack([mean_finite(signal) for signal in signals]).tolist()
+        each = torch.stack(signals)  # [L, R]
+        finite = each.isfinite()
+        logits = self.model.logits(last).masked_fill(~finite.all(0)[:, None], math.nan)
+        return logits, each.masked_fill(~finite, math.nan).nanmean(1).tolist()  # one wait for all layers
 
     def _measures(self, budget_slots: int, caps: Sequence[int]) -> list[Callable[[Attended], Tensor]]:
         """What asks each layer for the evidence that the layer policy wants."""

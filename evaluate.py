@@ -186,7 +186,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if folder.is_relative_to(HERE):  # results say the same wherever the project lies
         settings["checkpoint"] = str(folder.relative_to(HERE))
     needed = {task.name: summary.needed(task) for task in tasks}
-    log = Log(args.out / RESULTS, settings, args.resume, needed)
+    log = Log(args.out / RESULTS, settings, args.resume, needed, config.n_layers)
     try:
         with explained(lambda: "out of memory; use a smaller --batch or --dtype, or shorter prompts; --resume goes on"):
             run(model, tasks, cells, log, args.batch)

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -44,14 +45,19 @@ def accessing(path: Path | str) -> Iterator[None]:
 
 def read_bytes(path: Path | str, most: int = MOST_BYTES) -> bytes:
     """All bytes of a file or of a pipe that ends. UserError: not there, a folder, a device, or more than `most`."""
+    with opened(path) as file, accessing(path):
+        return read_stream(file, place(path), most)
+
+
+def opened(path: Path | str) -> BinaryIO:
+    """The file or pipe, to be read. UserError: not there, a folder, a device."""
     with accessing(path):
         kind = os.stat(path).st_mode
         if stat.S_ISDIR(kind):
             raise UserError(f"{place(path)} is a folder; name a file")
         if not (stat.S_ISREG(kind) or stat.S_ISFIFO(kind)):
             raise UserError(f"{place(path)} is no regular file; name a file that ends")
-        with open(path, "rb") as file:
-            return read_stream(file, place(path), most)
+        return open(path, "rb")  # noqa: SIM115
 
 
 def read_stream(file: BinaryIO, where: str, most: int = MOST_BYTES) -> bytes:
@@ -80,9 +86,7 @@ class Lines:
         self.path, self.most, self.sha256 = path, most, sha256()
 
     def __iter__(self) -> Iterator[RawLine]:
-        with accessing(self.path):
-            file = open(self.path, "rb")  # noqa: SIM115
-        with file:
+        with opened(self.path) as file:
             number = 1
             while part := self._part(file):
                 data, size, digest = part, len(part), blake2b(part, digest_size=8)
@@ -117,11 +121,11 @@ def read_json(path: Path | str, kind: type | tuple[type, ...] = dict, most: int 
     return parse_json(read_bytes(path, most), place(path), kind)
 
 
-def parse_json(data: bytes | str, where: str, kind: type | tuple[type, ...] = dict, deepest: int = DEEPEST) -> Any:
+def parse_json(data: bytes | str, where: str, kind: type | tuple[type, ...] = dict) -> Any:
     """The value in a JSON text, of one of these kinds (dict, list, ...).
 
     UserError, which begins with `where` if that is not empty: not JSON, another kind, NaN or Infinity (also as 1e999),
-    an integer of more than 400 digits, or lists and objects more than `deepest` in each other.
+    an integer of more than 400 digits, or lists and objects more than DEEPEST in each other.
     """
 
     def refuse(text: str) -> NoReturn:
@@ -135,8 +139,8 @@ def parse_json(data: bytes | str, where: str, kind: type | tuple[type, ...] = di
 
     begin = f"{where}: " if where else ""
     text = data if isinstance(data, str) else decoded(data, where or "it")
-    if _depth(text) > deepest:
-        raise UserError(f"{begin}lists and objects are more than {deepest} deep in each other")
+    if _depth(text) > DEEPEST:
+        raise UserError(f"{begin}lists and objects are more than {DEEPEST} deep in each other")
     try:
         value = json.loads(text, parse_float=real, parse_int=whole, parse_constant=refuse)
     except json.JSONDecodeError as error:
@@ -184,7 +188,9 @@ def is_a(value: Any, kind: Kind) -> bool:
         return type(value) is dict and all(name in value and is_a(value[name], each) for name, each in kind.items())
     if isinstance(kind, range):
         return type(value) is int and value in kind
-    return value is None if kind is None else type(value) in ((int, float) if kind is float else (kind,))
+    if kind is float:  # what one can hold: an integer may be larger
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return value is None if kind is None else type(value) is kind
 
 
 def kind_name(kind: Kind) -> str:
@@ -258,14 +264,16 @@ def exclusive(path: Path | str) -> FileIO:
 
 def append(file: FileIO, data: bytes, path: Path | str) -> None:
     """Add all of `data` to an exclusive file, or nothing and a UserError."""
-    size = os.fstat(file.fileno()).st_size
+    about = os.fstat(file.fileno())
+    if not about.st_nlink:
+        raise UserError(f"{place(path)} was removed while it was written; run it again")
     try:
         with accessing(path):
             left = memoryview(data)
             while left:
                 left = left[file.write(left) :]
     except UserError:
-        file.truncate(size)
+        file.truncate(about.st_size)
         raise
 
 

@@ -36,7 +36,7 @@ import memory
 import tokenizer as tokenizers
 from batch import Job, Summary
 from checkpoint import EMBEDDED
-from commandline import Parser, guarded, number
+from commandline import Parser, guarded, number, positive
 from engine import Completion, Conversation, Engine, Figures, Request, Stream, check_budget
 from errors import UserError, cut, place, reason, shown
 from files import (
@@ -95,7 +95,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on with what is in --output, if anything is")
     add("--strict", action="store_true", help="end at the first bad line of --input (default: report it and go on)")
     add("--batch-size", type=rows, metavar="N|auto", help="rows at a time (default auto: what fits into memory)")
-    add("--max-length", type=int, metavar="N", help="tokens of a prompt and its answer (default: the longest line)")
+    add("--max-length", type=positive, metavar="N", help="tokens of prompt and answer (default: the longest line)")
     add("--max-memory", type=float, metavar="GIB", help="refuse what may need more (default: what is free)")
     add("--max-new-tokens", type=int, default=128, metavar="N")
     word = {"metavar": "NAME[:opt=value,...]"}
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     plan = None if args.plan is None else read_plan(Path(args.plan))
     if args.budget is not None:
         check_budget(args.budget)
-    if args.max_memory is not None and not 0 < args.max_memory < math.inf:
+    if args.max_memory is not None and not 0 < args.max_memory * 2**30 < math.inf:
         raise UserError(f"--max-memory must be a positive number of GiB, not {args.max_memory}")
     folder = checkpoint.resolve(args.checkpoint)
     check_paths(args, folder)
@@ -176,7 +176,7 @@ def run(args: argparse.Namespace) -> int:
             return interact(args, engine.conversation(sampling), turns, eos_ids)
         stream = engine.stream(ids, sampling, args.max_new_tokens, eos_ids, text.push)
         completion = follow(stream, text, echo=not args.json)
-    save_plan(args, engine, completion.figures)
+    save_plan(args, engine, completion.figures.plan)
     if args.json:
         print(json.dumps(report_json(args, engine, completion, text.text), allow_nan=False))
     else:
@@ -246,7 +246,7 @@ def run_job(
     rows = args.batch_size or job.state.get("batch_size") or needs.rows(survey.count, int(share * limit))
     needs.check(rows, limit)
     file, done = job.begin(survey)
-    summary, engine, whole = Summary(before=len(done)), dry, f"{place(args.output)} is whole, --resume goes on with it"
+    summary, engine, way = Summary(before=len(done)), dry, f"--resume goes on with what {place(args.output)} holds"
     try:
         with file, needs.explained(rows, limit), compiling():
             if len(done) < survey.count:
@@ -256,12 +256,11 @@ def run_job(
                 for summary in job.run(engine, survey, file, done):  # noqa: B007
                     pass
     except KeyboardInterrupt:
-        print(f"generate.py: interrupted; {whole}", file=sys.stderr)
+        print(f"generate.py: interrupted; {way}", file=sys.stderr)
         return 130
     except UserError as error:
-        raise UserError(f"{error}; {whole}") from error
-    if summary.figures:
-        save_plan(args, engine, summary.figures)
+        raise UserError(f"{error}; {way}") from error
+    save_plan(args, engine, job.state["plan"])
     result = job_json(args, engine, survey.bad, rows, length, needs.row_full * rows, summary)
     print(json.dumps(result, allow_nan=False) if args.json else job_report(result, summary))
     return 2 if survey.bad or summary.failed else 0
@@ -325,9 +324,9 @@ def job_report(result: dict[str, Any], summary: Summary) -> str:
     return "\n".join(lines)
 
 
-def save_plan(args: argparse.Namespace, engine: Engine, figures: Figures) -> None:
+def save_plan(args: argparse.Namespace, engine: Engine, plan: list[int]) -> None:
     if args.save_plan is not None:
-        saved = {"plan": figures.plan, "policy": engine.policy.name, "layers": engine.layer_policy.name}
+        saved = {"plan": plan, "policy": engine.policy.name, "layers": engine.layer_policy.name}
         write_json(args.save_plan, saved)
 
 
@@ -344,11 +343,10 @@ def choose_policies(args: argparse.Namespace) -> tuple[token_policies.TokenPolic
 
 def rows(text: str) -> int | None:
     """None for auto."""
-    if text == "auto":
-        return None
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1 or auto, not {cut(text)}")
-    return int(text)
+    try:
+        return None if text == "auto" else positive(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor auto") from None
 
 
 def read_plan(path: Path) -> list[int]:
@@ -527,7 +525,7 @@ def answer(
                     completion.finish_reason = "eos"  # the next turn begins with what closes this one
                 turns.add(said, text.text)
     if first:
-        save_plan(args, conversation.engine, completion.figures)
+        save_plan(args, conversation.engine, completion.figures.plan)
     return completion.figures
 
 

@@ -54,17 +54,17 @@ def compiled(function: Callable) -> Callable:
 
 
 def compiled_graphs() -> int:
-    """How many graphs have been compiled so far, by anybody."""
-    dynamo = sys.modules.get("torch._dynamo")  # it takes seconds to import, and who has not compiled does without
+    """How many graphs this process has compiled so far."""
+    dynamo = sys.modules.get("torch._dynamo")  # importing it takes seconds, and without it nothing was compiled
     return dynamo.utils.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
 class Bound:
     """A compiled function with all its arguments but the second: x -> function(first, x, *rest), x of one shape.
 
-    From its second call on it goes straight to the code that Inductor made and its first call ran. Dynamo and
-    AOTAutograd, whose guards and wrappers take longer than that in a small model's block on a CPU, have no part in it.
-    As in a captured graph, all tensors but x have to stay where they were.
+    Later calls go straight to the code from Inductor that the first call ran. They skip Dynamo's guards and
+    AOTAutograd's wrappers, which take longer than a small model's block on a CPU. As in a captured graph, all tensors
+    but x have to stay where they were.
     """
 
     def __init__(self, function: Callable[..., Tensor], first: Any, *rest: Any):
@@ -94,9 +94,9 @@ _listening = threading.RLock()  # held by the thread whose calls are heard
 def _heard() -> Iterator[list[tuple[Callable, list, Sequence]]]:
     """What Inductor's graphs run in this thread while it is open: each call's code, inputs and outputs.
 
-    One thread at a time: who else comes waits. Other threads may run compiled code of their own meanwhile.
+    One thread at a time: the others wait. They may run code that is compiled already meanwhile.
     """
-    from torch._inductor.output_code import CompiledFxGraph  # seconds that only who compiles should wait
+    from torch._inductor.output_code import CompiledFxGraph  # takes seconds, so only where something is compiled
 
     with _listening:
         calls, call, thread = [], CompiledFxGraph.__call__, threading.get_ident()

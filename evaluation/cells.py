@@ -215,7 +215,9 @@ class Batch:
         decoder, asked = self._start(cell), len(questions[0]) if len(questions) else 0
         if asked:
             x = decoder.append(torch.tensor(questions, device=self.lengths.device))
-            decoder.tokens.copy_(decoder.sampler(self.model.logits(x[:, -1])))
+            logits = self.model.logits(x[:, -1])
+            self._check(logits)
+            decoder.tokens.copy_(decoder.sampler(logits))
         steps = [decoder.tokens.tolist()]
         ended = [token in eos_ids for token in steps[0]]
         while len(steps) < self.new - asked and not all(ended):

@@ -13,7 +13,7 @@ UNITS = {"kl": ("KL to the full cache, nats; less is better", 1), "digits": ("di
 
 def leaderboard(summary: dict) -> str:
     """Markdown. Cells of other programs (`beside`) stand among the summary's own."""
-    rows = [row for row in summary["cells"] if row["budget"] is not None] + summary.get("beside", [])
+    rows = [row for row in summary["cells"] + summary.get("beside", []) if row["budget"] is not None]
     return "\n\n".join(board(task, about["metric"], summary, rows) for task, about in summary["tasks"].items())
 
 

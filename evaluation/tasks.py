@@ -56,13 +56,20 @@ class Task(Protocol):
 class Log:
     """A jsonl file with one line per result. Its first line holds the settings that the results depend on.
 
-    needed: for each task the fields of a result that the summary reads, and their kinds (`files.checked`). UserError if
-    the file is there and `resume` is not asked for, if its settings are others, if a line is no result, or if another
-    run writes to it.
+    needed: for each task the fields of a result that the summary reads, and their kinds (`files.checked`). layers: how
+    many the model has, as a signal and a plan must. UserError if the file is there and `resume` is not asked for, if
+    its settings are others, if a line is no result, or if another run writes to it.
     """
 
-    def __init__(self, path: Path, settings: dict, resume: bool, needed: Mapping[str, Mapping[str, Any]] | None = None):
-        self.path, self.needed, self.records, self.unwritten = path, needed or {}, {}, []
+    def __init__(
+        self,
+        path: Path,
+        settings: dict,
+        resume: bool,
+        needed: Mapping[str, Mapping[str, Any]] | None = None,
+        layers: int | None = None,
+    ):
+        self.path, self.needed, self.layers, self.records, self.unwritten = path, needed or {}, layers, {}, []
         header = json.dumps({"settings": settings}) + "\n"
         with accessing(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,6 +111,9 @@ class Log:
                     checked(record, {"signal": [float]}, where)
                 if "plan" in record:
                     checked(record, {"plan": [POSITIVE]}, where)
+                for name in ("signal", "plan"):
+                    if self.layers is not None and name in record and len(record[name]) != self.layers:
+                        raise UserError(f"{where}: its {name} has {len(record[name])} layers, the model {self.layers}")
                 if (earlier := lines.setdefault(self._key(record), number)) != number:
                     raise UserError(f"{where}: it is the result of line {earlier} again")
                 self._keep(record)

@@ -42,8 +42,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--prompts", type=int, default=200, help="only the first ones")
+    parser.add_argument("--rounds", type=positive, default=2)
+    parser.add_argument("--prompts", type=positive, default=200, help="only the first ones")
     parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--draw", action="store_true", help="write the file of prompts, and nothing else")

@@ -41,9 +41,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=20_000)
-    parser.add_argument("--texts", type=int, default=4, help="how many texts to read")
-    parser.add_argument("--slots", type=int, default=512)
+    parser.add_argument("--tokens", type=positive, default=20_000)
+    parser.add_argument("--texts", type=positive, default=4, help="how many texts to read")
+    parser.add_argument("--slots", type=positive, default=512)
     parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)

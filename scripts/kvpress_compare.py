@@ -39,7 +39,7 @@ from errors import UserError, optional, place, shown  # noqa: E402
 from evaluation.fidelity import Fidelity, compare  # noqa: E402
 from evaluation.passkey import scored  # noqa: E402
 from evaluation.tasks import Row, Task  # noqa: E402
-from files import NATURAL, Lines, checked, parse_json  # noqa: E402
+from files import NATURAL, Lines, append, check_apart, check_output, checked, exclusive, parse_json  # noqa: E402
 
 WRAPPED = {  # presses that divide another one's budget
     "AdaKV": ("AdaKVPress", "SnapKVPress"),
@@ -76,6 +76,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Namespac
 def run(own: argparse.Namespace, args: argparse.Namespace) -> int:
     kvpress, transformers = optional("kvpress"), optional("transformers")
     folder = checkpoint.resolve(args.checkpoint)
+    check_output(own.results, "--results")
+    check_apart({"--results": own.results}, {"--checkpoint": folder} | ({"--text": args.text} if args.text else {}))
     tokenizer = tokenizers.load(folder)
     tasks = evaluate.make_tasks(args, folder, tokenizer, limit=0)
     done = set()
@@ -86,7 +88,7 @@ def run(own: argparse.Namespace, args: argparse.Namespace) -> int:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     cells = [(name, budget) for name in own.presses for budget in args.budgets]
     work = [(task, row) for task in tasks for row in task.rows]
-    with own.results.open("a") as file, torch.inference_mode():
+    with exclusive(own.results) as file, torch.inference_mode():
         for task, row in work:
             full = None
             for name, budget in cells:
@@ -98,8 +100,7 @@ def run(own: argparse.Namespace, args: argparse.Namespace) -> int:
                 if full is None and isinstance(task, Fidelity):
                     full = following(model, row, None, "sdpa")
                 found = result(kvpress, model, tokenizer, task, row, name, budget, own.within, full)
-                file.write(json.dumps(record | row.about | found) + "\n")
-                file.flush()
+                append(file, json.dumps(record | row.about | found).encode() + b"\n", own.results)
             print(task.name, row.number, flush=True)
     return 0
 

@@ -133,7 +133,11 @@ def test_what_cannot_begin(capsys, tmp_path):
     assert "holds no request" in refused(write(tmp_path / "empty", []), output)
     assert "nowhere is no file" in refused(tmp_path / "nowhere", output)
     assert "make it first" in refused(source, tmp_path / "no" / "out")
-    assert "must be at least 1 or auto, not 0" in refused(source, output, "--batch-size", 0)
+    for wrong in (0, -1, "x", 10**30, ""):
+        assert f"'{wrong}' is no positive integer below 10**18, nor auto" in refused(
+            source, output, "--batch-size", wrong
+        )
+        assert f"'{wrong}' is no positive integer" in refused(source, output, "--max-length", wrong)
     assert "does not go with --prompt" in refused(source, output, "--prompt", "a")
     assert "needs at least 5" in refused(source, output, "--squeeze", "--budget", 3)
     assert not output.exists()
@@ -157,6 +161,8 @@ def test_resume(capsys, tmp_path):
         assert (code, err) == (0, ""), err
         assert results(output) == results(whole) and (tmp_path / "out.job.json").read_bytes() == plan
     assert f"requests 0 done, {len(lines)} before" in out
+    assert call(capsys, source, output, *args, "--resume", "--save-plan", tmp_path / "plan")[0] == 0
+    assert json.loads((tmp_path / "plan").read_text())["plan"] == json.loads(plan)["plan"]  # though nothing was left
 
     def other(*now) -> str:
         code, out, err = call(capsys, source, output, *args, "--resume", *now)
@@ -367,6 +373,9 @@ def test_max_memory(capsys, tmp_path, monkeypatch):
     assert "out of memory: weights" in err and "cache of 4 rows" in err and not (tmp_path / "out").exists()
     assert generate.main(["--prompt", "import", "--max-memory", "0.001"]) == 2
     assert "out of memory: weights" in capsys.readouterr().err
+    for huge in ("1e300", "1e308", "inf", "nan"):
+        assert generate.main(["--prompt", "import", "--max-memory", huge]) == 2
+        assert "--max-memory must be a positive number of GiB" in capsys.readouterr().err
     code, out, _ = call(capsys, source, tmp_path / "auto", "--max-memory", 1, "--json", "--max-new-tokens", 3)
     assert code == 0 and json.loads(out)["batch_size"] == 4
 

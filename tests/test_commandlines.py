@@ -110,6 +110,15 @@ def test_whatever_a_flag_says_is_answered_in_one_short_line(capsys, monkeypatch,
             refusal(capsys, program, *args)
 
 
+COUNTS = {"bench_batch": ("rounds", "prompts", "threads"), "bench_chat": ("tokens", "texts", "slots", "threads")}
+
+
+@pytest.mark.parametrize(("program", "flag"), [(name, flag) for name, flags in COUNTS.items() for flag in flags])
+def test_counts_are_at_least_one(capsys, unloaded, program, flag):
+    for wrong in (0, -1):
+        assert f"'{wrong}' is no positive integer" in (refusal(capsys, program, f"--{flag}", wrong) or "")
+
+
 def ours() -> Exception:
     try:
         list(zip([1], [], strict=True))
@@ -430,7 +439,7 @@ def test_a_full_disk_leaves_whole_lines_to_go_on_with(forked):
     whole = Path("whole").read_bytes().splitlines(keepends=True)
     kept = b"".join(whole[:5])
     assert forked("generate", [*args, "out"], most=len(kept) + 20) == (2, "")
-    told = "generate.py: error: out: File too large; out is whole, --resume goes on with it\n"
+    told = "generate.py: error: out: File too large; --resume goes on with what out holds\n"
     assert Path("stderr").read_text() == told and Path("out").read_bytes() == kept
     assert forked("generate", [*args, "out", "--resume"]) == (0, "")
     assert sorted(Path("out").read_bytes().splitlines(keepends=True)) == sorted(whole)
@@ -534,6 +543,12 @@ def test_one_writer_and_whole_lines(tmp_path):
     with pytest.raises(UserError, match="log: No space left on device"):
         files.append(Full(), b"two\n", path)
     assert path.read_bytes() == b"one\n"
+    path.rename(tmp_path / "moved")
+    files.append(file, b"two\n", path)
+    assert (tmp_path / "moved").read_bytes() == b"one\ntwo\n"
+    (tmp_path / "moved").unlink()
+    with pytest.raises(UserError, match="log was removed"):
+        files.append(file, b"three\n", path)
 
 
 def test_lines_are_read_without_holding_long_ones(tmp_path):

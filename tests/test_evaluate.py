@@ -213,6 +213,9 @@ WRONG = {  # what a line of results may say instead, and what is told
     "truth": ({"row": True}, "'row' must be"),
     "plan": ({"plan": [0]}, "'plan' must be"),
     "signal": ({"policy": "full", "signal": "x"}, "'signal' must be"),
+    **{f"long {name}": ({name: 10**350}, f"'{name}' must be") for name in ("kl", "budget", "kv_share")},
+    "short plan": ({"plan": [3]}, "its plan has 1 layers, the model 2"),
+    "no signal": ({"policy": "full", "signal": []}, "its signal has 0 layers, the model 2"),
     "twice": ({}, "the result of line 2 again"),
 }
 
@@ -237,11 +240,11 @@ def test_every_line_of_a_log_is_checked(tmp_path, name):
     text = json.dumps({"settings": {"a": 1}}) + "\n" + json.dumps(row) + "\n" + other + "\n"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
-        Log(path, {"a": 1}, True, needed)
+        Log(path, {"a": 1}, True, needed, 2)
     assert "predictions.jsonl line 3 is no result" in str(caught.value) and words in str(caught.value)
     assert len(str(caught.value)) < 300 and path.read_text() == text
     path.write_text(text[: text.rindex("{") if not isinstance(change, str) else len(text) - len(other) - 1] + '{"torn')
-    Log(path, {"a": 1}, True, needed).close()
+    Log(path, {"a": 1}, True, needed, 2).close()
     assert len(path.read_text().splitlines()) == 2  # only the torn line has gone
 
 
@@ -638,7 +641,10 @@ def test_leaderboard():
             row_of("dropkv", "perturbation", 0.1, [0.1, 0.05, 0.15], [0.25, 0.2, 0.3]),
             row_of("dropkv", "perturbation", 0.2, [0.05, 0.04, 0.06], [0.75, 0.7, 0.8]),
         ],
-        "beside": [row_of("kvpress TOVA", "uniform", 0.2, [0.01, 0.005, 0.02], [0.1, 0.0, 0.2])],
+        "beside": [
+            row_of("kvpress TOVA", "uniform", 0.2, [0.01, 0.005, 0.02], [0.1, 0.0, 0.2]),
+            row_of("another full", "uniform", None, [0, 0, 0], [0.9, 0.8, 1]),
+        ],
     }
     assert leaderboard(summary).splitlines() == [
         "fidelity: KL to the full cache, nats; less is better",

@@ -46,6 +46,9 @@ def test_what_cannot_be_read_is_one_line(tmp_path):
     for path in (tmp_path, tmp_path / "none", "/dev/zero", "/dev/null", tmp_path / "long", "bad\0name"):
         with pytest.raises(UserError, match="^[^\n]*$"):
             files.read_bytes(path, most=100)
+    for path in (tmp_path, tmp_path / "none", "/dev/zero", "/dev/null", "bad\0name"):
+        with pytest.raises(UserError, match="^[^\n]*$"):
+            next(iter(files.Lines(path)))
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

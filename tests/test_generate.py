@@ -83,6 +83,7 @@ def test_text_streams_and_the_report_follows(capsys):
     result = run_json(capsys, "--squeeze", "--prompt", "def main(", "--max-new-tokens", 30)
     assert text.rstrip("\n") == result["text"].rstrip("\n")
     assert "tokens/s" in report and "of the full cache" in report and "####" in report
+    assert "compiled" not in report and result["compile_s"] == 0
 
 
 def test_three_words_with_a_bare_squeeze(capsys):

@@ -46,6 +46,21 @@ def test_bad_arguments(capsys, tmp_path, args, words):
     assert words in capsys.readouterr().err
 
 
+def test_results_are_no_other_path_of_the_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "kvpress", types.ModuleType("kvpress"))
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "a"}\n')
+    for results, words in (
+        (text, "is also --text"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "no" / "x", "make it first"),
+    ):
+        args = ["--tasks", "fidelity", "--text", str(text), "--results", str(results)]
+        assert kvpress_compare.main(args) == 2
+        assert words in capsys.readouterr().err
+    assert text.read_text() == '{"text": "a"}\n'
+
+
 def test_without_kvpress(capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "kvpress", None)
     assert kvpress_compare.main(["--tasks", "fidelity", "--results", str(tmp_path / "x.jsonl")]) == 2

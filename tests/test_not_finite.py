@@ -216,6 +216,10 @@ def test_no_figure_comes_of_them(model, bad_token):
     with pytest.raises(UserError, match=LINE):
         batch.greedy(cell)
     assert batch.greedy(cell, {*said[:3]})[1] == []
+    for new in (1, 2):  # tokens after a question that breaks
+        batch = Batch(model, [cell], [[1, 2, 3, 4], [5, 6, 7, 8]], 2 + new)
+        with pytest.raises(UserError, match=LINE):
+            batch.greedy(cell, questions=[[1, 2], [3, said[2]]])
 
 
 @pytest.fixture
