@@ -123,6 +123,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     # Whatever can be wrong without the weights is found before they are loaded.
     policy, layers = choose_policies(args)
+    for stop in args.stop:
+        argument_text(stop, "--stop")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     plan = None if args.plan is None else read_plan(Path(args.plan))
     if args.budget is not None:
@@ -439,21 +441,24 @@ def parse_ids(text: str) -> list[int]:
         raise UserError(f"--prompt-ids must be integers with commas between, not {shown(text)}") from None
 
 
+def argument_text(text: str, name: str) -> str:
+    """An argument as the text that its bytes are. UserError if they are none."""
+    try:
+        return decoded(text.encode("utf-8", "surrogateescape"), name)
+    except UnicodeEncodeError:
+        raise UserError(f"{name} holds half of a surrogate pair, which is no character") from None
+
+
 def prompt_text(args: argparse.Namespace) -> str:
     if args.prompt not in (None, "-"):
-        name = "--prompt"
-        try:
-            data = args.prompt.encode("utf-8", "surrogateescape")
-        except UnicodeEncodeError:
-            raise UserError("--prompt holds half of a surrogate pair, which is no character") from None
+        name, text = "--prompt", argument_text(args.prompt, "--prompt")
     elif args.prompt == "-":
         name = "standard input"
         with accessing(name):
-            data = read_stream(sys.stdin.buffer, name, PROMPT_BYTES)
+            text = decoded(read_stream(sys.stdin.buffer, name, PROMPT_BYTES), name)
     else:
         path = args.prompt_file or DEMO_PROMPT
-        data, name = read_bytes(path, PROMPT_BYTES), place(path)
-    text = decoded(data, name)
+        name, text = place(path), decoded(read_bytes(path, PROMPT_BYTES), place(path))
     if not text:
         raise UserError(f"the prompt is empty ({name}); give some text")
     return text

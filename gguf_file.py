@@ -15,13 +15,14 @@ from contextlib import contextmanager
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from errors import UserError, cut, place, reason, shown
+
+if TYPE_CHECKING:
+    import torch
 
 # Our module -> the file's modules that are fused into it, in this order, weight and bias alike. {l} is the layer, {e}
 # every expert in turn.
@@ -123,9 +124,10 @@ class Stored(NamedTuple):
     paired_heads: int = 0
     norm_shift: float = 0.0
 
-    def read(self) -> Tensor:
+    def read(self) -> "torch.Tensor":
         """Its values in float32, as transformers has them. The file is mapped anew for each tensor."""
         import gguf
+        import torch  # takes a second, which who only wants the tokenizer does not wait for
 
         columns = self.shape[-1]
         rows = prod(self.shape) // max(columns, 1)

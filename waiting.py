@@ -12,6 +12,7 @@ before it has moved. K and V take one layer's whole prompt, and the arena or all
 that comes what the first layer outside leaves free, and one layer's copy while it is cut or moved.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,7 +27,8 @@ class NotFinite(Exception):
 
 def mean_finite(evidence: Tensor) -> Tensor:
     """The mean [...] over those rows of [R, ...] that are finite; NaN without any. One broken row spoils no plan."""
-    return evidence[evidence.flatten(1).isfinite().all(1) if evidence.dim() > 1 else evidence.isfinite()].mean(0)
+    rows = evidence.reshape(len(evidence), -1)
+    return rows.masked_fill(~rows.isfinite().all(1, keepdim=True), math.nan).nanmean(0).view(evidence.shape[1:])
 
 
 class Waiting:
@@ -47,10 +49,10 @@ class Waiting:
 
     def keep(self, layer: int, evidence: Tensor, prompt: Prompt) -> None:
         """Take in the next layer: the evidence of it [R, ...], and its prompt [R, K, S, D]."""
-        mean = mean_finite(evidence)
-        if not mean.isfinite().all():
+        mean = mean_finite(evidence).tolist()  # the layer's one wait for the device, but for what cutting needs
+        if not all(map(math.isfinite, mean if isinstance(mean, list) else [mean])):
             raise NotFinite
-        self.evidence.append(mean.tolist())
+        self.evidence.append(mean)
         bounds = self.upper_bounds(self.evidence)
         self.prompts.append(prompt)
         self.bounds.append(bounds[-1])

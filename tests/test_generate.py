@@ -141,6 +141,8 @@ def test_equal_seeds_give_equal_text(capsys):
         (["--top-p", "1.5"], "not 1.5"),
         (["--seed", "-1"], "not -1"),
         (["--stop", ""], "non-empty"),
+        (["--stop", "a\udcff"], "--stop is not UTF-8: byte 0xff at 1"),
+        (["--stop", "\ud800"], "--stop holds half of a surrogate pair"),
         (["--device", "abacus"], "'abacus' is not available"),
         (["--dtype", "int4"], "'int4' is not supported"),
         (["--plan", "nowhere.json"], "nowhere.json"),
