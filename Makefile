@@ -11,7 +11,7 @@ real: .venv/run
 	.venv/bin/python scripts/demo.py smollm2
 
 test: .venv/dev
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q -n 2 --dist worksteal
 
 lint: .venv/dev
 	.venv/bin/python -m ruff check .
