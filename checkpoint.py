@@ -395,7 +395,10 @@ def _check(folder: Path, model: Transformer, found: dict[str, Stored]) -> None:
     if texts := [f"{len(names)} {problem}: {_some(names)}" for problem, names in problems.items() if names]:
         raise UserError(f"the weights in {place(folder)} do not fit its config.json; tensors {'; '.join(texts)}")
     if config.tie_embeddings and head in found and not torch.equal(found[head].read(), found[embed].read()):
-        raise UserError(f"{place(folder)}: config.json says tie_word_embeddings, but {head} differs from {embed}")
+        raise UserError(
+            f"{place(folder)}: config.json says tie_word_embeddings, but {head} differs from {embed}; "
+            "to use both, set it to false there"
+        )
 
 
 def _by_kv_head(wqkv: Tensor, config: ModelConfig) -> list[Tensor]:
