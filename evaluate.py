@@ -38,7 +38,7 @@ import torch
 import chat
 import checkpoint
 import tokenizer as tokenizers
-from benchmark.record import origin
+from benchmark.record import origin, portable
 from checkpoint import EMBEDDED
 from commandline import Parser, guarded, number
 from errors import UserError, cut, optional, place, shown
@@ -183,8 +183,9 @@ def evaluate(args: argparse.Namespace) -> int:
     beside = summary.beside(args.beside, tasks) if args.beside else []
     record = origin(args.device)
     settings = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
-    if folder.is_relative_to(HERE):  # results say the same wherever the project lies
-        settings["checkpoint"] = str(folder.relative_to(HERE))
+    # Results say the same wherever the project and its inputs lie.
+    settings["checkpoint"] = portable(str(folder))
+    settings["text"], settings["files"] = args.text and portable(args.text), args.files and [*map(portable, args.files)]
     needed = {task.name: summary.needed(task) for task in tasks}
     log = Log(args.out / RESULTS, settings, args.resume, needed, config.n_layers)
     try:

@@ -14,6 +14,14 @@ from files import NATURAL, POSITIVE, Kind, checked
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def portable(argument: str) -> str:
+    """An argument as results show it: an absolute path is relative to the project, or only a name outside of it."""
+    path = Path(argument)
+    if not path.is_absolute():
+        return argument
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+
+
 def origin(device: str = "cpu") -> dict[str, str | int]:
     """Device, date, versions and command of this run."""
     transformers = optional("transformers")
@@ -26,7 +34,7 @@ def origin(device: str = "cpu") -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "command": " ".join(["python", script, *sys.argv[1:]]),
+        "command": " ".join(["python", script, *map(portable, sys.argv[1:])]),
     }
 
 

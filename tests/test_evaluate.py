@@ -20,6 +20,7 @@ import chat
 import checkpoint
 import evaluate
 import tokenizer as tokenizers
+from benchmark.record import portable
 from engine import Engine, Request
 from errors import UserError
 from evaluation import standard, texts
@@ -116,6 +117,11 @@ def test_recall_prompts(tiny):
     assert np.abs(np.array(where) - [row.about["depth"] for row in needle.rows]).max() < 0.2
     with pytest.raises(ValueError, match="12 tokens are too few for 3 facts"):
         made(length=12)
+
+
+def test_results_name_no_place_of_this_machine(tmp_path):
+    assert portable("--text") == "--text" and portable("runs/a.txt") == "runs/a.txt"
+    assert portable(str(ROOT / "results" / "a")) == "results/a" and portable(str(tmp_path / "b.jsonl")) == "b.jsonl"
 
 
 def test_batches_hold_rows_of_about_the_same_length():
