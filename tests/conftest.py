@@ -34,14 +34,25 @@ def _audit(event: str, args: tuple) -> None:
     if event == "open":
         path, _, flags = args
         writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        paths = [path] if writes and flags & os.O_TMPFILE != os.O_TMPFILE else []  # that one never has a name
-    elif event in ("os.mkdir", "os.remove", "os.truncate"):
-        paths = args[:1]
+        # A folder is opened so for a file that never has a name (O_TMPFILE).
+        named = isinstance(path, str | bytes | os.PathLike) and not os.path.isdir(path)
+        paths = [(path, -1)] if writes and named else []
+    elif event in ("os.mkdir", "os.remove"):
+        paths = [(args[0], args[-1])]
+    elif event == "os.rename":
+        paths = [(args[0], args[2]), (args[1], args[3])]
     else:
-        paths = args[:2] if event == "os.rename" else []
-    for path in paths:
+        paths = [(args[0], -1)] if event == "os.truncate" else []
+    for path, folder in paths:  # a relative one is below the open folder, if one is given
         if isinstance(path, str | bytes | os.PathLike):
-            real = os.path.realpath(os.fsdecode(path))
+            base = os.getcwd() if folder == -1 else os.readlink(f"/proc/self/fd/{folder}")
+            whole = os.path.join(base, os.fsdecode(path))
+            if event == "os.mkdir" and os.path.isdir(whole):
+                continue  # it fails
+            if event == "open":
+                real = os.path.realpath(whole)
+            else:  # the link itself is removed or renamed
+                real = os.path.join(os.path.realpath(os.path.dirname(whole)), os.path.basename(whole))
             if not (real.startswith(ALLOWED) or CACHES & set(Path(real).parts)):
                 strays.append(real)
 
