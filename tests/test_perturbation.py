@@ -10,7 +10,7 @@ from naive import FROZEN
 
 from engine import Engine, Request
 from policies.layers.base import granule_size
-from policies.layers.perturbation import WEIGHTS, WHERE, Perturbation, falling, lower_hull, restricted, sizes_of
+from policies.layers.perturbation import NEAR, WEIGHTS, WHERE, Perturbation, falling, lower_hull, restricted, sizes_of
 from policies.tokens import TOKEN_POLICIES, make
 
 BOUNDED = [name for name, policy in TOKEN_POLICIES.items() if policy.bounded]
@@ -44,7 +44,7 @@ def queries_of(policy: Perturbation, length: int, window: int | None) -> list[in
 
 
 def naive_curve(block, attended, policy, token_policy, scores, row: int, sizes: list[int]) -> list[float]:
-    """Attention of each query over itself and what `select` answers for each size: one softmax at a time."""
+    """Attention of each query over itself, what is near, and what `select` answers: one softmax for each size."""
     attention, length = block.attention, int(attended.lengths[row])
     own = scores if scores is None else scores[row : row + 1, :, :length]
     x_and_a, curve = attended.after[row], []
@@ -67,7 +67,8 @@ def naive_curve(block, attended, policy, token_policy, scores, row: int, sizes: 
         kept = [set(each.tolist()) for each in kept.expand(attention.kv_heads, -1)]
         errors = []
         for at in queries_of(policy, length, attention.window):
-            moved = (added(at, everything) - added(at, kept)).square().sum()
+            near = set(range(max(0, at - min(NEAR, size // 2)), at))
+            moved = (added(at, everything) - added(at, [own | near for own in kept])).square().sum()
             errors.append((moved / x_and_a[at].square().sum()).item())
         curve.append(sum(errors) / len(errors))
     return curve

@@ -5,10 +5,12 @@ moves it. For layer l and n slots, over some of a prompt's queries i:
 
     e_l(n) = mean_i |a(i) - a_n(i)|^2 / |x(i) + a(i)|^2
 
-where a is what the attention branch adds to the stream x, and a_n is the same when the query reads only itself and what
-the token policy keeps of the prompt in n slots. The plan is the one with the least `sum_l w_l e_l(n_l)` at the total:
-slots go where the next ones lower the sum the most, along the lower convex hull of each curve (as in LU-KV).
-What a layer's error does to the output grows about linearly with the depth at which it enters, hence the weights.
+where a is what the attention branch adds to the stream x, and a_n is the same when the query reads only what the token
+policy keeps of the prompt in n slots, itself, and the tokens just before it: those would still be there, had the prompt
+ended with it. Without them the queries in the middle would charge each layer for its local attention. The plan is the
+one with the least `sum_l w_l e_l(n_l)` at the total: slots go where the next ones lower the sum the most, along the
+lower convex hull of each curve (as in LU-KV). What a layer's error does to the output grows about linearly with the
+depth at which it enters, hence the weights.
 
 One block of attention per layer gives the whole curve. A policy keeps in fewer slots a subset of what it keeps in more,
 so the tokens can be put in order of the size from which on they are kept; the sums over the tokens of one size and not
@@ -17,15 +19,18 @@ of the size before, added up from size to size, are what the softmax over each s
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from errors import UserError, shown
 from policies.layers.base import Attended, LayerPolicy, Plan, granule_size, round_up, total_slots
 
 LEAST = 0.3  # of a uniform share, that every layer gets
+NEAR = 64  # tokens before a query that it reads whatever is kept; with few slots half as many as there are slots
 WEIGHTS = {"depth": lambda share: share, "sqrt": lambda share: share**0.5, "none": lambda share: 1.0}
 WHERE = ("last", "spread", "both")
 MOST_QUERIES = 1024  # their attention over the whole prompt is held at once
@@ -39,7 +44,7 @@ class Perturbation(LayerPolicy):
     """
 
     weights: str | tuple[float, ...] = "depth"
-    where: str = "last"
+    where: str = "both"
     queries: int = 64
     name: ClassVar[str] = "perturbation"
 
@@ -93,19 +98,16 @@ class Perturbation(LayerPolicy):
         lows = [round_up(max(floor, int(LEAST * budget)), granule, cap) for cap in caps]
         if sum(lows) > total:
             lows = [round_up(floor, granule, cap) for cap in caps]
-        weights, steps = self._weights(len(caps)), []  # of all layers: gain per slot, number, layer, slots
-        for layer, curve in enumerate(evidence):
-            sizes = sizes_of(budget, caps[layer], floor)
-            points = lower_hull(restricted(sizes, curve[-len(sizes) :], lows[layer]))
-            ends = [*range(lows[layer], caps[layer], granule), caps[layer]]
-            gains = falling(points, ends)
-            steps += [(-weights[layer] * gain, n, layer, ends[n + 1] - ends[n]) for n, gain in enumerate(gains)]
-        slots, rest = lows[: len(evidence)], total - sum(lows)
-        for _, _, layer, step in sorted(steps):
-            if step > rest:
-                break
-            slots[layer] += step
-            rest -= step
+        slots, weights, each = lows[: len(evidence)], self._weights(len(caps)), []
+        for curve, weight, low, cap in zip(evidence, weights, lows, caps, strict=False):
+            sizes = tuple(sizes_of(budget, cap, floor))
+            each.append(granules(weight, sizes, tuple(curve[-len(sizes) :]), low, granule))
+        if each:
+            gains, steps = map(pad_sequence, zip(*each, strict=True))  # [most, layers], padded with nothing for 0
+            order = gains.flatten().argsort(descending=True, stable=True)
+            steps = steps.flatten()[order]
+            given = steps.where(steps.cumsum(0) <= total - sum(lows), 0)
+            slots = torch.tensor(slots).index_add(0, order % len(slots), given).tolist()
         return slots
 
     def _weights(self, layers: int) -> list[float]:
@@ -135,7 +137,7 @@ def sizes_of(budget: int, cap: int, floor: int) -> list[int]:
 
     Those of a larger budget are the end of those of a smaller one.
     """
-    grid = [1, *(size for power in range(1, 60) for size in (2**power, 3 * 2 ** (power - 1)))]
+    grid = [1, *(size for power in range(1, cap.bit_length() + 1) for size in (2**power, 3 * 2 ** (power - 1)))]
     least = max(int(LEAST * budget), floor)
     first = max(size for size in grid if size <= least)
     return [*(max(size, floor) for size in grid if first <= size and max(size, floor) < cap), cap]
@@ -143,36 +145,66 @@ def sizes_of(budget: int, cap: int, floor: int) -> list[int]:
 
 def readings(layer: Attended, sizes: Sequence[int], asked: Tensor) -> Tensor:
     """What queries at `asked` [R, W] read from each size, and last from all that they see: [sizes + 1, R, W, H * D]."""
-    rows, heads, length, dim = layer.k.shape
-    device, never = layer.k.device, len(sizes)
-    first_kept = torch.full((rows, heads, length), never, device=device)  # the smallest size that keeps a token
-    for number in reversed(range(never)):
-        kept = layer.select(sizes[number]).expand(-1, heads, -1)
-        first_kept.scatter_(2, kept, number)
-    position = torch.arange(length, device=device)
-    first_kept.masked_fill_((position >= layer.lengths[:, None])[:, None], never)
-    order = first_kept.argsort(dim=2, stable=True)  # [R, K, S]; the first n are what n slots keep
+    heads, length, dim = layer.k.shape[1:]
+    window, device = layer.window or length, asked.device
+    first = first_kept(layer, sizes)  # [R, K, S]
+    order = first.argsort(dim=2, stable=True)  # the first n are what n slots keep
 
-    def at(x: Tensor, positions: Tensor) -> Tensor:
+    def at(x: Tensor, positions: Tensor) -> Tensor:  # positions [R, heads, n]
         return x.gather(2, positions[..., None].expand(*positions.shape, dim))
 
-    own = asked[:, None].expand(-1, heads, -1)
     queries = at(layer.q, asked[:, None].expand(-1, layer.q.shape[1], -1))
-    keys, values = at(layer.k, order), at(layer.v, order)
-    logits = layer.logits(queries, keys)  # [R, K, G, W, S]
-    itself = layer.logits(queries, at(layer.k, own)).diagonal(dim1=-2, dim2=-1)[..., None]
+    logits = layer.logits(queries, at(layer.k, order))  # [R, K, G, W, S]
+    values = at(layer.v, order).to(logits.dtype)[:, :, None]
+
+    # Apart from these, of each query its own token and those near it: N of them, the nearest first.
+    widths = torch.tensor([min(NEAR, size // 2) for size in sizes], device=device)
+    back = torch.arange(min(NEAR, sizes[-1] // 2, window - 1) + 1, device=device)
+    near = asked[..., None] - back  # [R, W, N]
+    unreal = (near < 0)[:, None, None]
+    near = near.clamp(min=0).flatten(1)[:, None].expand(-1, heads, -1)
+    split = partial(torch.unflatten, dim=2, sizes=(-1, len(back)))
+    first_near = torch.minimum(split(first.gather(2, near)), torch.searchsorted(widths, back))
+    rank = split(order.argsort(dim=2).gather(2, near))[:, :, None]  # where they are in the order
+    near_logits = logits.gather(4, rank.expand(*logits.shape[:4], -1)).masked_fill(unreal, float("-inf"))
+    near_values = split(at(layer.v, near)).to(logits.dtype)  # [R, K, W, N, D]
     distance = (asked[:, None, :, None] - order[:, :, None])[:, :, None]
-    logits.masked_fill_((distance <= 0) | (distance >= (layer.window or length)), float("-inf"))
-    top = torch.maximum(logits.amax(-1, keepdim=True), itself)
-    shares, itself = (logits - top).exp_(), (itself - top).exp()
-    values = values.to(shares.dtype)[:, :, None]
+    logits.masked_fill_((distance < len(back)) | (distance >= window), float("-inf"))
+
+    top = torch.maximum(logits.amax(-1, keepdim=True), near_logits.amax(-1, keepdim=True))
+    shares, near_shares = (logits - top).exp_(), (near_logits - top).exp_()
     edges = [0, *sizes, length]
     parts = [slice(*edge) for edge in zip(edges, edges[1:], strict=False)]
     read = torch.stack([shares[..., part] @ values[..., part, :] for part in parts]).cumsum(0)
     mass = torch.stack([shares[..., part].sum(-1, keepdim=True) for part in parts]).cumsum(0)
-    read = read + itself * at(layer.v, own).to(shares.dtype)[:, :, None]
-    read = (read / (mass + itself)).to(layer.v.dtype)  # [sizes + 1, R, K, G, W, D]
+
+    count = torch.arange(len(parts), device=device).view(-1, 1, 1, 1, 1)
+    near_shares = near_shares * (first_near <= count)[:, :, :, None]  # [sizes + 1, R, K, G, W, N]
+    every = near_shares.permute(1, 2, 4, 0, 3, 5).flatten(3, 4) @ near_values  # [R, K, W, (sizes + 1) * G, D]
+    read = read + every.unflatten(3, (len(parts), -1)).permute(3, 0, 1, 4, 2, 5)
+    mass = mass + near_shares.sum(-1, keepdim=True)
+    read = (read / mass.clamp_min(torch.finfo(mass.dtype).tiny)).to(layer.v.dtype)  # [sizes + 1, R, K, G, W, D]
     return read.permute(0, 1, 4, 2, 3, 5).flatten(3)
+
+
+def first_kept(layer: Attended, sizes: Sequence[int]) -> Tensor:
+    """The number of the smallest of the sizes that keeps a token [R, K, S]; `len(sizes)` if none does."""
+    rows, heads, length, _ = layer.k.shape
+    first = torch.full((rows, heads, length), len(sizes), device=layer.k.device)
+    for number in reversed(range(len(sizes))):
+        first.scatter_(2, layer.select(sizes[number]).expand(-1, heads, -1), number)
+    padding = torch.arange(length, device=layer.k.device) >= layer.lengths[:, None]
+    return first.masked_fill_(padding[:, None], len(sizes))
+
+
+@lru_cache(maxsize=1024)  # while layers come in, those before are asked for again and again
+def granules(
+    weight: float, sizes: tuple[int, ...], curve: tuple[float, ...], low: int, granule: int
+) -> tuple[Tensor, Tensor]:
+    """What a layer can get beyond `low`, in order: the weighted gain per slot of each granule, and its slots."""
+    ends = [*range(low, sizes[-1], granule), sizes[-1]]
+    gains = falling(lower_hull(restricted(sizes, curve, low)), ends)
+    return weight * torch.tensor(gains, dtype=torch.float64), torch.tensor(ends).diff()
 
 
 def restricted(sizes: Sequence[int], curve: Sequence[float], low: int) -> list[tuple[int, float]]:
