@@ -130,6 +130,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--batch", type=int, metavar="N", help="rows that run together, with one plan (default: 16)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="auto", help="auto (the config's), bf16, fp16, fp32 or float64")
+    add("--compile", action="store_true", help="compile the steps: faster where there are many of them")
     add("--out", metavar="DIR", help="where results go (default: results/eval_SUITE, without a suite runs/eval)")
     add("--resume", action="store_true", help="keep the results that are in --out")
     add("--beside", metavar="F", help="results of another program on the same rows, for the leaderboard")
@@ -190,7 +191,7 @@ def evaluate(args: argparse.Namespace) -> int:
     log = Log(args.out / RESULTS, settings, args.resume, needed, config.n_layers)
     try:
         with explained(lambda: "out of memory; use a smaller --batch or --dtype, or shorter prompts; --resume goes on"):
-            run(model, tasks, cells, log, args.batch)
+            run(model, tasks, cells, log, args.batch, args.compile)
     finally:
         log.close()
 

@@ -10,7 +10,7 @@
 Two choices make a cache: --policy says which tokens a layer keeps in its slots (full, window, streaming, h2o,
 h2o-mean, tova, snapkv, dropkv, knorm, keydiff), and --layers how many slots each layer gets (uniform, perturbation,
 squeeze, mix, pyramid). A policy's own options stand behind its name: snapkv:recent=32, squeeze:p=0.4.
---squeeze is --layers squeeze with a policy and a budget that suit it. The text streams to standard output, then a
+--squeeze is --layers perturbation with a policy and a budget that suit it. The text streams to standard output, then a
 short report; --json prints one object instead. --chat wraps the prompt in the checkpoint's own template; --interactive
 reads a turn a line and goes on over one cache. --input and --output take many prompts from a file, --batch-size at a
 time; see batch.py for the lines.
@@ -59,7 +59,7 @@ from policies import tokens as token_policies
 from sampling import Sampling
 
 DEMO_PROMPT = EMBEDDED / "demo_prompt.txt"
-SQUEEZE_POLICY = "streaming"  # what a bare --squeeze runs inside each layer
+SQUEEZE_LAYERS, SQUEEZE_POLICY = "perturbation", "streaming"  # what a bare --squeeze is
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,7 +101,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     word = {"metavar": "NAME[:opt=value,...]"}
     add("--policy", **word, help=f"tokens a layer keeps: {', '.join(token_policies.TOKEN_POLICIES)} (default: full)")
     add("--layers", **word, help=f"slots per layer: {', '.join(layer_policies.LAYER_POLICIES)} (default: uniform)")
-    add("--squeeze", action="store_true", help="--layers squeeze, with good defaults for what is not given")
+    add("--squeeze", action="store_true", help="--layers perturbation, with good defaults for what is not given")
     add("--budget", type=number, help="slots per layer, or the share of prompt + new tokens in (0, 1]")
     add("--p", type=float, help="squeeze, mix: share of the budget that unimportant layers keep, in (0, 1]")
     add("--sinks", type=int, help="streaming: how many first tokens stay for good (default: 4)")
@@ -334,9 +334,11 @@ def save_plan(args: argparse.Namespace, engine: Engine, plan: list[int]) -> None
 
 def choose_policies(args: argparse.Namespace) -> tuple[token_policies.TokenPolicy, layer_policies.LayerPolicy]:
     policy = args.policy or (SQUEEZE_POLICY if args.squeeze else "full")
-    layers = args.layers or ("squeeze" if args.squeeze else "uniform")
-    if args.squeeze and layers.partition(":")[0] != "squeeze":
-        raise UserError(f"--squeeze means --layers squeeze; give one of it and --layers {cut(layers)}")
+    layers = args.layers or (SQUEEZE_LAYERS if args.squeeze else "uniform")
+    if args.squeeze and layers.partition(":")[0] != SQUEEZE_LAYERS:
+        raise UserError(f"--squeeze means --layers {SQUEEZE_LAYERS}; give one of it and --layers {cut(layers)}")
+    if args.squeeze and args.p is not None:
+        raise UserError(f"--squeeze means --layers {SQUEEZE_LAYERS}, which has no p; give --layers squeeze --p instead")
     if args.squeeze and policy == "full":
         raise UserError("--squeeze has nothing to squeeze with --policy full; use another, such as streaming")
     options = {name: {} if value is None else {name: value} for name, value in (("p", args.p), ("sinks", args.sinks))}

@@ -46,6 +46,7 @@ class Cell:
 
 
 FULL = Cell()
+LOGITS = 2**24  # of tokens that were fed together, the most that are computed at once
 
 
 def grid(
@@ -81,8 +82,8 @@ def check(model: Transformer, cell: Cell, ids: Sequence[int], new: int) -> None:
     _engine(model, cell).check(Request(ids, new))
 
 
-def _engine(model: Transformer, cell: Cell) -> Engine:
-    return Engine(model, cell.token_policy(), cell.layer_policy(), cell.budget)
+def _engine(model: Transformer, cell: Cell, compile: bool = False) -> Engine:
+    return Engine(model, cell.token_policy(), cell.layer_policy(), cell.budget, compile=compile)
 
 
 class Looking(TokenPolicy):
@@ -110,12 +111,19 @@ class Batch:
     """Rows of token ids after the prefill that serves `cells`. Each may go on for `new` tokens.
 
     A batch has one plan for each cell, made from its rows' mean evidence. The rows are ones that `check` lets pass.
-    The full cache is always among the cells.
+    The full cache is always among the cells. compile: steps of one token go through compiled code.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: Transformer, cells: Sequence[Cell], rows: Sequence[Sequence[int]], new: int):
-        self.model, self.new = model, new
+    def __init__(
+        self,
+        model: Transformer,
+        cells: Sequence[Cell],
+        rows: Sequence[Sequence[int]],
+        new: int,
+        compile: bool = False,
+    ):
+        self.model, self.new, self.compile = model, new, compile
         cells = list(dict.fromkeys([FULL, *cells]))
         self.words = list(dict.fromkeys(cell.policy for cell in cells))
         engines = [Engine(model, word) for word in self.words]
@@ -168,7 +176,7 @@ class Batch:
 
     def _start(self, cell: Cell) -> Decoder:
         """A cache of its own for `cell`; `plan` and `kv_share` (of the full cache) say how large it is."""
-        engine, evidence, number = _engine(self.model, cell), None, self.words.index(cell.policy)
+        engine, evidence, number = _engine(self.model, cell, self.compile), None, self.words.index(cell.policy)
         if found := self.evidence.get((cell.policy, engine.layer_policy)):
             evidence = [torch.cat(layer).mean(0).tolist() for layer in found]
         plan = engine._plan(evidence, self._slots(cell), self.length)
@@ -192,10 +200,11 @@ class Batch:
         """
         decoder = self._start(cell)
         if not decoder.policies[0].scored:
-            for x in decoder.append(following.to(self.lengths.device)).unbind(1):
-                logits = self.model.logits(x)
-                self._check(logits)
-                yield logits
+            size = max(1, LOGITS // (len(following) * self.model.config.vocab_size))
+            for x in decoder.append(following.to(self.lengths.device)).split(size, dim=1):
+                for logits in self.model.logits(x).unbind(1):
+                    self._check(logits)
+                    yield logits
             return
         for tokens in following.to(self.lengths.device).T:
             decoder.tokens.copy_(tokens)

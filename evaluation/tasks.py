@@ -178,7 +178,9 @@ def check_all(model: Transformer, tasks: Sequence[Task], cells: Sequence[Cell], 
                 check(model, cell, rows[0].ids, len(rows[0].question) + task.new)
 
 
-def run(model: Transformer, tasks: Sequence[Task], cells: Sequence[Cell], log: Log, size: int) -> None:
+def run(
+    model: Transformer, tasks: Sequence[Task], cells: Sequence[Cell], log: Log, size: int, compile: bool = False
+) -> None:
     """Fill the log with what it lacks. Batches are always whole ones: a resumed run gives the same numbers."""
     work = [(task, rows) for task in tasks for rows in batches(task.rows, size)]
     with tqdm(total=sum(len(rows) for _, rows in work) * len(cells), unit="result", smoothing=0.05) as bar:
@@ -188,7 +190,8 @@ def run(model: Transformer, tasks: Sequence[Task], cells: Sequence[Cell], log: L
             bar.update(len(rows) * (len(cells) - len(missing)))
             if not missing:
                 continue
-            batch = Batch(model, missing, [row.ids for row in rows], len(rows[0].question) + task.new)
+            new = len(rows[0].question) + task.new
+            batch = Batch(model, missing, [row.ids for row in rows], new, compile)
             for cell in missing:
                 for index, (row, result) in enumerate(zip(rows, task.results(batch, cell, rows), strict=True)):
                     record = {"task": task.name, "row": row.number, **asdict(cell), **row.about, **result}

@@ -31,6 +31,7 @@ from evaluation.passkey import Passkey, scored
 from evaluation.recall import Recall
 from evaluation.summary import Scores, interval, wilson
 from evaluation.tasks import Log, Row, batches
+from graphs import compiled_graphs
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = max(evaluate.tiny_data.source_files()[1][:9], key=lambda file: file.stat().st_size)
@@ -94,6 +95,20 @@ def test_greedy_equals_the_engine(model, cell):
     assert batch.greedy(cell, eos) == want and len(set(map(len, want))) > 1
     assert batch.plan == done[id(requests[0])].figures.plan
     assert batch.kv_share == sum(batch.plan) / (4 * 51)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["streaming", "h2o"])
+def test_compiled_equals_eager(model, policy):
+    """Both what is forced and what is said, for two plans."""
+    rows, following = [random_ids(30), random_ids(30, seed=2)], torch.tensor([random_ids(6), random_ids(6, seed=3)])
+    cells = [Cell(policy, "uniform", None, 0.5), Cell(policy, "perturbation", None, 0.3)]
+    one, other = Batch(model, cells, rows, 6), Batch(model, cells, rows, 6, compile=True)
+    for cell in cells:
+        for a, b in zip(one.forced(cell, following), other.forced(cell, following), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert one.greedy(cell) == other.greedy(cell)
+    assert compiled_graphs() > 0
 
 
 def test_recall_prompts(tiny):

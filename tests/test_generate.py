@@ -50,8 +50,10 @@ def test_squeeze_json(capsys, tmp_path):
     result = run_json(capsys, "--squeeze", "--save-plan", plan, *args)
     assert list(result) == KEYS
     assert result["prompt_tokens"] == 700 and len(result["tokens"]) == 24 and result["finish_reason"] == "length"
-    assert result["layers"] == "squeeze" and len(result["importance"]) == len(result["plan"]) == 8
-    assert len(set(result["plan"])) >= 2 and set(result["groups"]) == {0, 1, 2}
+    assert result["layers"] == "perturbation" and len(result["importance"]) == len(result["plan"]) == 8
+    assert len(set(result["plan"])) >= 2 and result["groups"] is None
+    grouped = run_json(capsys, "--policy", "h2o", "--layers", "squeeze", "--budget", "0.4", *args)
+    assert len(set(grouped["plan"])) == 2 and set(grouped["groups"]) == {0, 1, 2}
     granule = max(1, min(16, result["budget_slots"] // 8))
     assert abs(sum(result["plan"]) - 8 * result["budget_slots"]) < granule
     slot = 2 * 2 * 32 * 4  # K and V, key-value heads, head_dim, float32
@@ -113,7 +115,8 @@ def test_equal_seeds_give_equal_text(capsys):
         (["--checkpoint", "./nowhere"], "nowhere does not exist"),
         (["--policy", "lru"], "unknown policy 'lru'; known: full"),
         (["--layers", "cone"], "unknown layer policy 'cone'; known: uniform"),
-        (["--squeeze", "--layers", "pyramid"], "--squeeze means --layers squeeze"),
+        (["--squeeze", "--layers", "squeeze"], "--squeeze means --layers perturbation"),
+        (["--squeeze", "--p", "0.3"], "give --layers squeeze --p instead"),
         (["--squeeze", "--policy", "full"], "nothing to squeeze"),
         (["--policy", "full", "--budget", "0.5"], "takes no budget, not 0.5"),
         (["--squeeze", "--budget", "0"], "not 0"),
@@ -124,8 +127,8 @@ def test_equal_seeds_give_equal_text(capsys):
         (["--policy", "streaming", "--budget", "4"], "needs at least 5"),
         (["--policy", "streaming", "--sinks", "0"], "sinks must be"),
         (["--policy", "window", "--sinks", "4"], "no option 'sinks'"),
-        (["--squeeze", "--p", "0"], "p must be in (0, 1], not 0.0"),
-        (["--squeeze", "--p", "1.2"], "not 1.2"),
+        (["--policy", "h2o", "--layers", "squeeze", "--p", "0"], "p must be in (0, 1], not 0.0"),
+        (["--policy", "h2o", "--layers", "squeeze", "--p", "1.2"], "not 1.2"),
         (["--p", "0.5"], "no option 'p'"),
         (["--prompt", ""], "prompt is empty"),
         (["--prompt-ids", ""], "prompt is empty"),
