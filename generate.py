@@ -59,7 +59,8 @@ from policies import tokens as token_policies
 from sampling import Sampling
 
 DEMO_PROMPT = EMBEDDED / "demo_prompt.txt"
-SQUEEZE_LAYERS, SQUEEZE_POLICY = "perturbation", "streaming"  # what a bare --squeeze is
+SQUEEZE_LAYERS, SQUEEZE_POLICY = "perturbation", "dropkv"  # what a bare --squeeze is (RESULTS.md, choices)
+TALK_POLICY = "streaming"  # in a conversation, where no first turn says what will be asked, and the latest counts
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -333,7 +334,8 @@ def save_plan(args: argparse.Namespace, engine: Engine, plan: list[int]) -> None
 
 
 def choose_policies(args: argparse.Namespace) -> tuple[token_policies.TokenPolicy, layer_policies.LayerPolicy]:
-    policy = args.policy or (SQUEEZE_POLICY if args.squeeze else "full")
+    suits = TALK_POLICY if args.interactive else SQUEEZE_POLICY
+    policy = args.policy or (suits if args.squeeze else "full")
     layers = args.layers or (SQUEEZE_LAYERS if args.squeeze else "uniform")
     if args.squeeze and layers.partition(":")[0] != SQUEEZE_LAYERS:
         raise UserError(f"--squeeze means --layers {SQUEEZE_LAYERS}; give one of it and --layers {cut(layers)}")

@@ -1,4 +1,4 @@
-"""Run the demo's prompt squeezed and draw what happened: each layer's signal, and the slots it got.
+"""Run the demo's prompt under the paper's plan and draw what happened: each layer's signal, and the slots it got.
 
 python scripts/draw_plan.py            writes results/plan.json and results/plan.png
 """
@@ -34,7 +34,8 @@ def main() -> int:
 def run() -> int:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        if generate.main(["--squeeze", "--budget", BUDGET, "--json", "--max-new-tokens", "48"]):
+        cache = ["--policy", "streaming", "--layers", "squeeze", "--budget", BUDGET]
+        if generate.main([*cache, "--json", "--max-new-tokens", "48"]):
             return 1
     run = json.loads(out.getvalue())
     write_json(RESULTS / "plan.json", {**origin(), "run": run}, indent=1)

@@ -139,7 +139,7 @@ def test_what_cannot_begin(capsys, tmp_path):
         )
         assert f"'{wrong}' is no positive integer" in refused(source, output, "--max-length", wrong)
     assert "does not go with --prompt" in refused(source, output, "--prompt", "a")
-    assert "needs at least 5" in refused(source, output, "--squeeze", "--budget", 3)
+    assert "needs at least 5" in refused(source, output, "--policy", "streaming", "--budget", 3)
     assert not output.exists()
     assert generate.main(["--prompt", "a", "--resume"]) == 2 and "--resume is for a file" in capsys.readouterr().err
     output.write_text('{"id": 1}\n')
