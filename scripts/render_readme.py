@@ -1,15 +1,18 @@
-"""Put the figures of results/ into README.md, between `<!-- NAME -->` and `<!-- end -->`.
+"""Put the figures of results/ into README.md and RESULTS.md, between `<!-- NAME -->` and `<!-- end -->`.
 
 python scripts/render_readme.py            rewrite        (--check: fail if that would change something)
 """
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 EVALUATED = "eval_slow/summary.json"
-SHOWN = (0.2, 0.4)  # budgets of it that the README has room for
+SHOWN = (0.2, 0.4)  # budgets of it that there is room for
+REAL = ("eval_smollm2", "eval_smollm2_2048", "eval_gemma3", "eval_smollm2_passkey", "eval_smollm2_unseen")
+FIRST, LONGER, OTHER, PASSKEY, UNSEEN = REAL
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from benchmark.record import ORIGIN, check_stages  # noqa: E402
@@ -27,9 +30,12 @@ EVALUATION = ORIGIN | {
 FILES = {  # what is read of each
     "eval_slow/summary.json": EVALUATION,
     "eval_defaults/summary.json": EVALUATION,
-    "eval_smollm2/summary.json": EVALUATION,
+    **dict.fromkeys((f"{name}/summary.json" for name in REAL), EVALUATION),
     "plan.json": ORIGIN
-    | {"run": dict.fromkeys("prompt_tokens max_new_tokens kv_bytes kv_bytes_full".split(), int) | {"text": str}},
+    | {
+        "run": dict.fromkeys("prompt_tokens max_new_tokens kv_bytes kv_bytes_full".split(), int)
+        | dict.fromkeys(("text", "policy", "layers"), str)
+    },
     "batch_cpu.json": ORIGIN
     | dict.fromkeys("prompts prompt_tokens new_tokens same_as_transformers".split(), int)
     | {
@@ -114,33 +120,130 @@ def throughput() -> str:
     return "\n".join([*lines, "", provenance(record, "bench_cpu.json")])
 
 
-def real() -> str:
-    """KL of uniform plans on a real model, and what the other plans make of it at the same total."""
-    file = "eval_smollm2/summary.json"
-    record = result(file)
-    budgets = sorted({row["budget"] for row in record["against"]})
-    kl = {(row["policy"], row["layers"], row["budget"]): row["scores"]["fidelity"]["kl"] for row in record["cells"]}
-    difference = {
-        (row["policy"], row["layers"], row["budget"]): row["minus_uniform"]["fidelity"]["kl"]
-        for row in record["against"]
-    }
-    plans = list(dict.fromkeys(layers for _, layers, _ in difference))
-    heads = [f"{budget:.0%}: {name}" for budget in budgets for name in ("uniform", *plans)]
-    lines = [f"| KL to the full cache | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
-    for policy in dict.fromkeys(policy for policy, *_ in difference):
+class Judged:
+    """One task of an evaluation of a real model: means and intervals by (policy, layers, budget)."""
+
+    def __init__(self, name: str, task: str = "fidelity", metric: str = "kl"):
+        self.file, self.metric = f"{name}/summary.json", metric
+        self.record = result(self.file)
+        self.task = next(known for known in self.record["tasks"] if known.startswith(task))
+        self.rows = self.record["tasks"][self.task]["rows"]
+        self.means = self._of("cells", "scores")
+        self.differences = self._of("against", "minus_uniform")
+        self.full = self.record["cells"][0]["scores"][self.task][metric][0]
+        self.policies, self.layers, self.budgets = (
+            list(dict.fromkeys(key[n] for key in self.means if key[2] is not None)) for n in range(3)
+        )
+
+    def _of(self, rows: str, scores: str) -> dict[tuple[str, str, float | None], list[float]]:
+        return {
+            (row["policy"], row["layers"], row["budget"]): row[scores][self.task][self.metric]
+            for row in self.record[rows]
+            if self.metric in row[scores].get(self.task, {})
+        }
+
+    def share(self, policy: str, layers: str, budget: float) -> list[float]:
+        """The difference to equal layers and its interval, in percent of what equal layers have."""
+        base = self.means[policy, "uniform", budget][0]
+        return [100 * value / base for value in self.differences[policy, layers, budget]]
+
+    def counts(self, layers: str) -> tuple[int, int, int]:
+        """In how many cells a plan is better than equal layers beyond the interval, in how many worse, and of all."""
+        sign = 1 if self.metric == "kl" else -1
+        ends = [
+            sorted((sign * low, sign * high))
+            for (_, own, _), (_, low, high) in self.differences.items()
+            if own == layers
+        ]
+        return sum(high < 0 for _, high in ends), sum(low > 0 for low, _ in ends), len(ends)
+
+    def table(self, title: str) -> list[str]:
+        """Equal layers, and what the other plans make of it at the same total."""
+        plans = [name for name in self.layers if name != "uniform"]
+        heads = [f"{budget:.0%}: {name}" for budget in self.budgets for name in ("uniform", *plans)]
+        lines = [f"| {title} | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+        for policy in self.policies:
+            cells = []
+            for budget in self.budgets:
+                mean = self.means[policy, "uniform", budget][0]
+                cells.append(f"{mean:.3f}" if self.metric == "kl" else f"{mean:.0%}")
+                for layers in plans:
+                    if (policy, layers, budget) not in self.differences:
+                        cells.append("")
+                    elif self.metric == "kl":
+                        mean, low, high = self.share(policy, layers, budget)
+                        cells.append(f"{mean:+.0f}% ({low:+.0f} to {high:+.0f})")
+                    else:
+                        own, difference = (
+                            self.means[policy, layers, budget][0],
+                            self.differences[policy, layers, budget],
+                        )
+                        low, high = (100 * value for value in difference[1:])
+                        cells.append(f"{own:.0%} ({low:+.0f} to {high:+.0f})")
+            lines.append(f"| {policy} | {' | '.join(cells)} |")
+        return lines
+
+    def verdicts(self) -> str:
+        """Of each plan, in how many cells it is better or worse than equal layers."""
+        plans = [name for name in self.layers if name != "uniform"]
+        said = []
+        for name in plans:
+            better, worse, cells = self.counts(name)
+            said.append(f"{name} better in {better}, worse in {worse} of {cells}")
+        return f"Against equal layers, beyond the 95% interval of the paired difference: {'; '.join(said)}."
+
+    @property
+    def origin(self) -> str:
+        return provenance(self.record, self.file)
+
+
+def first() -> str:
+    """Equal layers and perturbation on a real model, and what the paper's plan does there."""
+    kl, digits = Judged(FIRST), Judged(PASSKEY, "passkey", "digits")
+    heads = [f"KL at {budget:.0%}" for budget in kl.budgets] + [f"digits at {budget:.0%}" for budget in digits.budgets]
+    lines = [f"| SmolLM2-135M-Instruct | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for policy in kl.policies:
         cells = []
-        for budget in budgets:
-            base = kl[policy, "uniform", budget][0]
-            cells.append(f"{base:.3f}")
-            for layers in plans:
-                mean, low, high = (100 * value / base for value in difference[policy, layers, budget])
-                cells.append(f"{mean:+.0f}% ({low:+.0f} to {high:+.0f})")
+        for judged, form in (kl, ".3f"), (digits, ".0%"):
+            for budget in judged.budgets:
+                pair = (judged.means[policy, layers, budget][0] for layers in ("uniform", "perturbation"))
+                cells.append(" \u2192 ".join(format(value, form) for value in pair))
         lines.append(f"| {policy} | {' | '.join(cells)} |")
-    rows = record["tasks"]["fidelity"]["rows"]
-    about = (
-        f"{rows} pieces of news, 1,024 tokens read and 32 forced; in brackets 95% intervals of the paired difference."
-    )
-    return "\n".join([*lines, "", about, "", provenance(record, file)])
+    better, worse, cells = kl.counts("perturbation")
+    gain = sum(kl.share(policy, "perturbation", budget)[0] for policy in kl.policies for budget in kl.budgets) / cells
+    found, missed, asked = digits.counts("perturbation")
+    losses = [kl.share(policy, "squeeze", budget)[0] for policy in kl.policies for budget in kl.budgets]
+    squeezed = sum(share > 0.5 for share in kl.record["importance"]["fidelity"]["squeezed"])
+    layers = len(kl.record["importance"]["fidelity"]["squeezed"])
+    about = [
+        "Equal layers \u2192 perturbation.",
+        f"KL to the full cache, over the 32 tokens after each of {kl.rows} texts of news of 1,024 tokens.",
+        f"Digits: how much of a number hidden in such a text is found again, {digits.rows} questions;",
+        f"the full cache finds {digits.full:.0%}.",
+        f"KL is lower beyond its 95% interval in {better} of {cells} cells, higher in {worse},",
+        f"{gain:+.0f}% on average; more digits in {found} of {asked}, fewer in {missed}.",
+        f"The paper's plan makes KL {min(losses):+.0f} to {max(losses):+.0f}%:",
+        f"{squeezed} of the {layers} layers, whose signals lie close together, get the least.",
+    ]
+    origin = f"{kl.origin}; digits: [{digits.file}](results/{digits.file})"
+    return "\n".join([*lines, "", " ".join(about), "", origin])
+
+
+def real(name: str, about: str) -> str:
+    judged = Judged(name)
+    title = f"KL, {about}"
+    return "\n".join([*judged.table(title), "", f"{judged.rows} pieces. {judged.verdicts()}", "", judged.origin])
+
+
+def passkey(name: str) -> str:
+    judged, whole = Judged(name, "passkey", "digits"), Judged(name, "passkey", "exact")
+    lines = judged.table("digits right")
+    best = [max((own[0], key) for key, own in judged.means.items() if key[2] == budget) for budget in judged.budgets]
+    shown = "; ".join(f"{budget:.0%}: {policy} x {layers} {mean:.0%}" for mean, (policy, layers, budget) in best)
+    exact = whole.table("whole answers right")
+    full = f"The full cache: {judged.full:.0%} of the digits, {whole.full:.0%} of {whole.rows} answers. Best: {shown}."
+    note = "In brackets the 95% interval of the difference to equal layers, in percentage points."
+    return "\n".join([*lines, "", f"{full} {judged.verdicts()} {note}", "", *exact, "", judged.origin])
 
 
 def quality() -> str:
@@ -186,7 +289,7 @@ def quality_of(record: dict, file: str) -> str:
 
 
 def defaults() -> str:
-    """The sweep that a bare --squeeze was chosen by: recall, and how much perplexity rises, over p and budget."""
+    """The sweep that squeeze's own p was chosen by: recall, and how much perplexity rises, over p and budget."""
     file = "eval_defaults/summary.json"
     record = result(file)
     recall = next(name for name in record["tasks"] if name.startswith("recall"))
@@ -202,22 +305,14 @@ def defaults() -> str:
     return "\n".join([*lines, "", provenance(record, file)])
 
 
-def first() -> str:
-    """What a squeezed cache saves in the demo, and h2o at 40% in the quality suite."""
-    record, judged = result("plan.json"), result(EVALUATED)
+def plan() -> str:
+    """What a squeezed cache saves in the demo."""
+    record = result("plan.json")
     run, share = record["run"], record["run"]["kv_bytes"] / record["run"]["kv_bytes_full"]
-    recall = next(name for name in judged["tasks"] if name.startswith("recall"))
-    found = {
-        row["layers"]: f"{row['scores'][recall]['exact'][0]:.0%}"
-        for row in judged["cells"]
-        if (row["policy"], row["budget"]) == ("h2o", 0.4)
-    }
     return (
-        f"{run['prompt_tokens']} + {run['max_new_tokens']} tokens, {run['policy']} x squeeze: a KV cache of "
+        f"{run['prompt_tokens']} + {run['max_new_tokens']} tokens, {run['policy']} x {run['layers']}: a KV cache of "
         f"{run['kv_bytes']:,} bytes instead of {run['kv_bytes_full']:,} ({share:.0%}), and the answer is still "
-        f"`{run['text'].splitlines()[0].strip()}`. Of {judged['tasks'][recall]['rows']:,} facts hidden in long prompts "
-        f"h2o finds {found['squeeze']} with squeezed layers and {found['uniform']} with equal ones, both with 40% of "
-        f"the full cache ([quality](#quality)).\n\n{provenance(record, 'plan.json')}"
+        f"`{run['text'].splitlines()[0].strip()}`.\n\n{provenance(record, 'plan.json')}"
     )
 
 
@@ -267,17 +362,30 @@ def families() -> str:
     return "\n".join(lines)
 
 
-SECTIONS = {
-    "first": first,
-    "decode": decode,
-    "step": step,
-    "throughput": throughput,
-    "batch": batch,
-    "real": real,
-    "quality": quality,
-    "defaults": defaults,
-    "chat": chat,
-    "families": families,
+def models() -> str:
+    from families import MODELS
+
+    return "; ".join(MODELS.values()) + "."
+
+
+PAGES = {
+    "README.md": {"first": first, "models": models},
+    "RESULTS.md": {
+        "real": partial(real, FIRST, "1,024 + 32 tokens"),
+        "longer": partial(real, LONGER, "2,048 + 32 tokens"),
+        "gemma": partial(real, OTHER, "Gemma 3 270M, 1,024 + 32 tokens"),
+        "passkey": partial(passkey, PASSKEY),
+        "unseen": partial(passkey, UNSEEN),
+        "quality": quality,
+        "defaults": defaults,
+        "plan": plan,
+        "decode": decode,
+        "step": step,
+        "throughput": throughput,
+        "batch": batch,
+        "chat": chat,
+        "families": families,
+    },
 }
 
 
@@ -286,20 +394,21 @@ def main() -> int:
 
 
 def run() -> int:
-    path = ROOT / "README.md"
-    before = read_text(path)
-    text = before
-    for name, render in SECTIONS.items():
-        pattern = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->", re.S)
-        if not pattern.search(text):
-            print(f"README.md has no section {name}", file=sys.stderr)
-            return 1
-        start, end = pattern.search(text).span()
-        text = f"{text[:start]}<!-- {name} -->\n{render()}\n<!-- end -->{text[end:]}"
-    if "--check" in sys.argv:
-        return int(text != before)
-    write_whole(path, text)
-    return 0
+    changed = 0
+    for page, sections in PAGES.items():
+        path = ROOT / page
+        before = text = read_text(path)
+        for name, render in sections.items():
+            pattern = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->", re.S)
+            if not pattern.search(text):
+                print(f"{page} has no section {name}", file=sys.stderr)
+                return 1
+            start, end = pattern.search(text).span()
+            text = f"{text[:start]}<!-- {name} -->\n{render()}\n<!-- end -->{text[end:]}"
+        changed |= text != before
+        if "--check" not in sys.argv and text != before:
+            write_whole(path, text)
+    return int(changed) if "--check" in sys.argv else 0
 
 
 if __name__ == "__main__":
