@@ -185,6 +185,7 @@ def load(
             _copy(found[source], part, config)
         module, _, kind = name.rpartition(".")
         setattr(model.get_submodule(module), kind, nn.Parameter(parameter, requires_grad=False))
+    model.tie()
     return model.eval(), config
 
 
@@ -224,6 +225,8 @@ def to_hf(state_dict: dict[str, Tensor], config: ModelConfig) -> dict[str, Tenso
     """The same tensors under the checkpoint's names, fused ones split, to be written as model.safetensors."""
     tensors = {}
     for name, tensor in state_dict.items():
+        if config.tie_embeddings and name == "head.weight":
+            continue
         parts = _parts(name, len(tensor), config, WEIGHTS[config.model_type](config))
         for source, part in zip(parts, tensor.split(list(parts.values())), strict=True):
             if source.endswith(INTERLEAVED):

@@ -169,7 +169,7 @@ class Engine:
             if not self.policy.bounded:
                 raise UserError(f"policy {self.policy.name} keeps every token and takes no budget, not {shown(budget)}")
             check_budget(budget)
-        self.device = model.embed.weight.device
+        self.device = model.device
         self.code, self.store = Code(compile, self.device), Store()
         # Steps that are started before the tokens of the first of them are looked at, so that the device never waits.
         self.lag = 2 if self.device.type == "cuda" else 0
@@ -294,7 +294,7 @@ class Engine:
         self.check_length(max_length)
         c, caps, budget_slots = self.model.config, self._caps(max_length), self._budget_slots(max_length)
         slots = min(budget_slots * len(caps), sum(caps)) if self.plan is None else sum(self._cut_plan(max_length))
-        item = self.model.embed.weight.element_size()
+        item = self.model.dtype.itemsize
         wide = max(4, item)
         heads, groups = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
         # Of a prompt in one layer, all at once: the normed copies of the residual stream, what is projected and turned,
@@ -382,7 +382,7 @@ class Engine:
     @property
     def not_finite(self) -> str:
         """What is said of logits that are not finite, in one line."""
-        dtype = str(self.model.embed.weight.dtype).removeprefix("torch.")
+        dtype = str(self.model.dtype).removeprefix("torch.")
         wider = {"float16": "bfloat16 or float32", "bfloat16": "float32", "float32": "float64"}.get(dtype)
         way = f"try another --dtype, such as {wider}" if wider else "check the weights and config.json"
         return f"the logits are not finite in {dtype}: a number overflows or the weights are broken; {way}"
@@ -689,7 +689,7 @@ class Engine:
         return [min(slots, cap) for slots, cap in zip(self.plan, self._caps(-(-length // unit) * unit), strict=True)]
 
     def _cache(self, slots: Sequence[int], batch: int, memory: Memory) -> KVCache:
-        c, dtype = self.model.config, self.model.embed.weight.dtype
+        c, dtype = self.model.config, self.model.dtype
         return KVCache(slots, batch, c.n_kv_heads, c.head_dim, dtype, self.device, self.policy.scored, memory)
 
     def _decoder(
@@ -737,7 +737,7 @@ class Engine:
     def _full_bytes(self, length: int) -> int:
         """K and V of a full cache for one sequence of `length` tokens."""
         c = self.model.config
-        return 2 * c.n_kv_heads * c.head_dim * self.model.embed.weight.element_size() * sum(self._caps(length))
+        return 2 * c.n_kv_heads * c.head_dim * self.model.dtype.itemsize * sum(self._caps(length))
 
 
 class Conversation:

@@ -221,7 +221,7 @@ def asked(args: argparse.Namespace, folder: Path, plan: list[int] | None, dry: E
     names = """policy layers squeeze budget p sinks max_length max_new_tokens temperature top_k top_p seed stop
     ignore_eos chat rendered system device compile""".split()
     settings = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
-    dtype = str(dry.model.embed.weight.dtype).removeprefix("torch.")
+    dtype = str(dry.model.dtype).removeprefix("torch.")
     return {"--checkpoint": str(folder.resolve()), **settings, "--plan": plan, "--dtype": dtype}
 
 
@@ -301,7 +301,7 @@ def job_json(
         "kv_bytes_full": kv_bytes_full,
         **figures,
         "device": args.device,
-        "dtype": str(engine.model.embed.weight.dtype).removeprefix("torch."),
+        "dtype": str(engine.model.dtype).removeprefix("torch."),
         "torch": torch.__version__,
     }
 
@@ -622,7 +622,7 @@ def report_json(args: argparse.Namespace, engine: Engine, completion: Completion
         "decode_s": figures.decode_s,
         "decode_tokens_per_s": figures.decode_tokens_per_s,
         "device": str(engine.device),
-        "dtype": str(engine.model.embed.weight.dtype).removeprefix("torch."),
+        "dtype": str(engine.model.dtype).removeprefix("torch."),
         "torch": torch.__version__,
     }
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import dot, mix
+
 
 class LayerCache(NamedTuple):
     """One layer's views into the arenas: k, v [B, K, N, D]; score, position [B, K, N] for policies that keep them."""
@@ -173,30 +175,15 @@ def attend(
     leading_keys [B, K, s, D] replace the first s keys. Returns out [B, H, D] and probs [B, K, G, N]; softmax in fp32.
     """
     q = q.unflatten(1, (k.shape[1], -1)).squeeze(3) * scale
-    scores = _dot(q, k)
+    scores = dot(q, k)
     if leading_keys is not None:
-        scores = torch.cat((_dot(q, leading_keys), scores[..., leading_keys.shape[2] :]), dim=-1)
+        scores = torch.cat((dot(q, leading_keys), scores[..., leading_keys.shape[2] :]), dim=-1)
     scores = softcapped(scores.to(torch.promote_types(q.dtype, torch.float32)), softcap)
     empty = torch.arange(k.shape[2], device=q.device) >= valid[:, None]
     probs = scores.masked_fill(empty[:, None, None], float("-inf")).softmax(-1)
-    return _mix(probs.to(v.dtype), v).flatten(1, 2), probs
+    return mix(probs.to(v.dtype), v).flatten(1, 2), probs
 
 
 def softcapped(x: Tensor, cap: float | None) -> Tensor:
     """x held softly within [-cap, cap]; None: as it is."""
     return x if cap is None else cap * torch.tanh(x / cap)
-
-
-def _dot(q: Tensor, k: Tensor) -> Tensor:
-    """q [B, K, G, D], k [B, K, N, D] -> [B, K, G, N]. Compiled for a CPU a generated loop beats the small products."""
-    if q.is_cuda or not torch.compiler.is_compiling():
-        return q @ k.mT
-    return (q[:, :, :, None] * k[:, :, None]).sum(-1)
-
-
-def _mix(probs: Tensor, v: Tensor) -> Tensor:
-    """probs [B, K, G, N], v [B, K, N, D] -> [B, K, G, D]. As `_dot`, but wide rows of full precision lose by it."""
-    wide = v.shape[-1] > 64 and v.element_size() >= 4
-    if probs.is_cuda or wide or not torch.compiler.is_compiling():
-        return probs @ v
-    return (probs[..., None] * v[:, :, None]).sum(-2)

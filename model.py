@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ACTIVATIONS, ModelConfig
+from kernels import Linear, matvec
 from kvcache import LayerCache, Prompt, attend, softcapped
 from policies.layers.base import Attended
 
@@ -36,8 +37,21 @@ class Transformer(nn.Module):
             self.positions = nn.Embedding(config.max_positions + config.position_offset, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = make_norm(config)
-        if not config.tie_embeddings:
-            self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.head = Linear(config.dim, config.vocab_size, bias=False)
+        self.tie()
+
+    def tie(self) -> None:
+        """Where the head shares the embedding's matrix it does so again, after that one has been replaced."""
+        if self.config.tie_embeddings:
+            self.head.weight = self.embed.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
 
     def embedded(self, ids: Tensor, positions: Tensor) -> Tensor:
         """ids [B, T] at positions [B or 1, T] -> x [B, T, C]."""
@@ -50,7 +64,7 @@ class Transformer(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """x [..., C] -> logits [..., vocab]."""
-        logits = linear(self.norm(x), self.embed.weight if self.config.tie_embeddings else self.head.weight)
+        logits = self.head(self.norm(x))
         return softcapped(logits / self.config.logit_divisor, self.config.logit_softcap)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -63,8 +77,8 @@ class Transformer(nn.Module):
     def rotary(self, length: int) -> list[Tensor]:
         """Inverse frequencies [R / 2] of each layer for a request of `length` tokens in all; R is what is turned."""
         c = self.config
-        everywhere = self._frequencies(c.rope, length)
-        local = self._frequencies(c.local_rope, length) if c.local_rope else everywhere
+        everywhere = rotary_frequencies(c, c.rope, length, self.dtype, self.device)
+        local = rotary_frequencies(c, c.local_rope, length, self.dtype, self.device) if c.local_rope else everywhere
         each = [local if layer in c.windowed else everywhere for layer in range(c.n_layers)]
         return [frequencies[:0] if layer in c.unturned else frequencies for layer, frequencies in enumerate(each)]
 
@@ -75,30 +89,32 @@ class Transformer(nn.Module):
         each = [self.rotary(length) for length in lengths]
         return [torch.stack(rows)[:, None, None] for rows in zip(*each, strict=True)]
 
-    def _frequencies(self, rope: dict[str, Any], length: int) -> Tensor:
-        """fp32, fp64 in an fp64 model. linear: arXiv 2306.15595; longrope: arXiv 2402.13753; dynamic NTK and llama3 as
-        published with the models. Only dynamic NTK and longrope depend on the length.
-        """
-        c, weight = self.config, self.embed.weight
-        dim = 0 if c.position_offset is not None else c.rotary_dim or c.head_dim
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        base, kind, factor = rope["rope_theta"], rope["rope_type"], rope.get("factor", 1.0)
-        if kind == "dynamic":
-            stretch = factor * max(length, c.max_positions) / c.max_positions - (factor - 1)
-            base *= stretch ** (dim / (dim - 2))
-        exponents = torch.arange(0, dim, 2, device=weight.device, dtype=wide) / max(dim, 1)
-        frequencies = 1.0 / base**exponents
-        if kind == "linear":
-            return frequencies / factor
-        if kind == "llama3":  # long wavelengths are stretched by `factor`, short ones kept, those between blended
-            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-            turns = rope["original_max_position_embeddings"] * frequencies / (2 * torch.pi)
-            keep = ((turns - low) / (high - low)).clamp(0, 1)
-            return frequencies * (keep + (1 - keep) / factor)
-        if kind == "longrope":
-            factors = rope["long_factor" if length > rope["original_max_position_embeddings"] else "short_factor"]
-            return frequencies / torch.tensor(factors, device=weight.device, dtype=wide)
-        return frequencies
+
+def rotary_frequencies(
+    config: ModelConfig, rope: dict[str, Any], length: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Inverse frequencies [R / 2] in fp32, fp64 if `dtype` is that. linear: arXiv 2306.15595; longrope: arXiv
+    2402.13753; dynamic NTK and llama3 as published with the models. Only dynamic NTK and longrope depend on the length.
+    """
+    dim = 0 if config.position_offset is not None else config.rotary_dim or config.head_dim
+    wide = torch.promote_types(dtype, torch.float32)
+    base, kind, factor = rope["rope_theta"], rope["rope_type"], rope.get("factor", 1.0)
+    if kind == "dynamic":
+        stretch = factor * max(length, config.max_positions) / config.max_positions - (factor - 1)
+        base *= stretch ** (dim / (dim - 2))
+    exponents = torch.arange(0, dim, 2, device=device, dtype=wide) / max(dim, 1)
+    frequencies = 1.0 / base**exponents
+    if kind == "linear":
+        return frequencies / factor
+    if kind == "llama3":  # long wavelengths are stretched by `factor`, short ones kept, those between blended
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * frequencies / (2 * torch.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return frequencies * (keep + (1 - keep) / factor)
+    if kind == "longrope":
+        factors = rope["long_factor" if length > rope["original_max_position_embeddings"] else "short_factor"]
+        return frequencies / torch.tensor(factors, device=device, dtype=wide)
+    return frequencies
 
 
 class Block(nn.Module):
@@ -340,8 +356,8 @@ class Experts(nn.Module):
         if x.shape[1] > 1:
             out = self._grouped(rows, weights, chosen, w13, w2)
         elif chosen.numel() <= self.experts:  # few rows read only what they chose
-            hidden = gated(_matvec(w13[chosen], rows[:, None]), self.activation)
-            out = (_matvec(w2[chosen], hidden) * weights[..., None]).sum(1)
+            hidden = gated(matvec(w13[chosen], rows[:, None]), self.activation)
+            out = (matvec(w2[chosen], hidden) * weights[..., None]).sum(1)
         else:  # many rows need most experts anyway: all of them, those not chosen with weight 0
             hidden = gated((rows @ self.w13.weight.T).unflatten(1, (self.experts, -1)), self.activation)
             shares = torch.zeros_like(weights[:, :1]).expand(-1, self.experts).scatter(1, chosen, weights)
@@ -361,30 +377,6 @@ class Experts(nn.Module):
 def gated(x: Tensor, activation: str) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     return ACTIVATIONS[activation](gate) * up
-
-
-def _matvec(weight: Tensor, x: Tensor) -> Tensor:
-    """weight [..., out, in] times x [..., in]. Compiled, chosen experts are read in place instead of copied first."""
-    if torch.compiler.is_compiling():
-        return (weight * x[..., None, :]).sum(-1)
-    return (weight @ x[..., None]).squeeze(-1)
-
-
-class Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear; compiled for a single row on a CPU it is a multiply-and-sum, which becomes part of the generated loops.
-
-    There the library's matrix-vector product costs more in its call than in arithmetic on small models, and reaches
-    only a part of the memory bandwidth on large ones. In half precision it converts faster than the loops would.
-    """
-    if x.is_cuda or x.numel() > x.shape[-1] or x.element_size() < 4 or not torch.compiler.is_compiling():
-        return F.linear(x, weight, bias)
-    out = (x.flatten() * weight).sum(-1)
-    return (out if bias is None else out + bias).view(*x.shape[:-1], -1)
 
 
 def make_norm(config: ModelConfig, size: int | None = None) -> nn.Module:

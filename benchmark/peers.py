@@ -18,7 +18,7 @@ class Peer:
 
     def __init__(self, model: Transformer, raw: dict[str, Any]):
         logging.set_verbosity_error()
-        self.model, self.device = model, model.embed.weight.device
+        self.model, self.device = model, model.device
         with torch.device(self.device):  # its own weights, let go in the next lines; buffers are filled here
             hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw), dtype=model.config.dtype).eval()
         wrong = hf.load_state_dict(checkpoint.to_hf(model.state_dict(), model.config), strict=False, assign=True)

@@ -12,7 +12,7 @@ from model import Transformer
 
 def step_seconds(model: Transformer, batch: int, slots: float) -> float:
     """What a decode step takes at least, with `slots` filled slots of all layers together in each row."""
-    config, device = model.config, model.embed.weight.device.type
+    config, device = model.config, model.device.type
     attention = 4 * batch * slots * config.n_heads * config.head_dim
     operations = 2 * batch * matrix_elements(model) + attention
     return max(step_bytes(model, batch, slots) / copy_rate(device), operations / matmul_rate(device, config.dtype))

@@ -51,7 +51,7 @@ class Subject:
 
     @property
     def device(self) -> str:
-        return self.model.embed.weight.device.type
+        return self.model.device.type
 
     @cached_property
     def peer(self) -> Any:
@@ -92,7 +92,7 @@ def make(shape: str, device: str) -> Subject:
         return Subject(raw, checkpoint.load(EMBEDDED, device, dtype)[0])
     with torch.device("meta"):
         model = Transformer(replace(ModelConfig.from_hf(raw), dtype=dtype)).to(dtype)
-    model.to_empty(device=device).requires_grad_(False)
+    model.to_empty(device=device).requires_grad_(False).tie()
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:  # keeps the size of what it is multiplied with

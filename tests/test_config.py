@@ -9,7 +9,6 @@ import logging
 import math
 import sys
 from collections import Counter
-from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -20,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from config import ACTIVATIONS, FAMILIES, FIELDS, ONLY, ModelConfig
 from errors import UserError
-from model import Transformer
+from model import rotary_frequencies
 from tokenizer import eos_ids
 
 # Own names of fields too; what only its own family reads says nothing in the others, and must not.
@@ -151,11 +150,6 @@ def our_meaning(config: ModelConfig) -> dict[str, Any]:
     return found
 
 
-def frequencies(config: ModelConfig, rope: dict[str, Any], length: int) -> torch.Tensor:
-    stand_in = SimpleNamespace(config=config, embed=SimpleNamespace(weight=torch.zeros(1)))
-    return Transformer._frequencies(stand_in, rope, length)
-
-
 def differences(ours: ModelConfig, theirs) -> list[str]:
     """What the two configs do not mean alike."""
     wanted, got = meaning(theirs), our_meaning(ours)
@@ -163,7 +157,7 @@ def differences(ours: ModelConfig, theirs) -> list[str]:
     wrong = [f"{name}: {got[name]!r} instead of {value!r}" for name, value in wanted.items() if got[name] != value]
     for (kind, length), (expected, scale) in rotary.items():
         rope = ours.local_rope if kind == "sliding_attention" else ours.rope
-        own = frequencies(ours, rope, length).double()
+        own = rotary_frequencies(ours, rope, length, torch.float32).double()
         if own.shape != expected.shape or not torch.allclose(own, expected, rtol=1e-5, atol=0):
             wrong.append(f"rotary {kind} {length}: {own[:3].tolist()} instead of {expected[:3].tolist()}")
         if not math.isclose(rope.get("attention_factor", 1.0), scale, rel_tol=1e-6):
@@ -215,7 +209,10 @@ def senseless(config: ModelConfig) -> list[str]:
         wrong.append(f"window {config.sliding_window!r}")
     if any(not 0 <= layer < config.n_layers for layer in (*config.windowed, *config.unturned)):
         wrong.append("layers beyond the last")
-    if config.position_offset is None and not frequencies(config, config.rope, 100).isfinite().all():
+    if (
+        config.position_offset is None
+        and not rotary_frequencies(config, config.rope, 100, torch.float32).isfinite().all()
+    ):
         wrong.append(f"frequencies of {config.rope}")
     return wrong
 

@@ -27,6 +27,7 @@ FLOORS = {
     "errors": -2,
     "config": 0,
     "commandline": 0,
+    "kernels": -0.5,
     "kvcache": 0,
     "memory": 0,
     "policies": 0,

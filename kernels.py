@@ -1,0 +1,47 @@
+"""Products that have one form for a CPU's generated loops and one for everything else.
+
+Compiled for a CPU, a product with few rows is written as multiply and sum: it becomes part of the generated loops. The
+library's call costs more than the arithmetic of small models there, and reaches only a part of the memory bandwidth on
+large ones. Shapes as in model.py.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """nn.Linear through `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear, as a generated loop for a single row. In half precision the library converts faster than loops do."""
+    if x.is_cuda or x.numel() > x.shape[-1] or x.element_size() < 4 or not torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    out = (x.flatten() * weight).sum(-1)
+    return (out if bias is None else out + bias).view(*x.shape[:-1], -1)
+
+
+def matvec(weight: Tensor, x: Tensor) -> Tensor:
+    """weight [..., out, in] times x [..., in]. Compiled, chosen experts are read in place instead of copied first."""
+    if torch.compiler.is_compiling():
+        return (weight * x[..., None, :]).sum(-1)
+    return (weight @ x[..., None]).squeeze(-1)
+
+
+def dot(q: Tensor, k: Tensor) -> Tensor:
+    """q [B, K, G, D], k [B, K, N, D] -> [B, K, G, N]."""
+    if q.is_cuda or not torch.compiler.is_compiling():
+        return q @ k.mT
+    return (q[:, :, :, None] * k[:, :, None]).sum(-1)
+
+
+def mix(probs: Tensor, v: Tensor) -> Tensor:
+    """probs [B, K, G, N], v [B, K, N, D] -> [B, K, G, D]. Wide rows of full precision lose by a generated loop."""
+    wide = v.shape[-1] > 64 and v.element_size() >= 4
+    if probs.is_cuda or wide or not torch.compiler.is_compiling():
+        return probs @ v
+    return (probs[..., None] * v[:, :, None]).sum(-2)
