@@ -51,7 +51,7 @@ from checkpoint import EMBEDDED
 from commandline import Parser, guarded, positive
 from config import ModelConfig
 from decoder import Store
-from engine import Completion, Engine, Request, rows_at_once
+from engine import Completion, Engine, Request
 from errors import UserError, cut, place, shown
 from files import check_apart, check_output, parse_json, read_bytes, write_json, write_whole
 from graphs import Bound, CudaGraphs, compiled, compiled_graphs
@@ -60,6 +60,7 @@ from memory import explained
 from model import Block, Transformer
 from policies import tokens as token_policies
 from policies.layers import LayerPolicy, Plan
+from sizing import rows_at_once
 
 GIB = 2**30
 SWITCHES = 20  # random plans of the stage `switch`
@@ -186,7 +187,7 @@ def largest_batch(engine: Engine, subject: Subject, sizes: Sizes) -> int | None:
 def batching(subject: Subject, sizes: Sizes) -> Iterator[Row]:
     """New tokens per second, prompts read included, over many requests of all lengths: rows that end take the next.
 
-    `batches` says how many requests. There are as many rows as fit by `Engine.needs`; on a CPU a quarter of them.
+    `batches` says how many requests. There are as many rows as fit by `Sizing.needs`; on a CPU a quarter of them.
     """
     caches = {"full": ("full", "uniform", None), "squeeze": ("streaming", "squeeze", sizes.budget)}
     for count in sizes.batches:
@@ -198,7 +199,7 @@ def batching(subject: Subject, sizes: Sizes) -> Iterator[Row]:
         for name, cache in caches.items():
             engine, fit = Engine(subject.model, *cache, compile=True), -(-count // 4)
             if sizes.memory is not None:
-                fit = engine.needs(length, sizes.prompt).rows(count, sizes.memory)
+                fit = engine.sizing.needs(length, sizes.prompt).rows(count, sizes.memory)
             rows.append(dict(what=name, requests=count, batch=fit) | served(engine, wanted, fit, length))
         yield from compared(rows, ["full"])
 

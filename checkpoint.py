@@ -35,6 +35,9 @@ from config import ModelConfig
 from errors import UserError, cut, place, reason, shown
 from files import accessing, read_json
 from model import Transformer
+from policies.layers import Uniform
+from policies.tokens import Full
+from sizing import Sizing, parameters
 
 # Our module -> the checkpoint's modules that are fused into it, in this order, weight and bias alike. {l} is the
 # layer, {e} every expert in turn.
@@ -201,11 +204,9 @@ def report(path: str | Path, dtype: str = "auto", tokens: int = 4096, memory: fl
     """
     model, found = _matched(resolve(path), dtype)
     config = model.config
-    count = sum(parameter.numel() for parameter in model.parameters())
-    weights = count * config.dtype.itemsize
-    token = 2 * config.n_kv_heads * config.head_dim * config.dtype.itemsize  # K and V in one layer
-    caps = [min(tokens, config.window(layer) or tokens) for layer in range(config.n_layers)]
-    full, squeezed = sum(caps) * token, min(sum(caps), int(budget * tokens) * config.n_layers) * token
+    sizing = Sizing(config, Full(), Uniform())
+    count, token, full = parameters(config), sizing.slot_bytes(), sizing.full_bytes(tokens)
+    weights, squeezed = count * config.dtype.itemsize, min(full, int(budget * tokens) * config.n_layers * token)
     left = max(0, int(memory * 2**30) - weights)
     windows = f", {len(config.windowed)} of them with a window of {config.sliding_window}" if config.windowed else ""
     kind = str(config.dtype).removeprefix("torch.")

@@ -18,11 +18,8 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from functools import partial
-from numbers import Integral
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,21 +28,15 @@ from decoder import Decoder, Store
 from errors import UserError, shown
 from graphs import Code, compiled_graphs
 from kvcache import KVCache, Memory, Prompt
-from memory import Needs
-from model import PROMPT_CHUNK, Transformer
+from model import Transformer
 from policies import layers as layer_policies
 from policies import tokens as token_policies
 from policies.layers import LayerPolicy, Plan, Uniform
 from policies.layers.base import Attended, total_slots
 from policies.tokens import TokenPolicy
 from sampling import GREEDY, NOT_FINITE, Sampler, Sampling
+from sizing import Sizing, integers, rows_at_once, whole
 from waiting import NotFinite, Waiting
-
-READ_TOKENS = 16384  # of all prompts of a batch, that go through a block at once: more take memory, not less time
-DEFAULT_BUDGET = 0.4  # of the sequence, for a bounded policy without a budget (results/eval_defaults)
-SMALLEST_DEFAULT = 64  # slots: below that there is nothing to gain
-CAPTURED_LENGTHS = 256  # tokens: sequences within a multiple of it get the same part of a plan that is given
-MOST_TOKENS = 2**20  # of a prompt and its answer, unless the model has more positions: more is a slip
 
 
 @dataclass(frozen=True)
@@ -164,30 +155,21 @@ class Engine:
             raise UserError(f"layers must be a layer policy or its name, not {shown(layers)}")
         if not isinstance(compile, bool):
             raise UserError(f"compile must be True or False, not {shown(compile)}")
-        self.budget, self.plan = budget, plan
-        if budget is not None:
-            if not self.policy.bounded:
-                raise UserError(f"policy {self.policy.name} keeps every token and takes no budget, not {shown(budget)}")
-            check_budget(budget)
         self.device = model.device
         self.code, self.store = Code(compile, self.device), Store()
+        captured = self.code.capture is not None
+        self.sizing = Sizing(model.config, self.policy, self.layer_policy, budget, plan, model.dtype, captured)
         # Steps that are started before the tokens of the first of them are looked at, so that the device never waits.
         self.lag = 2 if self.device.type == "cuda" else 0
 
     @property
     def plan(self) -> list[int] | None:
         """Slots per layer, if they are given. A sequence gets no more of them than it can use."""
-        return self._given_plan
+        return self.sizing.given
 
     @plan.setter
     def plan(self, plan: Sequence[int] | None) -> None:
-        if plan is not None:
-            plan, layers = integers(plan, "a plan's slots"), self.model.config.n_layers
-            if len(plan) != layers:
-                raise UserError(f"the plan has {len(plan)} layers, the model {layers}")
-            if wrong := [slots for slots in plan if not 1 <= slots < 2**63]:
-                raise UserError(f"a plan's slots are integers from 1 to 2**63 - 1, not {shown(wrong[0])}")
-        self._given_plan = plan
+        self.sizing.given = plan
 
     def stream(
         self,
@@ -247,8 +229,8 @@ class Engine:
         if batch_size is None or max_length is None:
             raise UserError("requests that are not a sequence need a batch_size and a max_length")
         if max_length:  # else nothing can run
-            self.check_length(max_length)
-            known = self._plan(None, self._budget_slots(max_length), max_length)
+            self.sizing.check_length(max_length)
+            known = self.sizing.plan(max_length)
             if apart and known is None:
                 raise UserError(f"requests that run apart need a plan; {self.layer_policy.name} makes it from prompts")
         for updated in self._serve(map(Completion, requests), batch_size, max_length, samplings, apart):
@@ -263,9 +245,9 @@ class Engine:
         Prompts are read one by one, up to the first `count` whose importance is finite, and nothing is kept of them. If
         it is finite for none of them, the plan is the one for equal layers and the importance None.
         """
-        policies, slots = self._policies(max_length), self._budget_slots(max_length)
-        plan, signals, seen = self._plan(None, slots, max_length), [], []  # evidence by prompt and layer
-        measures = None if plan else self._measures(slots, self._caps(max_length))
+        policies, slots = self.sizing.policies(max_length), self.sizing.slots(max_length)
+        plan, signals, seen = self.sizing.plan(max_length), [], []  # evidence by prompt and layer
+        measures = None if plan else self._measures(slots, self.sizing.caps(max_length))
         for request in requests:
             found: list[Tensor | None] = []
 
@@ -280,51 +262,11 @@ class Engine:
                 break
         importance = [fmean(layer) for layer in zip(*signals, strict=True)] or None
         if plan is None and not seen:
-            plan = Uniform().allocate([], slots, self._caps(max_length), self.policy.floor)
+            plan = Uniform().allocate([], slots, self.sizing.caps(max_length), self.policy.floor)
         if plan is None:
             evidence = [torch.cat(layer).mean(0).tolist() for layer in zip(*seen, strict=True)]
-            plan = self._plan(evidence, slots, max_length)
+            plan = self.sizing.plan(max_length, evidence)
         return plan, importance
-
-    def needs(self, max_length: int, longest_prompt: int | None = None, apart: bool = False) -> Needs:
-        """Bytes for sequences of `max_length` tokens, before anything is allocated. The model may be on meta.
-
-        apart: as in `generate`; prompts are read one by one and none waits for the plan.
-        """
-        self.check_length(max_length)
-        c, caps, budget_slots = self.model.config, self._caps(max_length), self._budget_slots(max_length)
-        slots = min(budget_slots * len(caps), sum(caps)) if self.plan is None else sum(self._cut_plan(max_length))
-        item = self.model.dtype.itemsize
-        wide = max(4, item)
-        heads, groups = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-        # Of a prompt in one layer, all at once: the normed copies of the residual stream, what is projected and turned,
-        # what the feed-forward holds, and what a policy that scores looks at.
-        prompt = max_length if longest_prompt is None else longest_prompt
-        experts = max(1, c.experts_per_token)
-        read = prompt * (2 * (item + wide) * (c.dim + heads + 2 * groups) + 3 * item * experts * c.ffn_dim)
-        queries = max(
-            self.policy.queries, self.layer_policy.queries, PROMPT_CHUNK if c.attention_softcap is not None else 0
-        )
-        read += 4 * wide * c.n_heads * min(prompt, queries) * prompt
-        # Of every prompt meanwhile: the residual stream; the layer's keys and values, and once more while they are
-        # joined or cut; what waits for the plan, in the arena and outside.
-        held = prompt * item * (c.dim + 4 * groups) + c.vocab_size * (item + wide)
-        if not apart and self._plan(None, budget_slots, max_length) is None:
-            waiting = self.layer_policy.most_waiting(budget_slots, caps, self.policy.floor)
-            scoring = type(self.policy).score_prompt is not TokenPolicy.score_prompt
-            held += groups * 2 * item * max(0, waiting - slots)
-            held += c.n_kv_heads * (8 * waiting + wide * scoring * prompt * len(caps))  # positions and scores
-        # Of one row in a step: the logits with what sampling sorts, and one layer's scores and probabilities.
-        step = c.vocab_size * (item + 5 * wide) + 4 * wide * c.n_heads * max(caps)
-        return Needs(
-            weights=sum(parameter.numel() for parameter in self.model.parameters()) * item,
-            row=slots * c.n_kv_heads * (2 * c.head_dim * item + (wide + 8) * self.policy.scored),
-            row_full=self._full_bytes(max_length),
-            step=step,
-            prefill=read + held if apart else read,
-            held=0 if apart else held,
-            at_once=1 if apart else rows_at_once(prompt),
-        )
 
     def check(self, request: Request, seen: int = 0, limit: int | None = None) -> None:
         """UserError, in one line, if the request cannot run.
@@ -333,7 +275,7 @@ class Engine:
         """
         if refusal := self.refusal(request, seen):
             raise UserError(refusal)
-        self._budget_slots(limit or seen + len(request.ids) + request.max_new_tokens)
+        self.sizing.slots(limit or seen + len(request.ids) + request.max_new_tokens)
 
     def refusal(self, request: Request, seen: int = 0) -> str | None:
         """Why the request cannot run whatever the budget, in one line."""
@@ -347,37 +289,13 @@ class Engine:
         if not (min(request.ids) >= 0 and max(request.ids) < config.vocab_size):
             wrong = next(i for i in request.ids if not 0 <= i < config.vocab_size)
             return f"token id {shown(wrong)} is outside the vocabulary (0 to {config.vocab_size - 1})"
-        if not self._endless:
+        if not self.sizing.endless:
             earlier = f"{seen} earlier + " * bool(seen)
         else:  # what came before is in slots that do not grow
             earlier, seen = "", 0
-        if seen + len(request.ids) + new > self.longest:
-            return f"{earlier}{len(request.ids)} prompt + {shown(new)} new tokens exceed {self._longest_why}"
+        if seen + len(request.ids) + new > self.sizing.longest:
+            return f"{earlier}{len(request.ids)} prompt + {shown(new)} new tokens exceed {self.sizing.longest_why}"
         return None
-
-    @property
-    def _endless(self) -> bool:
-        """Whether a sequence may be longer than the model's positions."""
-        return self.policy.bounded and self.model.config.position_offset is None
-
-    @property
-    def longest(self) -> int:
-        """The most tokens of a prompt and its answer."""
-        positions = self.model.config.max_positions
-        return max(positions, MOST_TOKENS) if self._endless else positions
-
-    def check_length(self, max_length: int) -> None:
-        """UserError for a length that no request can have."""
-        if max_length > self.longest:
-            raise UserError(f"a max-length of {shown(max_length)} tokens exceeds {self._longest_why}")
-
-    @property
-    def _longest_why(self) -> str:
-        positions, learned = self.model.config.max_positions, self.model.config.position_offset is not None
-        if self._endless:
-            return f"the {self.longest} that one request may have; shorten them"
-        way = "" if learned else " or use a bounded policy such as streaming"
-        return f"the model's {positions} {'learned ' if learned else ''}positions; shorten them{way}"
 
     @property
     def not_finite(self) -> str:
@@ -386,40 +304,6 @@ class Engine:
         wider = {"float16": "bfloat16 or float32", "bfloat16": "float32", "float32": "float64"}.get(dtype)
         way = f"try another --dtype, such as {wider}" if wider else "check the weights and config.json"
         return f"the logits are not finite in {dtype}: a number overflows or the weights are broken; {way}"
-
-    def _caps(self, length: int) -> list[int]:
-        """The most slots that each layer can use for sequences of `length` tokens: a sliding window is a cap."""
-        config = self.model.config
-        return [min(length, config.window(layer) or length) for layer in range(config.n_layers)]
-
-    def _policies(self, length: float) -> list[TokenPolicy]:
-        """The token policy of each layer; its own form in those whose window is shorter than the sequence."""
-        windows = map(self.model.config.window, range(self.model.config.n_layers))
-        return [self.policy.within_window(w) if w is not None and w < length else self.policy for w in windows]
-
-    def _budget_slots(self, length: int) -> int:
-        """b, the slots per layer of a uniform plan, for sequences of `length` tokens at most."""
-        floor = min(self.policy.floor, length)
-        if self.plan is not None:
-            for layer, (slots, cap) in enumerate(zip(self.plan, self._caps(length), strict=True)):
-                needed = min(floor, cap) if self.policy.bounded else cap
-                if slots < needed:
-                    raise UserError(
-                        f"the plan gives layer {layer} {slots} slots; policy {self.policy.name} needs at least {needed}"
-                    )
-            return sum(self._cut_plan(length)) // len(self.plan)
-        if not self.policy.bounded:
-            return length
-        if self.budget is None:
-            return max(int(DEFAULT_BUDGET * length), min(SMALLEST_DEFAULT, length), floor)
-        slots = self.budget if self.budget > 1 else math.floor(Fraction(str(self.budget)) * length)
-        slots = min(slots, length)  # what more would do: every layer at its cap
-        if slots < floor:
-            raise UserError(
-                f"budget {self.budget} is {slots} slots per layer for {length} tokens; "
-                f"policy {self.policy.name} needs at least {floor}"
-            )
-        return slots
 
     @torch.inference_mode()
     def _serve(
@@ -564,11 +448,11 @@ class Engine:
         """
         started = time.perf_counter()
         length = length or max(len(request.ids) + request.max_new_tokens for request in requests)
-        budget_slots = self._budget_slots(length)
+        budget_slots = self.sizing.slots(length)
         samplings = [request.sampling for request in requests]
-        policies, own_length = self._policies(math.inf if endless else length), length if endless else None
+        policies, own_length = self.sizing.policies(math.inf if endless else length), length if endless else None
 
-        plan, caps, floor = self._plan(None, budget_slots, length), self._caps(length), self.policy.floor
+        plan, caps, floor = self.sizing.plan(length), self.sizing.caps(length), self.policy.floor
         rows = rows or len(requests)
         slots = sum(plan.slots) if plan else total_slots(budget_slots, caps, floor)
         memory = Memory()
@@ -592,7 +476,7 @@ class Engine:
             )
             measures = self._measures(budget_slots, caps)
             logits, importance = self._prefill(ids, lengths, rotary, policies, waiting.keep, measures)
-            plan = self._plan(waiting.evidence, budget_slots, length)
+            plan = self.sizing.plan(length, waiting.evidence)
             decoder, made = self._decoder(plan, policies, samplings, later, memory)
             keep = decoder.keeper(at, lengths)
             for layer, prompt in enumerate(waiting.prompts):
@@ -605,7 +489,9 @@ class Engine:
             budget_slots=budget_slots,
             kv_bytes=decoder.cache.kv_bytes,
             state_bytes=decoder.cache.state_bytes,
-            kv_bytes_full=sum(self._full_bytes(len(request.ids) + request.max_new_tokens) for request in requests),
+            kv_bytes_full=sum(
+                self.sizing.full_bytes(len(request.ids) + request.max_new_tokens) for request in requests
+            ),
             prefill_tokens=sum(len(request.ids) for request in requests),
             prefill_s=time.perf_counter() - started - decoder.capture_s * made,
             compile_s=decoder.capture_s * made,
@@ -669,25 +555,6 @@ class Engine:
         fixed = {"budget": budget_slots, "floor": self.policy.floor}
         return [partial(self.layer_policy.measure, cap=cap, **fixed) for cap in caps]
 
-    def _plan(self, evidence: list[Any] | None, budget_slots: int, length: int) -> Plan | None:
-        """Slots per layer; None if evidence is needed for it and there is none yet."""
-        caps = self._caps(length)
-        if self.plan is not None:
-            return Plan(self._cut_plan(length))
-        if evidence is None:
-            if self.layer_policy.reads_prompt:
-                return None
-            evidence = [0.0] * len(caps)
-        return self.layer_policy.allocate(evidence, budget_slots, caps, self.policy.floor)
-
-    def _cut_plan(self, length: int) -> list[int]:
-        """The plan that is given, without the slots that sequences of `length` tokens cannot use.
-
-        What is captured is for one plan, so there many lengths share one.
-        """
-        unit = CAPTURED_LENGTHS if self.code.capture else 1
-        return [min(slots, cap) for slots, cap in zip(self.plan, self._caps(-(-length // unit) * unit), strict=True)]
-
     def _cache(self, slots: Sequence[int], batch: int, memory: Memory) -> KVCache:
         c, dtype = self.model.config, self.model.dtype
         return KVCache(slots, batch, c.n_kv_heads, c.head_dim, dtype, self.device, self.policy.scored, memory)
@@ -733,11 +600,6 @@ class Engine:
         logits, importance = self._prefill(ids, lengths, rotary, decoder.policies, keep)
         decoder.begin(at, lengths, logits, [request.sampling for request in requests], rotary)
         return importance
-
-    def _full_bytes(self, length: int) -> int:
-        """K and V of a full cache for one sequence of `length` tokens."""
-        c = self.model.config
-        return 2 * c.n_kv_heads * c.head_dim * self.model.dtype.itemsize * sum(self._caps(length))
 
 
 class Conversation:
@@ -803,38 +665,6 @@ class Conversation:
         started, decoder = time.perf_counter(), self._decoder
         x = decoder.append(torch.tensor([request.ids], device=self.engine.device))
         decoder.tokens.copy_(decoder.sampler(self.engine.model.logits(x[:, -1])))
-        full = self.engine._full_bytes(int(decoder.seen) + request.max_new_tokens)
+        full = self.engine.sizing.full_bytes(int(decoder.seen) + request.max_new_tokens)
         figures = replace(self._figures, prefill_tokens=len(request.ids), kv_bytes_full=full, compile_s=0.0)
         return replace(figures, prefill_s=time.perf_counter() - started, decode_s=0.0, decode_tokens=0)
-
-
-def rows_at_once(prompt: int) -> int:
-    """How many prompts of this many tokens go through a block at once."""
-    return max(1, READ_TOKENS // prompt)
-
-
-def check_budget(budget: float) -> None:
-    """UserError unless `budget` is an integer above 1 (slots per layer) or a number in (0, 1] (a share)."""
-    number = isinstance(budget, int | float) and not isinstance(budget, bool)
-    if not (number and (0 < budget <= 1 or isinstance(budget, int) and budget > 1)):
-        raise UserError(f"budget must be a fraction in (0, 1] or an integer of slots above 1, not {shown(budget)}")
-
-
-def whole(value: Any, name: str) -> int:
-    """An integer, of Python or of numpy; UserError for anything else, True and False included."""
-    if type(value) is int:
-        return value
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise UserError(f"{name} must be an integer, not {shown(value)}")
-    return int(value)
-
-
-def integers(values: Any, name: str) -> list[int]:
-    """The integers in a sequence, a numpy array or a tensor of one dimension; UserError for anything else."""
-    if type(values) is list and all(type(value) is int for value in values):
-        return values
-    if isinstance(values, Tensor) or type(values).__module__ == "numpy":
-        values = values.tolist()  # what is no integer of one dimension gives no integers
-    if isinstance(values, str | bytes | bytearray) or not isinstance(values, Sequence):
-        raise UserError(f"{name} must be a sequence of integers, not {shown(values)}")
-    return [whole(value, f"each of {name}") for value in values]

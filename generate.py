@@ -37,7 +37,7 @@ import tokenizer as tokenizers
 from batch import Job, Summary
 from checkpoint import EMBEDDED
 from commandline import Parser, guarded, number, positive
-from engine import Completion, Conversation, Engine, Figures, Request, Stream, check_budget
+from engine import Completion, Conversation, Engine, Figures, Request, Stream
 from errors import UserError, cut, place, reason, shown
 from files import (
     POSITIVE,
@@ -57,6 +57,7 @@ from memory import size
 from policies import layers as layer_policies
 from policies import tokens as token_policies
 from sampling import Sampling
+from sizing import check_budget
 
 DEMO_PROMPT = EMBEDDED / "demo_prompt.txt"
 SQUEEZE_LAYERS, SQUEEZE_POLICY = "perturbation", "dropkv"  # what a bare --squeeze is (RESULTS.md, choices)
@@ -170,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
     length = dry.model.config.max_positions if args.interactive else len(ids) + args.max_new_tokens
     if not args.interactive:
         dry.check(Request(ids, args.max_new_tokens))
-    needs = dry.needs(length)
+    needs = dry.sizing.needs(length)
     if args.max_memory is not None or needs.row > limit:  # the rest is an upper bound, the cache is allocated at once
         needs.check(1, limit)
     with needs.explained(1, limit), compiling():
@@ -240,11 +241,11 @@ def run_job(
     def check(line: Request) -> None:  # one that asks for far too much must not make the cache of all too large
         prompt, length = len(line.ids), len(line.ids) + line.max_new_tokens
         if length > dry.model.config.max_positions:
-            dry.needs(length, prompt, apart=True).check(1, limit)
+            dry.sizing.needs(length, prompt, apart=True).check(1, limit)
 
     survey = job.survey(dry, args.max_length, bad, check)
     length = job.state.get("max_length") or args.max_length or survey.longest
-    needs = dry.needs(length, survey.longest_prompt, apart=True)
+    needs = dry.sizing.needs(length, survey.longest_prompt, apart=True)
     share = 1 if args.max_memory is not None else memory.SHARE
     rows = args.batch_size or job.state.get("batch_size") or needs.rows(survey.count, int(share * limit))
     needs.check(rows, limit)
@@ -646,7 +647,9 @@ def layer_table(figures: Figures, width: int = 40) -> list[str]:
 def summary(engine: Engine, completion: Completion) -> list[str]:
     figures, request = completion.figures, completion.request
     chosen = (
-        " (chosen to suit; --budget sets it)" if engine.budget is engine.plan is None and engine.policy.bounded else ""
+        " (chosen to suit; --budget sets it)"
+        if engine.sizing.budget is engine.plan is None and engine.policy.bounded
+        else ""
     )
     decode = f"{figures.decode_tokens_per_s:,.1f} tokens/s ({len(completion.tokens)} new, {completion.finish_reason})"
     return [

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from decoder import Decoder
-from engine import Engine, Request, check_budget
+from engine import Engine, Request
 from errors import UserError, shown
 from kvcache import Memory, Prompt
 from model import Transformer
@@ -24,6 +24,7 @@ from policies.layers.base import Attended
 from policies.options import options_of
 from policies.tokens import TokenPolicy
 from sampling import GREEDY, NOT_FINITE
+from sizing import check_budget
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,8 @@ class Batch:
         self.requests = [Request(ids, new) for ids in rows]
         self.length = max(map(len, rows)) + new
         padded, self.lengths = engines[0]._padded(self.requests)
-        self.rotary, caps = engines[0]._rotary(self.requests), engines[0]._caps(self.length)
-        self.policies = [engine._policies(self.length) for engine in engines]  # by token policy and layer
+        self.rotary, caps = engines[0]._rotary(self.requests), engines[0].sizing.caps(self.length)
+        self.policies = [engine.sizing.policies(self.length) for engine in engines]  # by token policy and layer
         looking = [Looking(own) for own in zip(*self.policies, strict=True)]
         # What each layer policy wants to know of each layer [B, ...]. The smallest budget wants to know the most.
         smallest: dict[tuple[str, LayerPolicy], int] = {}
@@ -172,15 +173,15 @@ class Batch:
             raise UserError(self.not_finite)
 
     def _slots(self, cell: Cell) -> int:
-        return _engine(self.model, cell)._budget_slots(self.length)
+        return _engine(self.model, cell).sizing.slots(self.length)
 
     def _start(self, cell: Cell) -> Decoder:
         """A cache of its own for `cell`; `plan` and `kv_share` (of the full cache) say how large it is."""
         engine, evidence, number = _engine(self.model, cell, self.compile), None, self.words.index(cell.policy)
         if found := self.evidence.get((cell.policy, engine.layer_policy)):
             evidence = [torch.cat(layer).mean(0).tolist() for layer in found]
-        plan = engine._plan(evidence, self._slots(cell), self.length)
-        self.plan, self.kv_share = plan.slots, sum(plan.slots) / sum(engine._caps(self.length))
+        plan = engine.sizing.plan(self.length, evidence)
+        self.plan, self.kv_share = plan.slots, sum(plan.slots) / sum(engine.sizing.caps(self.length))
         greedy, rows = [GREEDY] * len(self.requests), torch.arange(len(self.requests), device=engine.device)
         policies = self.policies[number]
         decoder, _ = engine._decoder(plan, policies, greedy, (), Memory())

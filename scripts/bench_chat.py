@@ -97,7 +97,7 @@ def talk(engine: Engine, text: list[int], tokens: int) -> dict:
     return {
         "seen": conversation.seen,
         "kv_bytes": sorted(sizes),
-        "kv_bytes_full": engine._full_bytes(conversation.seen),
+        "kv_bytes_full": engine.sizing.full_bytes(conversation.seen),
         "first_ms_per_token": round(statistics.median(first), 4),
         "last_ms_per_token": round(last, 4),
         "last_over_first": round(last / statistics.median(first), 3),

@@ -10,11 +10,12 @@ import torch
 from conftest import random_ids, random_model
 
 import generate
-from engine import MOST_TOKENS, Completion, Engine, Request
+from engine import Completion, Engine, Request
 from errors import UserError, shown
 from policies import layers as layer_policies
 from policies import tokens as token_policies
 from sampling import GREEDY, Sampling
+from sizing import MOST_TOKENS
 
 HUGE = 1 << 20000  # has more digits than Python writes
 NO_INTEGERS = [None, True, 1.0, float("nan"), "8", b"8", [8], {}, 1j, torch.tensor(8.0), torch.tensor([8]), object()]
@@ -173,7 +174,7 @@ def test_one_request_that_asks_for_too_much(policy, learned):
         assert words in refused(engine.check, request)
         assert words in refused(engine.conversation().stream, request.ids, request.max_new_tokens)
     assert words in refused(next, engine.generate(iter([good]), 1, HUGE))
-    assert words in refused(engine.needs, 10**12)
+    assert words in refused(engine.sizing.needs, 10**12)
     assert engine.refusal(Request([1] * 10, 4096 - 10)) is None
     if policy != "full" and not learned:
         assert engine.refusal(Request([1] * 10, MOST_TOKENS - 10), seen=10**9) is None
@@ -210,7 +211,7 @@ def test_a_plan_longer_than_the_sequence(policy, form):
     assert figures.kv_bytes == sum(longest) * 2 * 2 * 12 * 8 == figures.kv_bytes_full
     done: list[Completion] = list(engine.generate([Request(ids, 6), Request(ids[:3], 5)], batch_size=1))
     assert [c.tokens for c in done if c.request.ids is ids] == [want] and done[0].figures.plan == longest
-    assert engine.needs(26).row == few.needs(26).row
+    assert engine.sizing.needs(26).row == few.sizing.needs(26).row
     talk = Engine(random_model(max_positions=64, **form), policy, plan=[10**9] * 4).conversation()
     stream = talk.stream(ids, 6)
     assert list(stream) == want and max(stream.completion.figures.plan) == 64

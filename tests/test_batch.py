@@ -346,9 +346,9 @@ def test_short_requests_of_a_batch_use_its_budget(model):
 def test_needs_are_what_is_allocated(policy):
     model = random_model(torch.float32)
     engine = Engine(model, policy, "squeeze", None if policy == "full" else 16)
-    needs = Engine(model.to("meta"), policy, "squeeze", engine.budget).needs(70)
+    needs = Engine(model.to("meta"), policy, "squeeze", engine.sizing.budget).sizing.needs(70)
     figures = next(
-        Engine(random_model(torch.float32), policy, "squeeze", engine.budget).generate(
+        Engine(random_model(torch.float32), policy, "squeeze", engine.sizing.budget).generate(
             [Request(random_ids(60), 10)] * 3
         )
     ).figures

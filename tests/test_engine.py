@@ -192,7 +192,7 @@ def test_a_step_asks_the_device_nothing(policy, shape, sampling):
     engine, c = Engine(model, policy), model.config
     cache = KVCache([9, 12, 9, 9], 3, c.n_kv_heads, c.head_dim, torch.float64, "meta", engine.policy.scored)
     sampler = Sampler([sampling] * 3, "meta")
-    decoder = Decoder(model, engine.code, cache, model.rotary(40), engine._policies(40), sampler)
+    decoder = Decoder(model, engine.code, cache, model.rotary(40), engine.sizing.policies(40), sampler)
     decoder.step()
     with pytest.raises(RuntimeError):
         decoder.seen.tolist()

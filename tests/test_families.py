@@ -188,7 +188,7 @@ def test_importance(case: Case, lengths: list[int], theirs, ours):
         theirs(case)(ids, attention_mask=real.long())
     rotary = ours(case).rotary(PROMPT)  # of the length that transformers saw
     seen, measures = [], Engine(ours(case), "window", "squeeze")._measures(PROMPT, [PROMPT] * len(rotary))
-    policies = engine._policies(PROMPT)
+    policies = engine.sizing.policies(PROMPT)
     engine._prefill(ids, torch.tensor(lengths), rotary, policies, lambda *layer: seen.append(layer[1]), measures)
     signals = torch.stack(seen)
     torch.testing.assert_close(signals, stream.importance(lengths), atol=1e-5, rtol=0)
@@ -298,7 +298,7 @@ def test_windows_cap_plans_and_figures(ours):
         assert plan is None or figures.plan == plan
         assert figures.plan[0] <= 9 and figures.kv_bytes == sum(figures.plan) * token_bytes
     short = Engine(model)
-    assert short._policies(9) == [short.policy] * 2 and short._policies(10)[0] != short.policy
+    assert short.sizing.policies(9) == [short.policy] * 2 and short.sizing.policies(10)[0] != short.policy
 
 
 @pytest.mark.parametrize("policy", TOKEN_POLICIES)

@@ -18,6 +18,7 @@ FLOORS = {
     "checkpoint": 2,
     "child": -1,
     "decoder": 2,
+    "sizing": 1.5,
     "graphs": 1.5,
     "chat": 1,
     "model": 1,

@@ -98,7 +98,7 @@ def test_the_curve_equals_a_naive_one(case):
     requests = [Request(random_ids(length, length), 3) for length in LENGTHS]
     budget, floor, longest = 6, engine.policy.floor, max(LENGTHS) + 3
     policy, got = Perturbation(where=where, queries=8), []
-    caps, policies = engine._caps(longest), engine._policies(longest)
+    caps, policies = engine.sizing.caps(longest), engine.sizing.policies(longest)
 
     def ask(attended, layer):
         block, token_policy = model.layers[layer], policies[layer]

@@ -11,12 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model as model_module
-from engine import READ_TOKENS, Engine, Request
+from engine import Engine, Request
 from kvcache import Memory, Prompt
 from policies.layers import LayerPolicy, make
 from policies.layers.perturbation import Perturbation, sizes_of
 from policies.layers.squeeze import Squeeze
 from policies.tokens import TOKEN_POLICIES
+from sizing import READ_TOKENS
 
 BOUNDED = [name for name, policy in TOKEN_POLICIES.items() if policy.bounded]
 LAYERS = 7
@@ -128,7 +129,7 @@ def test_rows_read_in_groups_are_those_read_at_once(policy, monkeypatch):
 
     monkeypatch.setattr(model_module.Block, "prefill", counted)
     for most in (READ_TOKENS, 200):
-        monkeypatch.setattr("engine.READ_TOKENS", most)
+        monkeypatch.setattr("sizing.READ_TOKENS", most)
         done = Engine(model, policy, "squeeze", None if policy == "full" else 20).generate(requests)
         answers.append({requests.index(completion.request): completion.tokens for completion in done})
     assert answers[0] == answers[1]
@@ -286,7 +287,7 @@ def test_keys_and_values_stay_under_the_bound(deep, whole, p, order):
     assert BUDGET * 0.99 < cut < bound(p)
     assert sum(counted) > 0
     engine = Engine(deep, "window", Squeeze(p), SHARE)
-    needs = engine.needs(LONG + 2, LONG)
+    needs = engine.sizing.needs(LONG + 2, LONG)
     assert cut < needs.row + needs.held
     assert whole > DEEP * LAYER_BYTES > 1.7 * cut
 
@@ -306,7 +307,7 @@ def test_what_waits_for_perturbation_is_one_budget(deep, no_attention, order):
         assert len(list(stream)) == 2
     assert len(set(stream.completion.figures.plan)) > 5 and sum(counted) > 0
     assert BUDGET * 0.99 < ledger.peak < 2 * LAYER_BYTES + BUDGET
-    needs = engine.needs(LONG + 2, LONG)
+    needs = engine.sizing.needs(LONG + 2, LONG)
     assert ledger.peak < needs.row + needs.held
 
 
