@@ -361,7 +361,7 @@ def compiling(subject: Subject, sizes: Sizes) -> Iterator[Row]:
     def measured(way: Callable, plan: list[int]) -> tuple[float, float]:
         cache = KVCache(plan, 1, config.n_kv_heads, config.head_dim, config.dtype, subject.device, policy.scored)
         if len(set(plan)) > 1:  # one graph for all lengths
-            for arena in (arena for layer in cache.layers for arena in (layer.k, layer.v)):
+            for arena in (arena for layer in cache.layers for arena in layer.stored.parts()):
                 torch._dynamo.maybe_mark_dynamic(arena, 2)
         with torch.inference_mode():
             started, run = time.perf_counter(), partial(way(cache.layers), tokens)

@@ -46,13 +46,14 @@ class Decoder:
         self.head = code.bound(code.logits, model)
         if code.compiled and len(set(cache.plan)) > 1:
             # One graph for all lengths from the start. Where all are equal a static one is faster.
-            for arena in (arena for layer in cache.layers for arena in layer if arena is not None):
+            for arena in (arena for layer in cache.layers for arena in layer.parts()):
                 torch._dynamo.maybe_mark_dynamic(arena, 2)
         self.replay, self.capture_s = None, 0.0
         if code.capture:
             started = time.perf_counter()
             # The warm-up feeds positions 0, 1, 2 of all rows. In these slots prompts may wait for their place.
-            held = [(part[:, :, :3], part[:, :, :3].clone()) for layer in cache.layers for part in (layer.k, layer.v)]
+            held = [part[:, :, :3] for layer in cache.layers for part in layer.stored.parts()]
+            held = [(part, part.clone()) for part in held]
             self.replay = code.capture(self._step)
             for part, before in held:
                 part.copy_(before)

@@ -134,7 +134,8 @@ class Engine:
     policy, layers: a policy or its name. budget: slots per layer (an integer above 1) or the share of
     prompt + max_new_tokens in (0, 1] that a uniform plan would give; None chooses one that suits the request.
     plan: slots per layer, instead of letting `layers` and `budget` decide. compile: run decode through one compiled
-    block, used for every layer. UserError for what does not fit together.
+    block, used for every layer. cache_format: "dense", or "int8" for a cache of 8 bits a number (kvcache.py). UserError
+    for what does not fit together.
     """
 
     def __init__(
@@ -145,6 +146,7 @@ class Engine:
         budget: float | None = None,
         plan: Sequence[int] | None = None,
         compile: bool = False,
+        cache_format: str = "dense",
     ):
         self.model = model
         self.policy = token_policies.make(policy) if isinstance(policy, str) else policy
@@ -157,8 +159,8 @@ class Engine:
             raise UserError(f"compile must be True or False, not {shown(compile)}")
         self.device = model.device
         self.code, self.store = Code(compile, self.device), Store()
-        captured = self.code.capture is not None
-        self.sizing = Sizing(model.config, self.policy, self.layer_policy, budget, plan, model.dtype, captured)
+        form = {"dtype": model.dtype, "captured": self.code.capture is not None, "format": cache_format}
+        self.sizing = Sizing(model.config, self.policy, self.layer_policy, budget, plan, **form)
         # Steps that are started before the tokens of the first of them are looked at, so that the device never waits.
         self.lag = 2 if self.device.type == "cuda" else 0
 
@@ -467,8 +469,8 @@ class Engine:
         else:
             (ids, lengths), rotary = self._padded(requests), self._rotary(requests, own_length)
             at = torch.arange(rows, device=self.device)
-            self._cache([slots], rows, memory)  # the arena, before it is divided
             waiting = Waiting(
+                self._cache([slots], rows, memory),  # the arena, before it is divided
                 memory,
                 lengths,
                 policies,
@@ -556,8 +558,8 @@ class Engine:
         return [partial(self.layer_policy.measure, cap=cap, **fixed) for cap in caps]
 
     def _cache(self, slots: Sequence[int], batch: int, memory: Memory) -> KVCache:
-        c, dtype = self.model.config, self.model.dtype
-        return KVCache(slots, batch, c.n_kv_heads, c.head_dim, dtype, self.device, self.policy.scored, memory)
+        c, scored, format = self.model.config, self.policy.scored, self.sizing.format
+        return KVCache(slots, batch, c.n_kv_heads, c.head_dim, self.model.dtype, self.device, scored, memory, format)
 
     def _decoder(
         self,

@@ -32,16 +32,26 @@ def matvec(weight: Tensor, x: Tensor) -> Tensor:
     return (weight @ x[..., None]).squeeze(-1)
 
 
-def dot(q: Tensor, k: Tensor) -> Tensor:
-    """q [B, K, G, D], k [B, K, N, D] -> [B, K, G, N]."""
+def dot(q: Tensor, k: Tensor, scale: Tensor | None = None) -> Tensor:
+    """q [B, K, G, D], k [B, K, N, D] -> [B, K, G, N]. scale [B, K, N]: of keys in int8."""
     if q.is_cuda or not torch.compiler.is_compiling():
-        return q @ k.mT
-    return (q[:, :, :, None] * k[:, :, None]).sum(-1)
+        return q @ decoded(k, scale, q.dtype).mT
+    if scale is None:
+        return (q[:, :, :, None] * k[:, :, None]).sum(-1)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return (q.to(wide)[:, :, :, None] * k[:, :, None]).sum(-1) * scale.to(wide)[:, :, None]
 
 
-def mix(probs: Tensor, v: Tensor) -> Tensor:
+def mix(probs: Tensor, v: Tensor, scale: Tensor | None = None) -> Tensor:
     """probs [B, K, G, N], v [B, K, N, D] -> [B, K, G, D]. Wide rows of full precision lose by a generated loop."""
     wide = v.shape[-1] > 64 and v.element_size() >= 4
     if probs.is_cuda or wide or not torch.compiler.is_compiling():
-        return probs @ v
+        return probs @ decoded(v, scale, probs.dtype)
+    if scale is not None:
+        probs = probs * scale.to(probs.dtype)[:, :, None]
     return (probs[..., None] * v[:, :, None]).sum(-2)
+
+
+def decoded(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x [..., D], in int8 with its scale [...] -> numbers of `dtype`."""
+    return x if scale is None else x.to(dtype) * scale.to(dtype)[..., None]

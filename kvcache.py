@@ -1,51 +1,133 @@
-"""The KV cache: one arena, of which each layer owns its slots, and attention of one new token over them.
+"""The KV cache: one arena, of which each layer owns its slots, and attention of new tokens over them.
 
 Shapes as in model.py. Keys and values are stored once per key-value head. The filled slots of a row are always a
 prefix, `min(seen, slots)` of them, so evicting a token means that the next one overwrites it and a full layer needs no
 mask.
+
+A format says how a slot holds a key or a value [D]: "dense" as it is; "int8" as whole numbers from -127 to 127 and one
+scale, the largest of its numbers / 127 in bfloat16. Slots are overwritten one by one, so each has a scale of its own.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels import dot, mix
+from kernels import decoded, dot, mix
+
+FORMATS = ("dense", "int8")
+SCALE = torch.bfloat16  # as wide as float32, and as precise as a scale needs to be
 
 
-class LayerCache(NamedTuple):
-    """One layer's views into the arenas: k, v [B, K, N, D]; score, position [B, K, N] for policies that keep them."""
+class Stored(NamedTuple):
+    """Keys and values as slots hold them: k, v [..., N, D]; in int8 also their scales [..., N]."""
 
     k: Tensor
     v: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+    @staticmethod
+    def of(k: Tensor, v: Tensor, format: str) -> "Stored":
+        """k, v [..., N, D] of the model, in this format."""
+        if format == "dense":
+            return Stored(k, v)
+        (k, k_scale), (v, v_scale) = encoded(k), encoded(v)
+        return Stored(k, v, k_scale, v_scale)
+
+    def each(self, change: Callable[..., Tensor], *others: "Stored") -> "Stored":
+        """change(part, the same part of the others) for all parts that there are."""
+        return Stored(*(None if own is None else change(own, *rest) for own, *rest in zip(self, *others, strict=True)))
+
+    def parts(self) -> list[Tensor]:
+        return [part for part in self if part is not None]
+
+
+def encoded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., D] -> int8 [..., D] and its scale [...]."""
+    scale = (x.abs().amax(-1) / 127).to(SCALE)
+    whole = (x / scale.to(x.dtype)[..., None]).nan_to_num(0).round().clamp(-127, 127)
+    return whole.to(torch.int8), scale
+
+
+class LayerCache(NamedTuple):
+    """One layer's views into the arenas: what its slots hold [B, K, N, ...]; score, position [B, K, N] for policies
+    that keep them.
+    """
+
+    stored: Stored
     score: Tensor | None = None
     position: Tensor | None = None
 
+    @property
+    def slots(self) -> int:
+        return self.stored.k.shape[2]
+
+    def parts(self) -> list[Tensor]:
+        return [*self.stored.parts(), *(part for part in (self.score, self.position) if part is not None)]
+
+    @property
+    def format(self) -> str:
+        return "dense" if self.stored.k_scale is None else "int8"
+
     def write(self, slot: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k, v [B, K, 1, D] in `slot` [B, 1 or K] of each row and head."""
-        row = torch.arange(self.k.shape[0], device=slot.device)[:, None]
-        head = torch.arange(self.k.shape[1], device=slot.device)
-        self.k.index_put_((row, head, slot), k[:, :, 0])
-        self.v.index_put_((row, head, slot), v[:, :, 0])
+        rows, heads = self.stored.k.shape[:2]
+        at = (torch.arange(rows, device=slot.device)[:, None], torch.arange(heads, device=slot.device), slot)
+        for part, new in zip(self.stored.parts(), Stored.of(k, v, self.format).parts(), strict=True):
+            part.index_put_(at, new[:, :, 0])
 
-    def replace(self, source: Tensor, k: Tensor, v: Tensor) -> None:
-        """Fill slot n with item source[..., n] of the slots followed by k, v [B, K, T, D]; source [B, 1 or K, N]."""
-        source = source[..., None].expand_as(self.k)
-        self.k.copy_(torch.cat((self.k, k), dim=2).gather(2, source))
-        self.v.copy_(torch.cat((self.v, v), dim=2).gather(2, source))
+    def leading_keys(self, count: int, dtype: torch.dtype) -> Tensor:
+        """The keys [B, K, count, D] of the first slots."""
+        k, scale = self.stored.k[:, :, :count], self.stored.k_scale
+        return decoded(k, None if scale is None else scale[:, :, :count], dtype)
+
+    def attend(
+        self,
+        q: Tensor,
+        valid: Tensor,
+        scale: float,
+        softcap: float | None = None,
+        leading_keys: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of one token per row over its slots.
+
+        q [B, H, 1, D]; valid [B]: how many leading slots count (more than N means all). leading_keys [B, K, s, D]
+        replace the first s keys. Returns out [B, H, D] and probs [B, K, G, N]; softmax in fp32.
+        """
+        k, v, k_scale, v_scale = self.stored
+        q = q.unflatten(1, (k.shape[1], -1)).squeeze(3) * scale
+        scores = dot(q, k, k_scale)
+        if leading_keys is not None:
+            scores = torch.cat((dot(q, leading_keys), scores[..., leading_keys.shape[2] :]), dim=-1)
+        scores = softcapped(scores.to(torch.promote_types(q.dtype, torch.float32)), softcap)
+        empty = torch.arange(k.shape[2], device=q.device) >= valid[:, None]
+        probs = scores.masked_fill(empty[:, None, None], float("-inf")).softmax(-1)
+        shares = probs if v_scale is not None else probs.to(q.dtype)
+        return mix(shares, v, v_scale).to(q.dtype).flatten(1, 2), probs
+
+    def followed_by(self, k: Tensor, v: Tensor) -> Stored:
+        """What the slots hold and behind it k, v [B, K, T, D], as they will be stored."""
+        return self.stored.each(lambda own, new: torch.cat((own, new), dim=2), Stored.of(k, v, self.format))
+
+    def absorb(self, source: Tensor, both: Stored) -> None:
+        """Fill slot n with item source[..., n] of `both`, the slots and what follows them; source [B, 1 or K, N]."""
+        for part, items in zip(self.stored.parts(), both.parts(), strict=True):
+            index = source.expand(part.shape[:3])
+            part.copy_(items.gather(2, index if part.dim() == 3 else index[..., None].expand_as(part)))
 
 
 class Prompt:
-    """One layer's keys and values of R prompts, k, v [R, K, S, D], and scores [R, K, S] if the policy has any.
+    """One layer's keys and values of R prompts, and scores [R, K, S] if the policy has any.
 
     While the plan is not known yet it can be cut to what the layer may keep at most, again and again: what a token
     policy keeps in fewer slots is always among what it keeps in more.
     """
 
     def __init__(self, k: Tensor, v: Tensor, scores: Tensor | None):
-        self.k, self.v, self.scores = k, v, scores
+        self.stored, self.scores = Stored(k, v), scores  # k, v [R, K, S, D]
         self.length = k.shape[2]  # S, whatever is cut
         self.positions: Tensor | None = None  # [R, 1 or K, n], ascending: what is left; None: all
 
@@ -55,35 +137,46 @@ class Prompt:
         if len(prompts) == 1:
             return prompts.pop()
         scores = [prompt.scores for prompt in prompts if prompt.scores is not None]
-        k, v = ([getattr(prompt, name) for prompt in prompts] for name in ("k", "v"))
+        k, v = ([prompt.stored[n] for prompt in prompts] for n in range(2))
         prompts.clear()  # so that no more than k and v of one layer and a half are there at any time
         k = torch.cat(k)
         return Prompt(k, torch.cat(v), torch.cat(scores) if scores else None)
 
+    @property
+    def size(self) -> int:
+        """How many positions are left."""
+        return self.stored.k.shape[2]
+
+    def encode(self, format: str) -> None:
+        """From the model's form into that of the slots; once."""
+        self.stored = Stored.of(self.stored.k, self.stored.v, format)
+
     def cut(self, positions: Tensor) -> None:
         """Keep these positions [R, 1 or K, n] only."""
         positions = positions.sort(dim=2).values
-        self.k, self.v = self.gather(positions)
+        self.stored = self.gather(positions)
         self.positions = positions
 
-    def put(self, k: Tensor, v: Tensor) -> None:
-        """Move into k, v, flat parts of an arena that hold nothing of it yet."""
-        self.k, self.v = k.view(self.k.shape).copy_(self.k), v.view(self.v.shape).copy_(self.v)
+    def put(self, places: Sequence[Tensor]) -> None:
+        """Move into flat parts of the arenas that hold nothing of it yet."""
+        views = iter(places)
+        self.stored = self.stored.each(lambda part: next(views).view(part.shape).copy_(part))
 
     def lift(self) -> None:
-        """Move out of an arena into tensors of its own."""
-        self.k, self.v = self.k.clone(), self.v.clone()
+        """Move out of the arenas into tensors of its own."""
+        self.stored = self.stored.each(Tensor.clone)
 
-    def gather(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values [R, K, n, D] at these positions."""
+    def gather(self, positions: Tensor) -> Stored:
+        """What there is at these positions [R, 1 or K, n]."""
         at = positions
         if self.positions is not None:  # entries behind the end of a row may be gone: any others do
             at = torch.searchsorted(self.positions, positions.contiguous()).clamp(max=self.positions.shape[2] - 1)
-        rows, heads, length, size = self.k.shape
+        rows, heads, length = self.stored.k.shape[:3]
         first = torch.arange(rows * heads, device=at.device).view(rows, heads, 1) * length
         at = (first + at).flatten()  # whole rows of D elements: many times faster on a CPU than `gather`
-        k, v = (part.reshape(-1, size).index_select(0, at) for part in (self.k, self.v))
-        return k.view(rows, heads, -1, size), v.view(rows, heads, -1, size)
+        return self.stored.each(
+            lambda part: part.flatten(0, 2).index_select(0, at).view(rows, heads, -1, *part.shape[3:])
+        )
 
 
 class Memory:
@@ -107,10 +200,10 @@ class Memory:
 
 
 class KVCache:
-    """One arena for K and one for V, and one each for a policy's scores and positions, if it keeps any.
+    """One arena for each part of what slots hold, and for a policy's scores and positions, if it keeps any.
 
-    Layer l owns a contiguous stretch of each, B * K * plan[l] * D elements long: attention reads it as it lies. As
-    slices of [B, K, sum(plan), D] the same reads take longer, on a CPU at large batches.
+    Layer l owns a contiguous stretch of each, that of K being B * K * plan[l] * D elements long: attention reads it as
+    it lies. As slices of [B, K, sum(plan), D] the same reads take longer, on a CPU at large batches.
     """
 
     def __init__(
@@ -123,27 +216,32 @@ class KVCache:
         device: torch.device | str,
         scored: bool = False,
         memory: Memory | None = None,
+        format: str = "dense",
     ):
-        self.plan, self.batch, self.device, memory = list(plan), batch, device, memory or Memory()
-        wide = torch.promote_types(dtype, torch.float32)
-        arenas = [("k", dtype, (head_dim,)), ("v", dtype, (head_dim,))]
-        arenas += [("score", wide, ()), ("position", torch.int64, ())] * scored
+        self.plan, self.batch, self.device, self.format = list(plan), batch, device, format
+        memory, wide = memory or Memory(), torch.promote_types(dtype, torch.float32)
+        self.kv, self.state = arenas(format, dtype, head_dim), {}
+        if scored:
+            self.state = {"score": (wide, ()), "position": (torch.int64, ())}
         self.arenas: dict[str, Tensor] = {}
-        views = []
-        for name, kind, tail in arenas:
+        views: dict[str, list[Tensor]] = {}
+        for name, (kind, tail) in (self.kv | self.state).items():
             sizes = [batch * kv_heads * slots * math.prod(tail) for slots in plan]
             self.arenas[name] = memory.arena(name, sum(sizes), kind, device)
             parts = zip(self.arenas[name].split(sizes), plan, strict=True)
-            views.append([part.view(batch, kv_heads, slots, *tail) for part, slots in parts])
-        self.layers = [LayerCache(*own) for own in zip(*views, strict=True)]
+            views[name] = [part.view(batch, kv_heads, slots, *tail) for part, slots in parts]
+        self.layers = [
+            LayerCache(Stored(*(views[name][layer] for name in self.kv)), *(views[name][layer] for name in self.state))
+            for layer in range(len(plan))
+        ]
 
     @property
     def kv_bytes(self) -> int:
-        return sum(self.arenas[name].nbytes for name in ("k", "v"))
+        return sum(self.arenas[name].nbytes for name in self.kv)
 
     @property
     def state_bytes(self) -> int:
-        return sum(arena.nbytes for arena in self.arenas.values()) - self.kv_bytes
+        return sum(self.arenas[name].nbytes for name in self.state)
 
     def fill(self, index: int, rows: Tensor, prompt: Prompt, positions: Tensor) -> None:
         """Copy the chosen tokens of some rows' prompts into layer `index`.
@@ -151,37 +249,33 @@ class KVCache:
         rows [R]; positions [R, 1 or K, n]: the prompt position that goes into each of the first n slots.
         """
         layer, n = self.layers[index], positions.shape[2]
-        k, v = prompt.gather(positions)
-        layer.k[rows, :, :n], layer.v[rows, :, :n] = k, v
-        layer.v[rows, :, n:] = 0  # what an earlier request left: it is masked, but 0 * inf would be NaN
+        kept = prompt.gather(positions)
+        if self.format != "dense" and kept.k_scale is None:
+            kept = Stored.of(kept.k, kept.v, self.format)
+        for part, own in zip(layer.stored.parts(), kept.parts(), strict=True):
+            part[rows, :, :n] = own
+        layer.stored.v[rows, :, n:] = 0  # what an earlier request left: it is masked, but 0 * inf would be NaN
         if layer.score is not None:
-            positions = positions.expand(*k.shape[:3])
+            positions = positions.expand(*kept.k.shape[:3])
             layer.score[rows, :, :n] = prompt.scores.gather(2, positions)
             layer.position[rows, :, :n] = positions
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    valid: Tensor,
-    scale: float,
-    softcap: float | None = None,
-    leading_keys: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention of one token per row over its slots.
+def arenas(format: str, dtype: torch.dtype, head_dim: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The parts of what a slot holds of one head: the kind of its numbers, and its shape."""
+    if format == "dense":
+        return {"k": (dtype, (head_dim,)), "v": (dtype, (head_dim,))}
+    return {
+        "k": (torch.int8, (head_dim,)),
+        "v": (torch.int8, (head_dim,)),
+        "k_scale": (SCALE, ()),
+        "v_scale": (SCALE, ()),
+    }
 
-    q [B, H, 1, D]; k, v [B, K, N, D]; valid [B]: how many leading slots count (more than N means all).
-    leading_keys [B, K, s, D] replace the first s keys. Returns out [B, H, D] and probs [B, K, G, N]; softmax in fp32.
-    """
-    q = q.unflatten(1, (k.shape[1], -1)).squeeze(3) * scale
-    scores = dot(q, k)
-    if leading_keys is not None:
-        scores = torch.cat((dot(q, leading_keys), scores[..., leading_keys.shape[2] :]), dim=-1)
-    scores = softcapped(scores.to(torch.promote_types(q.dtype, torch.float32)), softcap)
-    empty = torch.arange(k.shape[2], device=q.device) >= valid[:, None]
-    probs = scores.masked_fill(empty[:, None, None], float("-inf")).softmax(-1)
-    return mix(probs.to(v.dtype), v).flatten(1, 2), probs
+
+def slot_bytes(format: str, dtype: torch.dtype, head_dim: int) -> int:
+    """K and V of one slot of one head."""
+    return sum(kind.itemsize * math.prod(tail) for kind, tail in arenas(format, dtype, head_dim).values())
 
 
 def softcapped(x: Tensor, cap: float | None) -> Tensor:

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ACTIVATIONS, ModelConfig
-from kernels import Linear, matvec
-from kvcache import LayerCache, Prompt, attend, softcapped
+from kernels import Linear, decoded, matvec
+from kvcache import LayerCache, Prompt, softcapped
 from policies.layers.base import Attended
 
 PROMPT_CHUNK = 512  # prompt queries whose attention rows exist at the same time, where they have to
@@ -283,40 +283,46 @@ class Attention(nn.Module):
         """The cache holds nothing that has left the window: the token policy sees to that (`within_window`)."""
         q, k_raw, v = self.project(x)
         q, k = self.turn(q, seen[:, None, None], rotary), self.turn(k_raw, seen[:, None, None], rotary)
-        sink_keys = None
-        if policy.sinks:  # the first tokens are kept unrotated and turned to their position inside the cache
+        if policy.sinks:  # the first tokens are kept unrotated
             k = torch.where((seen < policy.sinks)[:, None, None, None], k_raw, k)
         slot = policy.slot(seen, layer)
         layer.write(slot, k, v)
-        if policy.sinks:
-            slots = layer.k.shape[2]
-            sinks = torch.arange(min(policy.sinks, slots), device=x.device)
-            turned = sinks + (seen + 1 - slots).clamp(min=0)[:, None, None]
-            sink_keys = self.turn(layer.k[:, :, : policy.sinks], turned, rotary)
-        out, probs = attend(q, layer.k, layer.v, seen + 1, self.scale, self.softcap, sink_keys)
+        sinks = self.sinks(policy.sinks, layer, seen[:, None], rotary)
+        out, probs = layer.attend(q, seen + 1, self.scale, self.softcap, None if sinks is None else sinks[:, :, 0])
         policy.observe(layer, slot, seen, probs)
         return self.wo(out.flatten(1)[:, None])
 
     def append(self, x: Tensor, rotary: Tensor, layer: LayerCache, seen: Tensor, policy: Any) -> Tensor:
         """Tokens that go behind a cache. They see its slots and each other as the policy says. Sinks are in it."""
         q, k, v = self.project(x)
-        positions = (seen[:, None] + torch.arange(x.shape[1], device=x.device))[:, None]
-        q, k = self.turn(q, positions, rotary), self.turn(k, positions, rotary)
-        keys, values = torch.cat((layer.k, k), dim=2), torch.cat((layer.v, v), dim=2)
+        positions = seen[:, None] + torch.arange(x.shape[1], device=x.device)
+        q, k = self.turn(q, positions[:, None], rotary), self.turn(k, positions[:, None], rotary)
+        both = layer.followed_by(k, v)
+        keys, values = decoded(both.k, both.k_scale, q.dtype), decoded(both.v, both.v_scale, q.dtype)
         q = q.unflatten(1, (self.kv_heads, -1)) * self.scale
         logits = q @ keys[:, :, None].mT
-        if policy.sinks:  # at another position inside the cache for each of the tokens
-            sinks = torch.arange(policy.sinks, device=x.device)
-            turned = sinks + (positions + 1 - layer.k.shape[2]).clamp(min=0)[..., None]
-            sink_keys = layer.k[:, :, None, : policy.sinks].expand(-1, -1, x.shape[1], -1, -1)
-            sink_keys = self.turn(sink_keys, turned, rotary.unsqueeze(-2))  # [B, K, T, sinks, D]
-            logits[..., : policy.sinks] = (q[..., None, :] @ sink_keys[:, :, None].mT).squeeze(-2)
+        if (sinks := self.sinks(policy.sinks, layer, positions, rotary)) is not None:
+            logits[..., : sinks.shape[3]] = (q[..., None, :] @ sinks[:, :, None].mT).squeeze(-2)
         logits = softcapped(logits.to(torch.promote_types(q.dtype, torch.float32)), self.softcap)
         visible = policy.visible(seen, x.shape[1], layer)[:, :, None]
         probs = logits.masked_fill(~visible, float("-inf")).softmax(-1)
-        layer.replace(policy.absorb(layer, seen, probs), k, v)
+        layer.absorb(policy.absorb(layer, seen, probs), both)
         out = (probs.to(v.dtype) @ values[:, :, None]).flatten(1, 2)
         return self.wo(out.transpose(1, 2).flatten(2))
+
+    def sinks(self, count: int, layer: LayerCache, positions: Tensor, rotary: Tensor) -> Tensor | None:
+        """The keys of the first `count` slots as each of the tokens at `positions` [B, T] sees them: [B, K, T, n, D].
+
+        They are stored unrotated, and turned to their position inside the cache when a token comes: what was evicted
+        between them and the others leaves no gap (StreamingLLM, arXiv 2309.17453).
+        """
+        count = min(count, layer.slots)
+        if not count:
+            return None
+        gap = (positions + 1 - layer.slots).clamp(min=0)
+        turned = gap[:, None, :, None] + torch.arange(count, device=positions.device)
+        keys = layer.leading_keys(count, self.wqkv.weight.dtype)[:, :, None].expand(-1, -1, positions.shape[1], -1, -1)
+        return self.turn(keys, turned, rotary.unsqueeze(-2))
 
 
 class FeedForward(nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from config import ModelConfig
 from errors import UserError, shown
+from kvcache import FORMATS, slot_bytes
 from memory import Needs
 from model import PROMPT_CHUNK
 from policies.layers import LayerPolicy, Plan
@@ -32,7 +33,7 @@ class Sizing:
 
     budget: slots per layer, a share of the length, or None for one that suits it. plan: slots per layer, instead of
     what the layer policy and the budget would give. captured: what is captured is for one plan, so many lengths share
-    one. UserError for a budget or a plan that makes no sense.
+    one. format: how slots hold keys and values (kvcache.py). UserError for a budget or a plan that makes no sense.
     """
 
     def __init__(
@@ -44,10 +45,13 @@ class Sizing:
         plan: Sequence[int] | None = None,
         dtype: torch.dtype | None = None,
         captured: bool = False,
+        format: str = "dense",
     ):
         self.config, self.policy, self.layer_policy, self.budget = config, policy, layer_policy, budget
         self.dtype, self.unit = dtype or config.dtype, CAPTURED_LENGTHS if captured else 1
-        self.given = plan
+        self.given, self.format = plan, format
+        if format not in FORMATS:
+            raise UserError(f"cache-format must be one of {', '.join(FORMATS)}, not {shown(format)}")
         if budget is not None:
             if not policy.bounded:
                 raise UserError(f"policy {policy.name} keeps every token and takes no budget, not {shown(budget)}")
@@ -142,13 +146,13 @@ class Sizing:
         caps = self.caps(-(-length // self.unit) * self.unit)
         return [min(slots, cap) for slots, cap in zip(self.given, caps, strict=True)]
 
-    def slot_bytes(self) -> int:
-        """K and V of one slot of one layer, in one row."""
-        return 2 * self.config.n_kv_heads * self.config.head_dim * self.dtype.itemsize
+    def slot_bytes(self, format: str | None = None) -> int:
+        """K and V of one slot of one layer, in one row, in this format or in the cache's own."""
+        return self.config.n_kv_heads * slot_bytes(format or self.format, self.dtype, self.config.head_dim)
 
     def full_bytes(self, length: int) -> int:
-        """K and V of a full cache, in one row."""
-        return self.slot_bytes() * sum(self.caps(length))
+        """K and V of a full cache as the model has them, in one row: what a small cache is compared with."""
+        return self.slot_bytes("dense") * sum(self.caps(length))
 
     def needs(self, length: int, longest_prompt: int | None = None, apart: bool = False) -> Needs:
         """Bytes of rows of `length` tokens, before anything is allocated.
@@ -176,7 +180,7 @@ class Sizing:
         if not apart and self.plan(length) is None:
             waiting = self.layer_policy.most_waiting(budget_slots, caps, self.policy.floor)
             scoring = type(self.policy).score_prompt is not TokenPolicy.score_prompt
-            held += groups * 2 * item * max(0, waiting - slots)
+            held += self.slot_bytes() * max(0, waiting - slots)
             held += c.n_kv_heads * (8 * waiting + wide * scoring * prompt * len(caps))  # positions and scores
         # Of one row in a step: the logits with what sampling sorts, and one layer's scores and probabilities.
         step = c.vocab_size * (item + 5 * wide) + 4 * wide * c.n_heads * max(caps)

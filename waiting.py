@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kvcache import Memory, Prompt
+from kvcache import KVCache, Memory, Prompt
 
 
 class NotFinite(Exception):
@@ -34,13 +34,19 @@ def mean_finite(evidence: Tensor) -> Tensor:
 class Waiting:
     """lengths [R] of the prompts; bounds(evidence so far) are the most slots that each of these layers can get.
 
-    `memory` holds arenas k and v, large enough for the plan of R rows. It may be larger: all of it is used.
+    `memory` holds the arenas of `cache`, which is large enough for the plan of R rows. It may be larger: all of it is
+    used.
     """
 
     def __init__(
-        self, memory: Memory, lengths: Tensor, policies: Sequence[Any], bounds: Callable[[list[Any]], list[int]]
+        self,
+        cache: KVCache,
+        memory: Memory,
+        lengths: Tensor,
+        policies: Sequence[Any],
+        bounds: Callable[[list[Any]], list[int]],
     ):
-        self.k, self.v = memory.whole("k"), memory.whole("v")
+        self.arenas, self.format = [memory.whole(name) for name in cache.kv], cache.format
         self.lengths, self.policies, self.upper_bounds = lengths, policies, bounds
         self.evidence: list[Any] = []  # of each layer, the mean over the prompts
         self.prompts: list[Prompt] = []
@@ -48,26 +54,28 @@ class Waiting:
         self.starts: list[int | None] = []  # of the regions, in slots; None: outside
 
     def keep(self, layer: int, evidence: Tensor, prompt: Prompt) -> None:
-        """Take in the next layer: the evidence of it [R, ...], and its prompt [R, K, S, D]."""
+        """Take in the next layer: the evidence of it [R, ...], and its prompt."""
         mean = mean_finite(evidence).tolist()  # the layer's one wait for the device, but for what cutting needs
         if not all(map(math.isfinite, mean if isinstance(mean, list) else [mean])):
             raise NotFinite
+        prompt.encode(self.format)
         self.evidence.append(mean)
         bounds = self.upper_bounds(self.evidence)
         self.prompts.append(prompt)
         self.bounds.append(bounds[-1])
         self.starts.append(None)
-        slot = prompt.k.numel() // prompt.k.shape[2]  # elements of one slot in all rows and heads
-        if sum(self.bounds) * slot > len(self.k):  # else the others stay as they are
+        units = [part.numel() // prompt.size for part in prompt.stored.parts()]  # numbers of one slot of all rows
+        room = min(len(arena) // unit for arena, unit in zip(self.arenas, units, strict=True))
+        if sum(self.bounds) > room:  # else the others stay as they are
             self.bounds = list(map(min, self.bounds, bounds))
         start = 0
         for i, (prompt, policy, slots) in enumerate(zip(self.prompts, self.policies, self.bounds, strict=False)):
-            if cut := slots < prompt.k.shape[2]:  # into tensors of its own
+            if cut := slots < prompt.size:  # into tensors of its own
                 prompt.cut(policy.select(self.lengths, prompt.length, slots, prompt.scores))
-            first, last = start * slot, start * slot + prompt.k.numel()
-            if last <= len(self.k) and (cut or start != self.starts[i]):
+            last = start + prompt.size
+            if last <= room and (cut or start != self.starts[i]):
                 if not cut and self.starts[i] is not None:  # the old place and the new one may overlap
                     prompt.lift()
-                prompt.put(self.k[first:last], self.v[first:last])
+                prompt.put([arena[start * n : last * n] for arena, n in zip(self.arenas, units, strict=True)])
                 self.starts[i] = start
             start += slots

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-import kvcache
 from benchmark.roofline import copy_rate
 from benchmark.timing import attempt, seconds
 from config import ModelConfig
+from kvcache import LayerCache, Stored
 
 SLOTS = {"cpu": (128, 1024), "cuda": (1024, 8192)}
 
@@ -39,7 +39,7 @@ def bmm(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
-    return kvcache.attend(q, k, v, valid, k.shape[-1] ** -0.5)[0]
+    return LayerCache(Stored(k, v)).attend(q, valid, k.shape[-1] ** -0.5)[0]
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ class Batch:
         self.prompts: list[tuple[Prompt, Tensor, Tensor, list[Tensor | None]]] = []
 
         def keep(layer: int, _: Tensor | None, prompt: Prompt) -> None:
-            raw = prompt.k[:, :, : looking[layer].sinks].clone()
+            raw = prompt.stored.k[:, :, : looking[layer].sinks].clone()
             self.prompts.append((prompt, raw, *looking[layer].joined()))
 
         self.logits, _ = engines[0]._prefill(padded, self.lengths, self.rotary, looking, keep, measures)
@@ -187,8 +187,9 @@ class Batch:
         decoder, _ = engine._decoder(plan, policies, greedy, (), Memory())
         for layer, (prompt, raw, turned, scores) in enumerate(self.prompts):
             sinks = policies[layer].sinks
-            prompt.k[:, :, : raw.shape[2]] = torch.cat((raw[:, :, :sinks], turned[:, :, sinks:]), dim=2)
-            own = Prompt(prompt.k, prompt.v, scores[number])
+            k, v = prompt.stored[:2]
+            k[:, :, : raw.shape[2]] = torch.cat((raw[:, :, :sinks], turned[:, :, sinks:]), dim=2)
+            own = Prompt(k, v, scores[number])
             decoder.keeper(rows, self.lengths)(layer, None, own)
         decoder.begin(rows, self.lengths, self.logits, greedy, self.rotary)
         return decoder

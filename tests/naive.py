@@ -23,6 +23,7 @@ class Entry:
     received: list[float] = field(default_factory=list)  # from each query since its own, summed over the group's heads
     missed: list[float] = field(default_factory=list)  # the error that its loss alone would have made for each query
     latest: float = 0.0  # from the latest query, summed over all heads of the layer
+    turned: Tensor | None = None  # an int8 cache: the key as it is stored, rotated to its position
 
 
 def victim(entries: list[Entry], policy: str, slots: int, newest: int, sinks: int) -> Entry:
@@ -54,6 +55,12 @@ def scores_of_prompt(entries: list[Entry], policy: str, recent: int, keys: Tenso
     return [sum(last[i : i + 5]) / 5 for i in range(len(entries))]
 
 
+def int8(x: Tensor) -> Tensor:
+    """x [D] as a slot of 8 bits gives it back: whole numbers times a scale of 16 bits."""
+    scale = (max(x.abs().tolist()) / 127 * torch.ones(())).bfloat16().item()
+    return torch.tensor([min(max(round(number / scale), -127), 127) * scale for number in x.tolist()], dtype=x.dtype)
+
+
 def rotate(x: Tensor, position: Tensor, frequencies: Tensor, scale: float = 1.0) -> Tensor:
     """x [..., D] at positions [...]"""
     half = len(frequencies)
@@ -71,9 +78,17 @@ class NaiveCache:
     """
 
     def __init__(
-        self, model: Transformer, policy: str, plan: list[int], sinks: int = 4, length: int = 10**9, recent: int = 64
+        self,
+        model: Transformer,
+        policy: str,
+        plan: list[int],
+        sinks: int = 4,
+        length: int = 10**9,
+        recent: int = 64,
+        int8: bool = False,
     ):
         self.model, self.sinks, self.recent, self.scored = model, sinks, recent, policy in EVICTING
+        self.int8, self.storing = int8, False  # the prompt is read in full precision, and stored at its end
         c = model.config
         self.windows = [c.window(layer) or length for layer in range(c.n_layers)]
         windowed = [window < length for window in self.windows]
@@ -94,7 +109,20 @@ class NaiveCache:
                 if policy in FROZEN:
                     self.doomed[layer][head] = self._freeze(entries, layer)
         self._shrink()
+        if self.int8:
+            self.storing = True
+            for layer, lists in enumerate(self.lists):
+                for entry in (entry for entries in lists for entry in entries):
+                    self._store(entry, layer)
         return logits
+
+    def _store(self, entry: Entry, layer: int) -> None:
+        entry.v = int8(entry.v)
+        if self.policies[layer] == "streaming" and entry.position < self.sinks:
+            entry.k = int8(entry.k)
+        else:
+            place, scale = torch.tensor(entry.position), self.model.layers[layer].attention.rope_scale
+            entry.turned = int8(rotate(entry.k, place, self.rotary[layer], scale))
 
     def append(self, ids: list[int], chunk: int) -> Tensor:
         """A later turn: policies that score evict at the end of each chunk, the others with each token."""
@@ -145,14 +173,22 @@ class NaiveCache:
                     entries.remove(victim(entries, policy, slots, t, self.sinks))
                 entries.append(Entry(t, k[kv_head], v[kv_head]))
                 inside = policy == "streaming" and evicting
-                places = torch.tensor([i if inside else entry.position for i, entry in enumerate(entries)])
+                if self.storing:  # what is stored rotated stays so; then the sinks move towards it
+                    self._store(entries[-1], layer)
+                    gap = max(0, t + 1 - slots) * inside
+                    places = torch.tensor([entry.position + gap * (entry.turned is None) for entry in entries])
+                else:
+                    places = torch.tensor([i if inside else entry.position for i, entry in enumerate(entries)])
                 keys = rotate(torch.stack([entry.k for entry in entries]), places, frequencies, scale)
+                keys = [key if entry.turned is None else entry.turned for key, entry in zip(keys, entries, strict=True)]
+                keys = torch.stack(keys)
                 values = torch.stack([entry.v for entry in entries])
                 for entry in entries:
                     entry.received.append(0.0)
                     entry.missed.append(0.0)
                 for query in q.view(len(k), -1, q.shape[-1])[kv_head]:
-                    scores = keys @ rotate(query, places[-1], frequencies, scale) * attention.scale
+                    place = torch.tensor(t) if self.storing else places[-1]
+                    scores = keys @ rotate(query, place, frequencies, scale) * attention.scale
                     if attention.softcap:
                         scores = attention.softcap * (scores / attention.softcap).tanh()
                     probs = scores.softmax(0)

@@ -14,12 +14,11 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-import kvcache
-import model as model_file
 from benchmark import attention, roofline, subjects
 from benchmark.timing import Run, attempt, race
 from config import ModelConfig
 from engine import Engine
+from kvcache import LayerCache
 from model import Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,11 +86,13 @@ def test_bytes_of_a_step_are_weights_and_filled_slots(tiny):
 def test_filled_slots_are_those_that_attention_is_told(tiny, monkeypatch):
     told = []
 
-    def attend(q, k, v, valid, *rest):
-        told.append(min(int(valid[0]), k.shape[2]))
-        return kvcache.attend(q, k, v, valid, *rest)
+    attend = LayerCache.attend
 
-    monkeypatch.setattr(model_file, "attend", attend)
+    def telling(layer, q, valid, *rest):
+        told.append(min(int(valid[0]), layer.slots))
+        return attend(layer, q, valid, *rest)
+
+    monkeypatch.setattr(LayerCache, "attend", telling)
     plan = [6, 9, 12, 40]
     bench.ours(Engine(tiny.model, "window", plan=plan), tiny.prompts(1, 7), 6)
     assert len(told) == 5 * len(plan) and roofline.valid_slots(plan, 7, 6) == sum(told) / 5

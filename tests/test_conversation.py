@@ -7,6 +7,7 @@ from naive import NaiveCache
 
 import decoder as decoder_module
 from engine import Engine, Request
+from kvcache import FORMATS
 from policies.tokens import TOKEN_POLICIES, make
 from sampling import Sampling
 
@@ -26,17 +27,19 @@ def say(conversation, ids: list[int], new: int = 6, **options) -> list[int]:
 
 
 CUTS = [("plain", 1), ("plain", 64), *((shape, 5) for shape in SHAPES)]  # chunks of so many tokens
+CUTS = [(*cut, format) for cut in CUTS for format in FORMATS]
 
 
-@pytest.mark.parametrize("cut", quick(("plain", 5), ("window", 5), of=CUTS), ids=str)
+@pytest.mark.parametrize("cut", quick(("plain", 5, "dense"), ("window", 5, "int8"), of=CUTS), ids=str)
 @pytest.mark.parametrize("policy", BOUNDED)
 def test_turns_equal_the_naive_cache(policy, cut, monkeypatch):
     """Chunks shorter and longer than layers and windows; a first turn of one token, so that sinks come in late."""
-    shape, chunk = cut
+    shape, chunk, form = cut
     monkeypatch.setattr(decoder_module, "APPEND_CHUNK", chunk)
     model = random_model(**SHAPES[shape])
-    decoder, _ = Engine(model, policy, plan=PLAN)._start([Request(TURNS[0], 1)], length=4096, endless=True)
-    naive = NaiveCache(model, policy, decoder.cache.plan)
+    engine = Engine(model, policy, plan=PLAN, cache_format=form)
+    decoder, _ = engine._start([Request(TURNS[0], 1)], length=4096, endless=True)
+    naive = NaiveCache(model, policy, decoder.cache.plan, int8=form == "int8")
     naive.prompt(TURNS[0])
     with torch.inference_mode():
         for turn in TURNS[1:4]:
@@ -56,8 +59,8 @@ def test_chunks_equal_single_steps(model, policy):
             steps.tokens.fill_(token)
             torch.testing.assert_close(model.logits(x[:, place]), steps.logits())
         for one, other in zip(chunks.cache.layers, steps.cache.layers, strict=True):
-            torch.testing.assert_close(one.k, other.k)
-            torch.testing.assert_close(one.v, other.v)
+            for own, others in zip(one.parts(), other.parts(), strict=True):
+                torch.testing.assert_close(own, others)
 
 
 @pytest.mark.parametrize("policy", TOKEN_POLICIES)

@@ -12,6 +12,7 @@ from decoder import Store
 from engine import Engine, Request
 from policies.tokens import TOKEN_POLICIES
 from sampling import GREEDY, Sampling
+from sizing import CAPTURED_LENGTHS
 
 PLAN, OTHER = [7, 12, 30, 9], [14, 8, 10, 26]
 SAMPLED = Sampling(temperature=0.9, top_k=20, top_p=0.9, seed=3)
@@ -43,7 +44,7 @@ class StandIn:
 
     def __init__(self, engine: Engine):
         self.captures, self.replays, self.engine = 0, 0, engine
-        engine.code.capture = self
+        engine.code.capture, engine.sizing.unit = self, CAPTURED_LENGTHS
 
     def __call__(self, step):
         self.captures += 1
@@ -64,7 +65,7 @@ def engine_of(model, policy: str = "h2o", captured: bool = True, **options) -> t
     engine = Engine(model, policy, **options)
     graphs = StandIn(engine)
     if not captured:
-        engine.code.capture = None
+        engine.code.capture, engine.sizing.unit = None, 1
     return engine, graphs
 
 

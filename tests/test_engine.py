@@ -9,7 +9,7 @@ from naive import FROZEN, NaiveCache
 
 from decoder import Decoder
 from engine import Engine, Request
-from kvcache import KVCache
+from kvcache import FORMATS, KVCache
 from policies.tokens import TOKEN_POLICIES, make
 from sampling import GREEDY, Sampler, Sampling
 
@@ -44,10 +44,11 @@ def recomputed(model, ids: list[int], new: int) -> list[int]:
 
 @pytest.mark.parametrize("prompt", quick(10, 41, of=PROMPTS.values()), ids=PROMPTS)
 @pytest.mark.parametrize("policy", BOUNDED)
-def test_equals_naive_eviction(model, policy, prompt):
+@pytest.mark.parametrize("form", FORMATS)
+def test_equals_naive_eviction(model, policy, prompt, form):
     ids, following = random_ids(prompt), random_ids(NEW, seed=3)
-    got = teacher_forced(Engine(model, policy, plan=PLAN), ids, following)
-    naive = NaiveCache(model, policy, PLAN)
+    got = teacher_forced(Engine(model, policy, plan=PLAN, cache_format=form), ids, following)
+    naive = NaiveCache(model, policy, PLAN, int8=form == "int8")
     want = torch.stack([naive.prompt(ids), *(naive.feed(token) for token in following)])
     torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
 

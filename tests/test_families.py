@@ -15,6 +15,7 @@ from torch import Tensor
 import checkpoint
 from config import ModelConfig
 from engine import Engine, Request
+from kvcache import FORMATS
 from model import Transformer
 from policies.layers import LAYER_POLICIES
 from policies.tokens import TOKEN_POLICIES
@@ -219,14 +220,15 @@ def test_bf16_error(case: Case, folder, theirs):
     assert 0 < error <= 1.5 * accepted
 
 
+@pytest.mark.parametrize("form", quick("dense", of=FORMATS))
 @each_policy([*FAMILIES, BY_NAME["phi3-short"], BY_NAME["falcon-grouped"]])
-def test_few_slots_equal_naive_eviction(case: Case, policy: str, folder):
+def test_few_slots_equal_naive_eviction(case: Case, policy: str, form: str, folder):
     """Under the family's own windows, scales and positions; prompt and cache longer than some windows."""
     model = checkpoint.load(folder(case), dtype="float64")[0]
     ids = IDS[0, : PROMPT + 12].tolist()
     plan = [8, 13, 9, 30][: model.config.n_layers]
-    got = teacher_forced(Engine(model, policy, plan=plan), ids[:PROMPT], ids[PROMPT:])
-    naive = NaiveCache(model, policy, plan, length=len(ids) + 1)
+    got = teacher_forced(Engine(model, policy, plan=plan, cache_format=form), ids[:PROMPT], ids[PROMPT:])
+    naive = NaiveCache(model, policy, plan, length=len(ids) + 1, int8=form == "int8")
     want = torch.stack([naive.prompt(ids[:PROMPT]), *(naive.feed(token) for token in ids[PROMPT:])])
     torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
 

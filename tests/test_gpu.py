@@ -12,7 +12,7 @@ from test_prefill import DEEP, LONG, ORDERS, SHARE, P, all_at_once, signals
 
 import generate
 from engine import Engine, Request
-from kvcache import attend
+from kvcache import LayerCache, Stored
 from policies.layers.squeeze import Squeeze
 from sampling import GREEDY, Sampling
 
@@ -210,7 +210,7 @@ def test_split_kv_equals_its_plain_twin(shape, dtype):
     k, v = torch.randn(2, batch, kv_heads, slots, dim, dtype=dtype, device="cuda")
     valid = 1 + torch.randint(slots + 20, (batch,), device="cuda")
     got, shares = split_kv.split_kv(q, k, v, valid, dim**-0.5)
-    want, probs = attend(q.double(), k.double(), v.double(), valid, dim**-0.5)
+    want, probs = LayerCache(Stored(k.double(), v.double())).attend(q.double(), valid, dim**-0.5)
     error = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(got.double(), want, rtol=0, atol=error)
     torch.testing.assert_close(shares.double(), probs, rtol=0, atol=error)

@@ -53,7 +53,7 @@ def cuts():
     counted, cut = [], Prompt.cut
 
     def counting(self, positions):
-        counted.append(self.k.shape[2] - positions.shape[2])
+        counted.append(self.size - positions.shape[2])
         cut(self, positions)
 
     with patch.object(Prompt, "cut", counting):
@@ -72,7 +72,7 @@ def cached(engine: Engine, requests: list[Request]) -> tuple:
     held = []
     for layer in decoder.cache.layers:
         for row, seen in enumerate(decoder.seen.tolist()):
-            held += [part[row, :, :seen].tolist() for part in layer if part is not None]
+            held += [part[row, :, :seen].tolist() for part in layer.parts()]
     return figures.plan, figures.importance, decoder.tokens.tolist(), held
 
 
@@ -177,12 +177,12 @@ class Ledger:
 
         def entering_gather(prompt, positions):
             parts = gather(prompt, positions)
-            self.enter(*parts)
+            self.enter(*parts.parts())
             return parts
 
         def entering_lift(prompt):
             lift(prompt)
-            self.enter(prompt.k, prompt.v)
+            self.enter(*prompt.stored[:2])
 
         def entering_arena(memory, name, *arguments):
             made = arena(memory, name, *arguments)

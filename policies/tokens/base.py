@@ -55,7 +55,7 @@ class TokenPolicy:
 
     def slot(self, seen: Tensor, layer) -> Tensor:
         """The slot [B, 1 or K] that the token at position `seen` takes in `layer`; the victim's once it is full."""
-        return self.place(seen, layer.k.shape[2])[:, None]
+        return self.place(seen, layer.slots)[:, None]
 
     def select(self, lengths: Tensor, length: int, slots: int, scores: Tensor | None) -> Tensor:
         """Which prompt position goes into each slot: [B, 1 or K, n], n the same for all rows.
@@ -76,7 +76,7 @@ class TokenPolicy:
         Among the layer's N slots and then these tokens themselves. Here: what each would find if they came one by one,
         every one overwriting what is in its place.
         """
-        slots, index = layer.k.shape[2], torch.arange(count, device=seen.device)
+        slots, index = layer.slots, torch.arange(count, device=seen.device)
         place = self.place(seen[:, None] + index, slots)
         # Until when a slot keeps what is in it now: the first newcomer that takes it. So too for the newcomers.
         taken = place.new_full((len(seen), slots), count).scatter_reduce_(1, place, index.expand_as(place), "amin")
@@ -91,7 +91,7 @@ class TokenPolicy:
 
         probs [B, K, G, count, N + count]: what those tokens attended to. Here: the last one in each place.
         """
-        slots, count = layer.k.shape[2], probs.shape[3]
+        slots, count = layer.slots, probs.shape[3]
         index = torch.arange(count, device=seen.device)
         place = self.place(seen[:, None] + index, slots)
         source = torch.arange(slots, device=seen.device).repeat(len(seen), 1)

@@ -44,7 +44,7 @@ class Evicting(TokenPolicy):
         return highest(rank, lengths, slots)
 
     def slot(self, seen: Tensor, layer) -> Tensor:
-        slots = layer.k.shape[2]
+        slots = layer.slots
         now = seen[:, None, None]
         rank = self.rank(layer.score, now - layer.position)
         rank = rank.masked_fill(layer.position > now - self.recent(slots), float("inf"))
@@ -65,18 +65,18 @@ class Evicting(TokenPolicy):
         """Everything there is, and each other: eviction waits until all `count` tokens are in."""
         index = torch.arange(count, device=seen.device)
         query = index[:, None]
-        slots = torch.arange(layer.k.shape[2], device=seen.device)
-        old = (slots < seen[:, None])[:, None, None].expand(*layer.k.shape[:2], count, -1)
-        new = (index <= query).expand(*layer.k.shape[:2], -1, -1)
+        slots = torch.arange(layer.slots, device=seen.device)
+        old = (slots < seen[:, None])[:, None, None].expand(*layer.score.shape[:2], count, -1)
+        new = (index <= query).expand(*layer.score.shape[:2], -1, -1)
         if self.window is not None:
             old = old & (layer.position[:, :, None] > seen[:, None, None, None] + query - self.window)
             new = new & (index > query - self.window)
         return torch.cat((old, new), dim=3)
 
     def absorb(self, layer, seen: Tensor, probs: Tensor) -> Tensor:
-        count, slots = probs.shape[3], layer.k.shape[2]
+        count, slots = probs.shape[3], layer.slots
         index = torch.arange(slots + count, device=seen.device)
-        new = (seen[:, None] + index[:count])[:, None].expand(-1, layer.k.shape[1], -1)
+        new = (seen[:, None] + index[:count])[:, None].expand(-1, layer.score.shape[1], -1)
         position = torch.cat((layer.position, new), dim=2)
         score = self.rescored(torch.cat((layer.score, torch.zeros_like(new, dtype=layer.score.dtype)), dim=2), probs)
         end = (seen + count)[:, None, None]
