@@ -53,6 +53,7 @@ from files import (
     read_stream,
     write_json,
 )
+from kvcache import FORMATS
 from memory import size
 from policies import layers as layer_policies
 from policies import tokens as token_policies
@@ -107,6 +108,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--budget", type=number, help="slots per layer, or the share of prompt + new tokens in (0, 1]")
     add("--p", type=float, help="squeeze, mix: share of the budget that unimportant layers keep, in (0, 1]")
     add("--sinks", type=int, help="streaming: how many first tokens stay for good (default: 4)")
+    add("--cache-format", choices=FORMATS, default="dense", help="numbers in slots: the model's (default) or of 8 bits")
     add("--plan", metavar="FILE", help="slots per layer from a file (a JSON list, or what --save-plan or --json wrote)")
     add("--save-plan", metavar="FILE", help="write the plan that was used")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -153,9 +155,10 @@ def run(args: argparse.Namespace) -> int:
     def load(plan: list[int] | None = plan) -> Engine:
         model, _ = checkpoint.load(folder, device, args.dtype)
         compiled = args.compile if args.compile is not None else device.type == "cuda"
-        return Engine(model, policy, layers, args.budget, plan, compiled)
+        return Engine(model, policy, layers, args.budget, plan, compiled, args.cache_format)
 
-    dry = Engine(checkpoint.skeleton(folder, args.dtype), policy, layers, args.budget, plan)
+    skeleton = checkpoint.skeleton(folder, args.dtype)
+    dry = Engine(skeleton, policy, layers, args.budget, plan, cache_format=args.cache_format)
     if args.input is not None:
         default = Request((), args.max_new_tokens, sampling, eos_ids)
         job = Job(
@@ -220,7 +223,7 @@ def asked(args: argparse.Namespace, folder: Path, plan: list[int] | None, dry: E
     go on with a smaller one.
     """
     names = """policy layers squeeze budget p sinks max_length max_new_tokens temperature top_k top_p seed stop
-    ignore_eos chat rendered system device compile""".split()
+    ignore_eos chat rendered system device compile cache_format""".split()
     settings = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
     dtype = str(dry.model.dtype).removeprefix("torch.")
     return {"--checkpoint": str(folder.resolve()), **settings, "--plan": plan, "--dtype": dtype}
@@ -656,7 +659,8 @@ def summary(engine: Engine, completion: Completion) -> list[str]:
         f"cache    {engine.policy.name} x {engine.layer_policy.name}, {figures.budget_slots} slots per layer{chosen} "
         f"for {len(request.ids)} + {request.max_new_tokens} tokens",
         f"KV       {size(figures.kv_bytes)} of {size(figures.kv_bytes_full)} "
-        f"({figures.kv_bytes / figures.kv_bytes_full:.0%} of the full cache), policy state {size(figures.state_bytes)}",
+        f"({figures.kv_bytes / figures.kv_bytes_full:.0%} of the full cache), {engine.sizing.format}, "
+        f"policy state {size(figures.state_bytes)}",
         f"prefill  {figures.prefill_tokens / figures.prefill_s:,.0f} tokens/s ({figures.prefill_s:.3f} s)",
         f"decode   {decode}" + (f", compiled in {figures.compile_s:.1f} s" if figures.compile_s else ""),
     ]

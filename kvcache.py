@@ -46,10 +46,15 @@ class Stored(NamedTuple):
 
 
 def encoded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., D] -> int8 [..., D] and its scale [...]."""
-    scale = (x.abs().amax(-1) / 127).to(SCALE)
-    whole = (x / scale.to(x.dtype)[..., None]).nan_to_num(0).round().clamp(-127, 127)
-    return whole.to(torch.int8), scale
+    """x [..., D] -> int8 [..., D] and its scale [...].
+
+    The scale is rounded to bfloat16 in its bits: a cast there and back is left out where code is compiled.
+    """
+    bits = (x.abs().amax(-1).float() / 127).view(torch.int32)
+    scale = ((bits + 0x8000) & -0x10000).view(torch.float32)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    whole = (x.to(wide) / scale.to(wide)[..., None]).nan_to_num(0).round().clamp(-127, 127)
+    return whole.to(torch.int8), scale.to(SCALE)
 
 
 class LayerCache(NamedTuple):

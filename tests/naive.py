@@ -57,7 +57,7 @@ def scores_of_prompt(entries: list[Entry], policy: str, recent: int, keys: Tenso
 
 def int8(x: Tensor) -> Tensor:
     """x [D] as a slot of 8 bits gives it back: whole numbers times a scale of 16 bits."""
-    scale = (max(x.abs().tolist()) / 127 * torch.ones(())).bfloat16().item()
+    scale = torch.tensor(max(x.abs().tolist()) / 127).bfloat16().item()
     return torch.tensor([min(max(round(number / scale), -127), 127) * scale for number in x.tolist()], dtype=x.dtype)
 
 

@@ -199,6 +199,15 @@ def test_a_step_asks_the_device_nothing(policy, shape, sampling):
         decoder.seen.tolist()
 
 
+@pytest.mark.parametrize("policy", quick("streaming", "h2o", of=TOKEN_POLICIES))
+def test_compiled_equals_eager_in_8_bits(policy):
+    model, ids, following = random_model(torch.float32), random_ids(41), random_ids(NEW, seed=3)
+    plan = None if policy == "full" else PLAN
+    engines = [Engine(model, policy, plan=plan, compile=compiled, cache_format="int8") for compiled in (False, True)]
+    one, other = (teacher_forced(engine, ids, following) for engine in engines)
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
 def test_two_engines_alternate(model):
     ids, other = random_ids(20), random_model(seed=9, n_layers=3)
     alone = [run(Engine(model, "h2o", plan=PLAN), ids), run(Engine(other, "streaming", budget=9), ids)]

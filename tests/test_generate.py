@@ -69,6 +69,15 @@ def test_squeeze_json(capsys, tmp_path):
     assert run_json(capsys, "--policy", policy, "--plan", written, *args)["tokens"] == result["tokens"]
 
 
+def test_a_cache_of_8_bits(capsys):
+    """A quarter of the bytes, and 2 for each of K and V of a slot and head."""
+    args = ("--prompt-ids", IDS, "--max-new-tokens", 16, "--policy", "h2o", "--budget", 0.3)
+    dense, small = (run_json(capsys, *args, "--cache-format", form) for form in ("dense", "int8"))
+    assert small["kv_bytes"] == dense["kv_bytes"] * (32 + 2) // (32 * 4) and small["plan"] == dense["plan"]
+    assert small["kv_bytes_full"] == dense["kv_bytes_full"]
+    assert "cache-format" in refused(capsys, "--cache-format", "int4")
+
+
 def test_enough_slots_equal_full(capsys):
     args = ("--prompt-ids", IDS, "--max-new-tokens", 16)
     full = run_json(capsys, *args)
