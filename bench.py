@@ -47,6 +47,7 @@ from benchmark import attention, roofline
 from benchmark.record import check_picture, check_stages, origin
 from benchmark.subjects import SHAPES, Subject, make, published
 from benchmark.timing import OUT_OF_MEMORY, Run, attempt, peak_bytes, race, reset_peak, seconds, synchronise
+from bound import Bound
 from checkpoint import EMBEDDED
 from commandline import Parser, guarded, positive
 from config import ModelConfig
@@ -54,7 +55,7 @@ from decoder import Store
 from engine import Completion, Engine, Request
 from errors import UserError, cut, place, shown
 from files import check_apart, check_output, parse_json, read_bytes, write_json, write_whole
-from graphs import Bound, CudaGraphs, compiled, compiled_graphs
+from graphs import CudaGraphs, compiled, compiled_graphs
 from kvcache import KVCache, LayerCache
 from memory import explained
 from model import Block, Transformer

@@ -20,6 +20,7 @@ FLOORS = {
     "decoder": 2,
     "sizing": 1.5,
     "graphs": 1.5,
+    "bound": 0,
     "chat": 1,
     "model": 1,
     "waiting": 1,
