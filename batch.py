@@ -231,8 +231,8 @@ class Job:
         if self.state:
             now = {**self.asked, "the input's sha256": survey.digest}
             was = {**self.state["asked"], "the input's sha256": self.state["input"]}
-            if other := [name for name in now if was.get(name) != now[name]]:
-                texts = "; ".join(f"{name} was {shown(was.get(name))} and is {shown(now[name])}" for name in other)
+            if other := [name for name in now | was if was.get(name) != now.get(name)]:
+                texts = "; ".join(f"{name} was {shown(was.get(name))} and is {shown(now.get(name))}" for name in other)
                 raise UserError(f"{place(self.output)} is of another job: {texts}")
         return survey
 

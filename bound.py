@@ -39,7 +39,8 @@ class Bound:
     def __call__(self, x: Tensor) -> Tensor:
         if self.code:
             return self.code([*self.before, x, *self.after])[0]
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT), _heard() as calls:
+        limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+        with torch._dynamo.config.patch(recompile_limit=limit), _heard() as calls:
             out = self.function(self.first, x, *self.rest)
         if len(calls) == 1:
             [(code, inputs, outputs)] = calls

@@ -116,3 +116,18 @@ def complain(program: str, error: Exception | str) -> None:
     if len(text) > LONGEST_LINE:  # the beginning names the place, the end says what to do
         text = f"{text[:400]} ... {text[-150:]}"
     tqdm.write(f"{program}: error: {text}", file=sys.stderr)
+
+
+@contextmanager
+def compiling(way: str = "--no-compile does without") -> Iterator[None]:
+    """UserError if torch.compile finds no compiler that works."""
+    try:
+        yield
+    except RuntimeError as error:
+        causes = [error, error.__cause__, error.__context__, getattr(error, "inner_exception", None)]
+        if not any(type(cause).__name__ in NO_COMPILER for cause in causes):
+            raise
+        raise UserError(f"torch.compile failed, {way}: {reason(error)}") from error
+
+
+NO_COMPILER = "InvalidCxxCompiler CppCompileError TritonMissing GPUTooOldForTriton".split()  # torch._inductor.exc

@@ -40,7 +40,7 @@ import checkpoint
 import tokenizer as tokenizers
 from benchmark.record import origin, portable
 from checkpoint import EMBEDDED
-from commandline import Parser, guarded, number
+from commandline import Parser, compiling, guarded, number
 from errors import UserError, cut, optional, place, shown
 from evaluation import standard, summary, texts, tiny_data
 from evaluation.cells import Cell, grid
@@ -84,6 +84,7 @@ NO_SETTINGS = (
     "tasks",
     "p_given",
     "beside",
+    "compile",
 )  # may change on --resume
 SUITES = {
     None: {"tasks": ["fidelity", "recall"]},
@@ -190,7 +191,8 @@ def evaluate(args: argparse.Namespace) -> int:
     needed = {task.name: summary.needed(task) for task in tasks}
     log = Log(args.out / RESULTS, settings, args.resume, needed, config.n_layers)
     try:
-        with explained(lambda: "out of memory; use a smaller --batch or --dtype, or shorter prompts; --resume goes on"):
+        out_of_memory = "out of memory; use a smaller --batch or --dtype, or shorter prompts; --resume goes on"
+        with explained(lambda: out_of_memory), compiling("leave out --compile"):
             run(model, tasks, cells, log, args.batch, args.compile)
     finally:
         log.close()
@@ -266,9 +268,11 @@ def harness(args: argparse.Namespace, cells: list[Cell], tokenizer: tokenizers.T
     folder = checkpoint.resolve(args.checkpoint)
     model, _ = checkpoint.load(folder, args.device, args.dtype)
     for cell in cells:
-        lm = EngineLM(model, tokenizer, tokenizers.eos_ids(folder), cell, args.batch)
+        lm = EngineLM(model, tokenizer, tokenizers.eos_ids(folder), cell, args.batch, args.compile)
         print(cell)
-        print(utils.make_table(lm_eval.simple_evaluate(model=lm, tasks=args.lm_eval, limit=args.rows)))
+        with compiling("leave out --compile"):
+            found = lm_eval.simple_evaluate(model=lm, tasks=args.lm_eval, limit=args.rows)
+        print(utils.make_table(found))
     return 0
 
 

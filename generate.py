@@ -38,7 +38,7 @@ from batch import Job, Summary
 from checkpoint import EMBEDDED
 from commandline import Parser, guarded, number, positive
 from engine import Completion, Conversation, Engine, Figures, Request, Stream
-from errors import UserError, cut, place, reason, shown
+from errors import UserError, cut, place, shown
 from files import (
     POSITIVE,
     PROMPT_BYTES,
@@ -177,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
     needs = dry.sizing.needs(length)
     if args.max_memory is not None or needs.row > limit:  # the rest is an upper bound, the cache is allocated at once
         needs.check(1, limit)
-    with needs.explained(1, limit), compiling():
+    with needs.explained(1, limit), commandline.compiling():
         engine = load()
         if args.interactive:
             return interact(args, engine.conversation(sampling), turns, eos_ids)
@@ -203,21 +203,6 @@ def check_paths(args: argparse.Namespace, folder: Path) -> None:
     check_apart(outputs, inputs)
 
 
-@contextmanager
-def compiling() -> Iterator[None]:
-    """UserError if torch.compile finds no compiler that works."""
-    try:
-        yield
-    except RuntimeError as error:
-        causes = [error, error.__cause__, error.__context__, getattr(error, "inner_exception", None)]
-        if not any(type(cause).__name__ in NO_COMPILER for cause in causes):
-            raise
-        raise UserError(f"torch.compile failed, --no-compile does without: {reason(error)}") from error
-
-
-NO_COMPILER = "InvalidCxxCompiler CppCompileError TritonMissing GPUTooOldForTriton".split()  # torch._inductor.exc
-
-
 def asked(args: argparse.Namespace, folder: Path, plan: list[int] | None, dry: Engine) -> dict[str, Any]:
     """The settings on which the results of a job depend. Its batch size does not count: who runs out of memory may
     go on with a smaller one.
@@ -225,6 +210,8 @@ def asked(args: argparse.Namespace, folder: Path, plan: list[int] | None, dry: E
     names = """policy layers squeeze budget p sinks max_length max_new_tokens temperature top_k top_p seed stop
     ignore_eos chat rendered system device compile cache_format""".split()
     settings = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
+    if args.cache_format == FORMATS[0]:  # as in job files that know no other
+        del settings["--cache-format"]
     dtype = str(dry.model.dtype).removeprefix("torch.")
     return {"--checkpoint": str(folder.resolve()), **settings, "--plan": plan, "--dtype": dtype}
 
@@ -255,7 +242,7 @@ def run_job(
     file, done = job.begin(survey)
     summary, engine, way = Summary(before=len(done)), dry, f"--resume goes on with what {place(args.output)} holds"
     try:
-        with file, needs.explained(rows, limit), compiling():
+        with file, needs.explained(rows, limit), commandline.compiling():
             if len(done) < survey.count:
                 engine = load(job.state["plan"] if job.state else dry.plan)
                 job.decide(engine, survey, rows, length)
@@ -338,7 +325,7 @@ def save_plan(args: argparse.Namespace, engine: Engine, plan: list[int]) -> None
 
 
 def choose_policies(args: argparse.Namespace) -> tuple[token_policies.TokenPolicy, layer_policies.LayerPolicy]:
-    suits = TALK_POLICY if args.interactive else SQUEEZE_POLICY
+    suits = TALK_POLICY if args.interactive or args.sinks is not None else SQUEEZE_POLICY  # only that one has sinks
     policy = args.policy or (suits if args.squeeze else "full")
     layers = args.layers or (SQUEEZE_LAYERS if args.squeeze else "uniform")
     if args.squeeze and layers.partition(":")[0] != SQUEEZE_LAYERS:
@@ -347,6 +334,8 @@ def choose_policies(args: argparse.Namespace) -> tuple[token_policies.TokenPolic
         raise UserError(f"--squeeze means --layers {SQUEEZE_LAYERS}, which has no p; give --layers squeeze --p instead")
     if args.squeeze and policy == "full":
         raise UserError("--squeeze has nothing to squeeze with --policy full; use another, such as streaming")
+    if args.squeeze:  # for a job, whose results depend on what was chosen
+        args.policy, args.layers = policy, layers
     options = {name: {} if value is None else {name: value} for name, value in (("p", args.p), ("sinks", args.sinks))}
     return token_policies.make(policy, **options["sinks"]), layer_policies.make(layers, **options["p"])
 

@@ -54,4 +54,7 @@ def mix(probs: Tensor, v: Tensor, scale: Tensor | None = None) -> Tensor:
 
 def decoded(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x [..., D], in int8 with its scale [...] -> numbers of `dtype`."""
-    return x if scale is None else x.to(dtype) * scale.to(dtype)[..., None]
+    if scale is None:
+        return x
+    wide = torch.promote_types(dtype, torch.float32)
+    return (x.to(wide) * scale.to(wide)[..., None]).to(dtype)

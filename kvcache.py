@@ -50,8 +50,9 @@ def encoded(x: Tensor) -> tuple[Tensor, Tensor]:
 
     The scale is rounded to bfloat16 in its bits: a cast there and back is left out where code is compiled.
     """
-    bits = (x.abs().amax(-1).float() / 127).view(torch.int32)
-    scale = ((bits + 0x8000) & -0x10000).view(torch.float32)
+    largest = x.abs().amax(-1).float() / 127
+    rounded = ((largest.view(torch.int32) + 0x8000) & -0x10000).view(torch.float32)
+    scale = torch.where(largest.isfinite(), rounded, torch.nan)  # so that what is read is not finite either
     wide = torch.promote_types(x.dtype, torch.float32)
     whole = (x.to(wide) / scale.to(wide)[..., None]).nan_to_num(0).round().clamp(-127, 127)
     return whole.to(torch.int8), scale.to(SCALE)
@@ -259,7 +260,9 @@ class KVCache:
             kept = Stored.of(kept.k, kept.v, self.format)
         for part, own in zip(layer.stored.parts(), kept.parts(), strict=True):
             part[rows, :, :n] = own
-        layer.stored.v[rows, :, n:] = 0  # what an earlier request left: it is masked, but 0 * inf would be NaN
+        for part in (layer.stored.v, layer.stored.v_scale):  # what an earlier request left: it is masked, but 0 * inf
+            if part is not None:  # would be NaN
+                part[rows, :, n:] = 0
         if layer.score is not None:
             positions = positions.expand(*kept.k.shape[:3])
             layer.score[rows, :, :n] = prompt.scores.gather(2, positions)

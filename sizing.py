@@ -174,6 +174,9 @@ class Sizing:
             self.policy.queries, self.layer_policy.queries, PROMPT_CHUNK if c.attention_softcap is not None else 0
         )
         read += 4 * wide * c.n_heads * min(prompt, queries) * prompt
+        if not apart and self.plan(length) is None:
+            rows, sizes = rows_at_once(prompt), (budget_slots, max(caps), self.policy.floor, c.n_heads, c.head_dim)
+            read += wide * self.layer_policy.work(rows, *sizes) // rows
         # Of every prompt meanwhile: the residual stream; the layer's keys and values, and once more while they are
         # joined or cut; what waits for the plan, in the arena and outside.
         held = prompt * item * (c.dim + 4 * groups) + c.vocab_size * (item + wide)
@@ -184,6 +187,9 @@ class Sizing:
             held += c.n_kv_heads * (8 * waiting + wide * scoring * prompt * len(caps))  # positions and scores
         # Of one row in a step: the logits with what sampling sorts, and one layer's scores and probabilities.
         step = c.vocab_size * (item + 5 * wide) + 4 * wide * c.n_heads * max(caps)
+        if self.format != "dense":  # where no generated loop reads them, a layer's keys and values are decoded
+            step += 2 * wide * groups * max(caps)
+            held += 4 * wide * groups * prompt  # and while a prompt is encoded
         return Needs(
             weights=parameters(c) * item,
             row=slots * (self.slot_bytes() + c.n_kv_heads * (wide + 8) * self.policy.scored),

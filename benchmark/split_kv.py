@@ -2,8 +2,8 @@
 
 Flash-decoding (arXiv 2311.01282): each program reads a stretch of one key-value head's slots for all query heads of its
 group, and leaves its part of the sum and the logits; a second kernel puts the parts together and turns the logits into
-shares. How far a row is filled is read on the device, so a captured graph serves any length. `kvcache.attend` is its
-plain twin. A contestant of the stage `attention`: it moves to where the engine can use it if it wins there.
+shares. How far a row is filled is read on the device, so a captured graph serves any length. `LayerCache.attend` is
+its plain twin. A contestant of the stage `attention`: it moves to where the engine can use it if it wins there.
 """
 
 import torch

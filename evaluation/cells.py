@@ -84,7 +84,9 @@ def check(model: Transformer, cell: Cell, ids: Sequence[int], new: int) -> None:
 
 
 def _engine(model: Transformer, cell: Cell, compile: bool = False) -> Engine:
-    return Engine(model, cell.token_policy(), cell.layer_policy(), cell.budget, compile=compile)
+    engine = Engine(model, cell.token_policy(), cell.layer_policy(), cell.budget, compile=compile)
+    engine.code.capture = None  # of each cache only a few steps are run
+    return engine
 
 
 class Looking(TokenPolicy):

@@ -19,10 +19,18 @@ MAX_NEW = 256  # of a request that does not say
 class EngineLM(TemplateLM):
     """`lm_eval.simple_evaluate(model=EngineLM(...), tasks=[...])`."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, eos_ids: frozenset[int], cell: Cell, size: int = 16):
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        eos_ids: frozenset[int],
+        cell: Cell,
+        size: int = 16,
+        compile: bool = False,
+    ):
         super().__init__()
         self.model, self.tokenizer, self.eos_ids, self.cell, self.size = model, tokenizer, eos_ids, cell, size
-        self.limit = model.config.max_positions
+        self.limit, self.compile = model.config.max_positions, compile
 
     @property
     def eot_token_id(self) -> int:
@@ -39,7 +47,7 @@ class EngineLM(TemplateLM):
         for batch in batches(rows, self.size):
             longest = max(len(row.expected) for row in batch)
             ids = torch.tensor([[*row.expected, *[0] * (longest - len(row.expected))] for row in batch])
-            prefilled = Batch(self.model, [self.cell], [row.ids for row in batch], longest)
+            prefilled = Batch(self.model, [self.cell], [row.ids for row in batch], longest, self.compile)
             logits = [prefilled.logits, *prefilled.forced(self.cell, ids[:, :-1])]
             scores = torch.stack(logits, dim=1).float().log_softmax(-1).cpu()
             for row, score in zip(batch, scores, strict=True):
@@ -60,7 +68,7 @@ class EngineLM(TemplateLM):
             own = [n for n, other in enumerate(news) if other == new]
             rows = [Row(n, self.tok_encode(requests[n].args[0])[new - self.limit :], None) for n in own]
             for batch in batches(rows, self.size):
-                prefilled = Batch(self.model, [self.cell], [row.ids for row in batch], new)
+                prefilled = Batch(self.model, [self.cell], [row.ids for row in batch], new, self.compile)
                 for row, tokens in zip(batch, prefilled.greedy(self.cell, self.eos_ids), strict=True):
                     text, until = self.tokenizer.decode(tokens), settings[row.number].get("until", [])
                     for stop in [until] if isinstance(until, str) else until:

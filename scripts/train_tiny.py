@@ -318,7 +318,7 @@ class State:
         self.adam = torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0)
         if self.path.exists():
             saved = torch.load(self.path)
-            self.model.load_state_dict(saved["model"])
+            self.model.load_state_dict(saved["model"], strict=False)  # the head of an older one goes without saying
             self.adam.load_state_dict(saved["adam"])
             self.muon.momentum = saved["muon"]
             self.step, self.tokens, self.spent = saved["step"], saved["tokens"], saved["spent"]

@@ -9,7 +9,8 @@ from naive import FROZEN, NaiveCache
 
 from decoder import Decoder
 from engine import Engine, Request
-from kvcache import FORMATS, KVCache
+from kernels import decoded
+from kvcache import FORMATS, KVCache, encoded
 from policies.tokens import TOKEN_POLICIES, make
 from sampling import GREEDY, Sampler, Sampling
 
@@ -206,6 +207,25 @@ def test_compiled_equals_eager_in_8_bits(policy):
     engines = [Engine(model, policy, plan=plan, compile=compiled, cache_format="int8") for compiled in (False, True)]
     one, other = (teacher_forced(engine, ids, following) for engine in engines)
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_numbers_of_8_bits(dtype):
+    """Half a step off at most, and half a percent for the scale; what is not finite stays so; zeros are zeros."""
+    for size in (1e-5, 0.01, 1.0, 300.0):
+        x = (size * torch.randn(50, 64, dtype=torch.float64)).to(dtype)
+        error = (decoded(*encoded(x), torch.float64) - x).abs()
+        assert (error <= x.abs().amax(-1, keepdim=True).double() * (0.5 / 127 + 0.005)).all()
+        half = (decoded(*encoded(x), dtype) - x).abs().double()
+        assert (half <= error + x.abs().double() * 2 * torch.finfo(dtype).eps + 1e-7).all()
+    for wrong in (torch.nan, torch.inf, -torch.inf):
+        x = torch.ones(2, 4, dtype=dtype)
+        x[0, 1] = wrong
+        whole, scale = encoded(x)
+        assert not decoded(whole, scale, dtype)[0].isfinite().any() and decoded(whole, scale, dtype)[1].isfinite().all()
+    canonical = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    assert decoded(*encoded(canonical), dtype).isnan().all()
+    assert (decoded(*encoded(torch.zeros(2, 4, dtype=dtype)), dtype) == 0).all()
 
 
 def test_two_engines_alternate(model):

@@ -12,7 +12,7 @@ from test_prefill import DEEP, LONG, ORDERS, SHARE, P, all_at_once, signals
 
 import generate
 from engine import Engine, Request
-from kvcache import LayerCache, Stored
+from kvcache import FORMATS, LayerCache, Stored
 from policies.layers.squeeze import Squeeze
 from sampling import GREEDY, Sampling
 
@@ -164,16 +164,17 @@ def test_replayed_equals_eager(policy):
     assert answers[0] == answers[1]
 
 
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_cuda_equals_cpu(policy, compiled):
+def test_cuda_equals_cpu(policy, compiled, form):
     torch._dynamo.reset()
     model = random_model()
     ids, following = random_ids(41), random_ids(40, seed=3)
     plan = [81] * 4 if policy == "full" else PLAN
-    want = teacher_forced(Engine(model, policy, plan=plan), ids, following)
-    got = teacher_forced(Engine(model.cuda(), policy, plan=plan, compile=compiled), ids, following)
-    torch.testing.assert_close(got.cpu(), want, rtol=0, atol=1e-9)
+    want = teacher_forced(Engine(model, policy, plan=plan, cache_format=form), ids, following)
+    engine = Engine(model.cuda(), policy, plan=plan, compile=compiled, cache_format=form)
+    torch.testing.assert_close(teacher_forced(engine, ids, following).cpu(), want, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -15,6 +15,7 @@ import generate
 from engine import Engine, Request
 from errors import UserError
 from evaluation.cells import Batch, Cell
+from kvcache import FORMATS
 from model import Transformer
 from policies.tokens import TOKEN_POLICIES
 from sampling import GREEDY, Sampling
@@ -116,9 +117,10 @@ def check(engine: Engine, alone: Engine, **how) -> None:
             json.dumps(vars(completion.figures), allow_nan=False)
 
 
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("policy", quick("full", "streaming", "h2o", "snapkv", of=TOKEN_POLICIES))
-def test_neighbours_go_on(model, policy, bad_token):
-    alone = Engine(model, policy, plan=None if policy == "full" else PLAN)
+def test_neighbours_go_on(model, policy, form, bad_token):
+    alone = Engine(model, policy, plan=None if policy == "full" else PLAN, cache_format=form)
     check(alone, alone, batch_size=6)
     check(alone, alone, batch_size=2)
     check(alone, alone, batch_size=3, apart=True)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import model as model_module
 from engine import Engine, Request
-from kvcache import Memory, Prompt
+from kvcache import FORMATS, Memory, Prompt
 from policies.layers import LayerPolicy, make
 from policies.layers.perturbation import Perturbation, sizes_of
 from policies.layers.squeeze import Squeeze
@@ -90,7 +90,8 @@ def test_cut_as_it_goes_equals_all_at_once(model, policy, order):
                 counted = stack.enter_context(cuts())
                 if whole:
                     stack.enter_context(all_at_once())
-                got.append(cached(Engine(model, policy, layers, budget), requests))
+                form = FORMATS[number in (1, 2)]
+                got.append(cached(Engine(model, policy, layers, budget, cache_format=form), requests))
                 assert not (whole and counted)
                 tokens += sum(counted)
         assert got[0] == got[1]

@@ -10,8 +10,11 @@ from test_graphs import FORMS
 
 from decoder import Decoder
 from engine import Engine, Request
+from kvcache import FORMATS
 from policies.tokens import TOKEN_POLICIES
 from sampling import GREEDY, Sampling
+
+BOUNDED = [name for name, policy in TOKEN_POLICIES.items() if policy.bounded]
 
 PLAN = [20, 33]
 SAMPLED = Sampling(temperature=0.9, top_k=20, top_p=0.9, seed=3)
@@ -60,9 +63,15 @@ def test_every_policy(policy):
     same_as_on_the_cpu(lambda place: Engine(place(random_model(**form)), policy, plan=plan))
 
 
-@pytest.mark.parametrize("policy", quick("h2o", of=["streaming", "h2o", "keydiff"]))
-def test_prompts_that_wait_for_the_plan(policy):
-    same_as_on_the_cpu(lambda place: Engine(place(random_model(n_layers=3)), policy, "squeeze", 16))
+WAITING = [(policy, layers, form) for policy in BOUNDED for layers in ("squeeze", "perturbation") for form in FORMATS]
+
+
+@pytest.mark.parametrize(
+    "case", quick(("h2o", "squeeze", "dense"), ("snapkv", "perturbation", "int8"), of=WAITING), ids=str
+)
+def test_prompts_that_wait_for_the_plan(case):
+    policy, layers, form = case
+    same_as_on_the_cpu(lambda place: Engine(place(random_model(n_layers=3)), policy, layers, 16, cache_format=form))
 
 
 @pytest.mark.parametrize("form", quick(FORMS[0], of=FORMS), ids=lambda form: next(iter(form)))
@@ -82,7 +91,8 @@ def test_reading_a_prompt_waits_once_whatever_the_layers(policy):
 
     assert waits(2) == waits(5) == 2  # and whether rows are padded
     if policy != "full":
-        assert waits(5, "squeeze", 16) == waits(2, "squeeze", 16) + 3
+        for layers in ("squeeze", "perturbation"):
+            assert waits(5, layers, 16) == waits(2, layers, 16) + 3
 
 
 def test_the_device_notices():

@@ -49,6 +49,10 @@ class LayerPolicy:
         """
         return layer.signal
 
+    def work(self, rows: int, budget: int, cap: int, floor: int, heads: int, head_dim: int) -> int:
+        """Numbers that `measure` holds for so many prompts, however long they are; in fp32 at least."""
+        return 0
+
     def allocate(self, evidence: Sequence[Any], budget: int, caps: Sequence[int], floor: int) -> Plan:
         """Slots per layer, `budget * L` in all or what the layers can use.
 

@@ -17,9 +17,9 @@ so the tokens can be put in order of the size from which on they are kept; the s
 of the size before, added up from size to size, are what the softmax over each size needs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -33,7 +33,7 @@ LEAST = 0.3  # of a uniform share, that every layer gets
 NEAR = 64  # tokens before a query that it reads whatever is kept; with few slots half as many as there are slots
 WEIGHTS = {"depth": lambda share: share, "sqrt": lambda share: share**0.5, "none": lambda share: 1.0}
 WHERE = ("last", "spread", "both")
-MOST_QUERIES = 1024  # their attention over the whole prompt is held at once
+MOST_QUERIES = 1024  # of all rows together, whose attention over the whole prompt is held at once
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,20 @@ class Perturbation(LayerPolicy):
             raise UserError(f"queries must be an integer from 2 to {MOST_QUERIES}, not {shown(self.queries)}")
 
     def measure(self, layer: Attended, budget: int, cap: int, floor: int) -> Tensor:
-        """The curve e [R, sizes] at `sizes_of(budget, cap, floor)`."""
+        """The curve e [R, sizes] at `sizes_of(budget, cap, floor)`. A few rows at a time: many short prompts come."""
+        select, rows = cache(layer.select), self._rows
+        parts = [slice(first, first + rows) for first in range(0, len(layer.lengths), rows)]
+        return torch.cat([self._curve(part_of(layer, part, select), budget, cap, floor) for part in parts])
+
+    @property
+    def _rows(self) -> int:
+        return max(1, MOST_QUERIES // self.queries)
+
+    def work(self, rows: int, budget: int, cap: int, floor: int, heads: int, head_dim: int) -> int:
+        sizes = len(sizes_of(budget, cap, floor)) + 1
+        return min(rows, self._rows) * sizes * self.queries * heads * (3 * head_dim + NEAR + 1)
+
+    def _curve(self, layer: Attended, budget: int, cap: int, floor: int) -> Tensor:
         length = layer.k.shape[2]
         asked, real = self._asked(layer.lengths, layer.window)
         sizes = [min(size, length) for size in sizes_of(budget, cap, floor)]
@@ -107,7 +120,7 @@ class Perturbation(LayerPolicy):
             order = gains.flatten().argsort(descending=True, stable=True)
             steps = steps.flatten()[order]
             given = steps.where(steps.cumsum(0) <= total - sum(lows), 0)
-            slots = torch.tensor(slots).index_add(0, order % len(slots), given).tolist()
+            slots = torch.tensor(slots, device="cpu").index_add(0, order % len(slots), given).tolist()
         return slots
 
     def _weights(self, layers: int) -> list[float]:
@@ -143,6 +156,12 @@ def sizes_of(budget: int, cap: int, floor: int) -> list[int]:
     return [*(max(size, floor) for size in grid if first <= size and max(size, floor) < cap), cap]
 
 
+def part_of(layer: Attended, rows: slice, select: Callable[[int], Tensor]) -> Attended:
+    """Some of the rows; `select` answers for all."""
+    own = {name: getattr(layer, name)[rows] for name in ("signal", "after", "q", "k", "v", "lengths")}
+    return layer._replace(**own, select=lambda slots: select(slots)[rows])
+
+
 def readings(layer: Attended, sizes: Sequence[int], asked: Tensor) -> Tensor:
     """What queries at `asked` [R, W] read from each size, and last from all that they see: [sizes + 1, R, W, H * D]."""
     heads, length, dim = layer.k.shape[1:]
@@ -158,13 +177,13 @@ def readings(layer: Attended, sizes: Sequence[int], asked: Tensor) -> Tensor:
     values = at(layer.v, order).to(logits.dtype)[:, :, None]
 
     # Apart from these, of each query its own token and those near it: N of them, the nearest first.
-    widths = torch.tensor([min(NEAR, size // 2) for size in sizes], device=device)
+    widths = [min(NEAR, size // 2) for size in sizes]
     back = torch.arange(min(NEAR, sizes[-1] // 2, window - 1) + 1, device=device)
     near = asked[..., None] - back  # [R, W, N]
     unreal = (near < 0)[:, None, None]
     near = near.clamp(min=0).flatten(1)[:, None].expand(-1, heads, -1)
     split = partial(torch.unflatten, dim=2, sizes=(-1, len(back)))
-    first_near = torch.minimum(split(first.gather(2, near)), torch.searchsorted(widths, back))
+    first_near = torch.minimum(split(first.gather(2, near)), sum((back > width).long() for width in widths))
     rank = split(order.argsort(dim=2).gather(2, near))[:, :, None]  # where they are in the order
     near_logits = logits.gather(4, rank.expand(*logits.shape[:4], -1)).masked_fill(unreal, float("-inf"))
     near_values = split(at(layer.v, near)).to(logits.dtype)  # [R, K, W, N, D]
@@ -197,14 +216,14 @@ def first_kept(layer: Attended, sizes: Sequence[int]) -> Tensor:
     return first.masked_fill_(padding[:, None], len(sizes))
 
 
-@lru_cache(maxsize=1024)  # while layers come in, those before are asked for again and again
+@lru_cache(maxsize=128)  # while layers come in, those before are asked for again and again
 def granules(
     weight: float, sizes: tuple[int, ...], curve: tuple[float, ...], low: int, granule: int
 ) -> tuple[Tensor, Tensor]:
     """What a layer can get beyond `low`, in order: the weighted gain per slot of each granule, and its slots."""
     ends = [*range(low, sizes[-1], granule), sizes[-1]]
     gains = falling(lower_hull(restricted(sizes, curve, low)), ends)
-    return weight * torch.tensor(gains, dtype=torch.float64), torch.tensor(ends).diff()
+    return weight * torch.tensor(gains, dtype=torch.float64, device="cpu"), torch.tensor(ends, device="cpu").diff()
 
 
 def restricted(sizes: Sequence[int], curve: Sequence[float], low: int) -> list[tuple[int, float]]:
