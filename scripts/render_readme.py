@@ -11,8 +11,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 EVALUATED = "eval_slow/summary.json"
 SHOWN = (0.2, 0.4)  # budgets of it that there is room for
-REAL = ("eval_smollm2", "eval_smollm2_2048", "eval_gemma3", "eval_smollm2_passkey", "eval_smollm2_unseen")
-FIRST, LONGER, OTHER, PASSKEY, UNSEEN = REAL
+FIRST, LONGER, OTHER, PASSKEY, UNSEEN, CHOICES = REAL = (
+    *("eval_smollm2", "eval_smollm2_2048", "eval_gemma3", "eval_smollm2_passkey", "eval_smollm2_unseen"),
+    "eval_smollm2_choices",
+)
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from benchmark.record import ORIGIN, check_stages  # noqa: E402
@@ -246,6 +248,11 @@ def passkey(name: str) -> str:
     return "\n".join([*lines, "", f"{full} {judged.verdicts()} {note}", "", *exact, "", judged.origin])
 
 
+def choices() -> str:
+    kl, digits = Judged(CHOICES), Judged(CHOICES, "passkey", "digits")
+    return "\n".join([*kl.table("KL"), "", *digits.table("digits right"), "", kl.origin])
+
+
 def quality() -> str:
     """What `evaluate.py --suite slow` has found."""
     if not (ROOT / "results" / EVALUATED).exists():
@@ -376,6 +383,7 @@ PAGES = {
         "gemma": partial(real, OTHER, "Gemma 3 270M, 1,024 + 32 tokens"),
         "passkey": partial(passkey, PASSKEY),
         "unseen": partial(passkey, UNSEEN),
+        "choices": choices,
         "quality": quality,
         "defaults": defaults,
         "plan": plan,
