@@ -11,14 +11,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 EVALUATED = "eval_slow/summary.json"
 SHOWN = (0.2, 0.4)  # budgets of it that there is room for
-FIRST, LONGER, OTHER, PASSKEY, UNSEEN, CHOICES = REAL = (
+FIRST, LONGER, OTHER, PASSKEY, UNSEEN, CHOICES, KVPRESS, KVPRESS_UNSEEN = REAL = (
     *("eval_smollm2", "eval_smollm2_2048", "eval_gemma3", "eval_smollm2_passkey", "eval_smollm2_unseen"),
-    "eval_smollm2_choices",
+    *("eval_smollm2_choices", "eval_kvpress", "eval_kvpress_unseen"),
 )
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from benchmark.record import ORIGIN, check_stages  # noqa: E402
 from commandline import guarded  # noqa: E402
+from evaluation.leaderboard import leaderboard  # noqa: E402
 from evaluation.summary import conclusions  # noqa: E402
 from files import checked, read_json, read_text, write_whole  # noqa: E402
 
@@ -253,6 +254,16 @@ def choices() -> str:
     return "\n".join([*kl.table("KL"), "", *digits.table("digits right"), "", kl.origin])
 
 
+def kvpress() -> str:
+    """Our caches and kvpress's presses on the same rows, as evaluate.py's leaderboard has them."""
+    boards = []
+    for name in (KVPRESS, KVPRESS_UNSEEN):
+        file = f"{name}/summary.json"
+        record = result(file)
+        boards += [leaderboard(record), provenance(record, file)]
+    return "\n\n".join(boards)
+
+
 def quality() -> str:
     """What `evaluate.py --suite slow` has found."""
     if not (ROOT / "results" / EVALUATED).exists():
@@ -384,6 +395,7 @@ PAGES = {
         "passkey": partial(passkey, PASSKEY),
         "unseen": partial(passkey, UNSEEN),
         "choices": choices,
+        "kvpress": kvpress,
         "quality": quality,
         "defaults": defaults,
         "plan": plan,
