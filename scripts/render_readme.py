@@ -34,6 +34,10 @@ FILES = {  # what is read of each
     "eval_slow/summary.json": EVALUATION,
     "eval_defaults/summary.json": EVALUATION,
     **dict.fromkeys((f"{name}/summary.json" for name in REAL), EVALUATION),
+    **dict.fromkeys(
+        (f"{name}/summary.json" for name in (KVPRESS, KVPRESS_UNSEEN)),
+        EVALUATION | {"beside": [{"policy": str, "layers": str, "budget": float, "scores": dict}]},
+    ),
     "plan.json": ORIGIN
     | {
         "run": dict.fromkeys("prompt_tokens max_new_tokens kv_bytes kv_bytes_full".split(), int)

@@ -101,6 +101,7 @@ def test_greedy_equals_the_engine(model, cell):
 @pytest.mark.parametrize("policy", ["streaming", "h2o"])
 def test_compiled_equals_eager(model, policy):
     """Both what is forced and what is said, for two plans."""
+    torch._dynamo.reset()  # else graphs of other tests may serve
     before = compiled_graphs()
     rows, following = [random_ids(30), random_ids(30, seed=2)], torch.tensor([random_ids(6), random_ids(6, seed=3)])
     cells = [Cell(policy, "uniform", None, 0.5), Cell(policy, "perturbation", None, 0.3)]
