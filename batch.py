@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from engine import Completion, Engine, Figures, Request
+from engine import Engine
 from errors import UserError, cut, place, shown
 from files import (
     MOST_BYTES,
@@ -46,6 +46,7 @@ from files import (
     read_bytes,
     write_json,
 )
+from request import Completion, Figures, Request
 from sampling import Sampling
 
 FIELDS = ("id", "prompt", "prompt_ids", "rendered", "max_new_tokens", "temperature", "seed")

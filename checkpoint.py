@@ -31,13 +31,13 @@ from tqdm import tqdm
 
 import gguf_file
 from commandline import Parser, guarded
-from config import ModelConfig
+from config import ModelConfig, parameters
 from errors import UserError, cut, place, reason, shown
 from files import accessing, read_json
 from model import Transformer
 from policies.layers import Uniform
 from policies.tokens import Full
-from sizing import Sizing, parameters
+from sizing import Sizing
 
 # Our module -> the checkpoint's modules that are fused into it, in this order, weight and bias alike. {l} is the
 # layer, {e} every expert in turn.

@@ -577,3 +577,22 @@ def _rope(conf: dict[str, Any], given: dict[str, Any], rotary_dim: int, family: 
             raise UserError("config.json: original_max_position_embeddings must be at least 2, not 1")
         rope["attention_factor"] = scale or (math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0)
     return rope
+
+
+def parameters(c: ModelConfig) -> int:
+    """How many numbers the weights are."""
+    norm = 2 if c.norm == "layer" else 1
+    heads, groups = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    attention = c.dim * (heads + 2 * groups) + heads * c.dim
+    attention += (heads + 2 * groups) * c.qkv_bias + c.dim * c.output_bias
+    attention += norm * {None: 0, "head": 2 * c.head_dim, "projection": heads + groups}[c.qk_norm]
+    width = (2 if c.ffn_gate else 1) * c.ffn_dim
+    if c.experts:
+        ffn = c.experts * (c.dim + 3 * c.dim * c.ffn_dim)
+    else:
+        ffn = c.dim * (width + c.ffn_dim) + (width + c.dim) * c.ffn_bias
+    norms = norm * c.dim * (c.pre_norms * (2 - c.shared_norm) + 2 * c.post_norms)
+    tables = (1 if c.tie_embeddings else 2) * c.vocab_size * c.dim
+    if c.position_offset is not None:
+        tables += (c.max_positions + c.position_offset) * c.dim
+    return c.n_layers * (attention + ffn + norms) + norm * c.dim + tables

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from graphs import Code
-from kvcache import KVCache, Memory, Prompt
-from model import Block, Transformer
+from kvcache import KVCache, Memory
+from model import Slots, Transformer
 from policies.tokens import TokenPolicy
+from prefill import Part
 from sampling import Sampler, Sampling
 
 APPEND_CHUNK = 256  # tokens of a later turn that go through the model at once
@@ -22,7 +23,7 @@ class Decoder:
     """A batch of B rows under one plan. All that a step reads and writes keeps its shape and address.
 
     tokens [B]: the last token of each row, not yet fed, NOT_FINITE if its logits gave none (sampling.py); seen [B]: how
-    many have been. No step waits for the device.
+    many have been. rotary: the frequencies of each layer, as of `Transformer.rotary_of`. No step waits for the device.
     """
 
     def __init__(
@@ -34,52 +35,38 @@ class Decoder:
         policies: Sequence[TokenPolicy],
         sampler: Sampler,
     ):
-        self.model, self.code, self.cache, self.rotary = model, code, cache, rotary
-        self.policies, self.sampler = policies, sampler
-        batch, device = cache.batch, cache.device
-        self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.seen = torch.zeros(batch, dtype=torch.int64, device=device)
-        seen = [self.seen] * len(model.layers)
-        # what `Block.decode` and `Block.append` take in each layer, but for x
-        self.layers = list(zip(model.layers, rotary, cache.layers, seen, policies, strict=True))
-        self.blocks = [code.bound(code.block, *own) for own in self.layers]
+        self.model, self.cache, self.rotary, self.sampler = model, cache, rotary, sampler
+        self.tokens = torch.zeros(cache.batch, dtype=torch.int64, device=cache.device)
+        self.seen = torch.zeros_like(self.tokens)
+        self.slots = [Slots(layer, self.seen, policy) for layer, policy in zip(cache.layers, policies, strict=True)]
+        position = self.seen[:, None]
+        blocks = zip(model.layers, rotary, self.slots, strict=True)
+        self.blocks = [code.bound(code.block, block, position, *own) for block, *own in blocks]
         self.head = code.bound(code.logits, model)
         if code.compiled and len(set(cache.plan)) > 1:
             # One graph for all lengths from the start. Where all are equal a static one is faster.
             for arena in (arena for layer in cache.layers for arena in layer.parts()):
                 torch._dynamo.maybe_mark_dynamic(arena, 2)
-        self.replay, self.capture_s = None, 0.0
-        if code.capture:
-            started = time.perf_counter()
-            # The warm-up feeds positions 0, 1, 2 of all rows. In these slots prompts may wait for their place.
-            held = [part[:, :, :3] for layer in cache.layers for part in layer.stored.parts()]
-            held = [(part, part.clone()) for part in held]
-            self.replay = code.capture(self._step)
-            for part, before in held:
-                part.copy_(before)
-            self.capture_s = time.perf_counter() - started
-
-    def keeper(self, rows: Tensor, lengths: Tensor) -> Callable[[int, Tensor | None, Prompt], None]:
-        """What takes each layer's part of prompts of `lengths` [R] into the cache, for rows [R]."""
-
-        def keep(layer: int, _: Tensor | None, prompt: Prompt) -> None:
-            kept = self.policies[layer].select(lengths, prompt.length, self.cache.plan[layer], prompt.scores)
-            self.cache.fill(layer, rows, prompt, kept)
-
-        return keep
+        started = time.perf_counter()
+        self.replay = code.capture(self._step) if code.capture else self._step
+        self.capture_s = time.perf_counter() - started if code.capture else 0.0
 
     def begin(
         self,
         rows: Tensor,
         lengths: Tensor,
+        layers: Sequence[Sequence[Part]],
         logits: Tensor,
         samplings: Sequence[Sampling],
         rotary: Sequence[Tensor],
     ) -> None:
-        """rows [R] have new requests: their prompts of `lengths` [R] are in the cache, logits [R, vocab] follow.
+        """rows [R] get new requests: of each layer what it keeps of their prompts, and logits [R, vocab] that follow.
 
-        rotary: the frequencies of each layer that their keys are turned by, as of `Transformer.rotary_of`.
+        lengths [R]: of the prompts. rotary: what their keys are turned by.
         """
+        for layer, parts in zip(self.cache.layers, layers, strict=True):
+            for part, prompt in parts:
+                layer.fill(rows[part], prompt.stored, prompt.scores, prompt.positions)
         for frequencies, own in zip(self.rotary, rotary, strict=True):
             if own.dim() > 1:  # else they are everybody's
                 frequencies[rows] = own
@@ -89,7 +76,7 @@ class Decoder:
 
     def step(self) -> None:
         """Run `tokens` through the model, put the next ones in their place and advance `seen`."""
-        (self.replay or self._step)()
+        self.replay()
 
     def _step(self) -> None:
         self.tokens.copy_(self.sampler(self.logits()))
@@ -118,28 +105,23 @@ class Decoder:
 
         return wait
 
-    def append(self, ids: Tensor) -> Tensor:
-        """Feed ids [B, T], which follow what was seen, and return x [B, T, C] after the last block.
+    def append(self, ids: Tensor) -> Iterator[Tensor]:
+        """Feed ids [B, T], which follow what was seen, in chunks; yields x [B, t, C] after the last block for each.
 
-        In chunks. For policies that place a token by its position it is the same as T steps; those that score decide at
-        the end of each chunk what goes.
+        For policies that place a token by its position it is the same as T steps; those that score decide at the end
+        of each chunk what goes.
         """
-        sinks, parts = max(policy.sinks for policy in self.policies), []
+        sinks = max(slots.policy.sinks for slots in self.slots)
         while ids.shape[1]:
-            alone = int(self.seen.min()) < sinks  # sinks have to be in the cache before a chunk can turn them
-            size = 1 if alone else min(APPEND_CHUNK, ids.shape[1])
-            parts.append(self._feed(ids[:, :size], Block.decode if alone else Block.append))
-            ids = ids[:, size:]
-        return torch.cat(parts, dim=1)
-
-    def _feed(self, ids: Tensor, run: Callable) -> Tensor:
-        """ids [B, T] through all blocks by `run`, which is Block.decode (T = 1) or Block.append."""
-        positions = self.seen[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        x = self.model.embedded(ids, positions)
-        for block, *rest in self.layers:
-            x = run(block, x, *rest)
-        self.seen += ids.shape[1]
-        return x
+            # Sinks have to be in the cache before a chunk can turn them.
+            chunk = ids[:, : 1 if int(self.seen.min()) < sinks else APPEND_CHUNK]
+            positions = self.seen[:, None] + torch.arange(chunk.shape[1], device=ids.device)
+            x = self.model.embedded(chunk, positions)
+            for block, rotary, slots in zip(self.model.layers, self.rotary, self.slots, strict=True):
+                x = block(x, positions, rotary, slots)
+            self.seen += chunk.shape[1]
+            ids = ids[:, chunk.shape[1] :]
+            yield x
 
 
 class Store:

@@ -1,6 +1,8 @@
 """The one class of error that a user can put right, and how a value stands in its line."""
 
 import importlib
+from collections.abc import Sequence
+from numbers import Integral
 from types import ModuleType
 from typing import Any
 
@@ -55,3 +57,23 @@ def optional(package: str) -> ModuleType:
     except ModuleNotFoundError as error:  # the package, or one that it needs itself
         needs = "" if error.name == package.partition(".")[0] else f", which {package} needs"
         raise UserError(f"{error.name} is not installed{needs}: pip install {error.name}") from error
+
+
+def whole(value: Any, name: str) -> int:
+    """An integer, of Python or of numpy; UserError for anything else, True and False included."""
+    if type(value) is int:
+        return value
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise UserError(f"{name} must be an integer, not {shown(value)}")
+    return int(value)
+
+
+def integers(values: Any, name: str) -> list[int]:
+    """The integers in a sequence, a numpy array or a tensor of one dimension; UserError for anything else."""
+    if type(values) is list and all(type(value) is int for value in values):
+        return values
+    if hasattr(values, "tolist"):
+        values = values.tolist()  # what is no integer of one dimension gives no integers
+    if isinstance(values, str | bytes | bytearray) or not isinstance(values, Sequence):
+        raise UserError(f"{name} must be a sequence of integers, not {shown(values)}")
+    return [whole(value, f"each of {name}") for value in values]

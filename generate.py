@@ -37,7 +37,7 @@ import tokenizer as tokenizers
 from batch import Job, Summary
 from checkpoint import EMBEDDED
 from commandline import Parser, guarded, number, positive
-from engine import Completion, Conversation, Engine, Figures, Request, Stream
+from engine import Conversation, Engine
 from errors import UserError, cut, place, shown
 from files import (
     POSITIVE,
@@ -57,6 +57,7 @@ from kvcache import FORMATS
 from memory import size
 from policies import layers as layer_policies
 from policies import tokens as token_policies
+from request import Completion, Figures, Request, Stream
 from sampling import Sampling
 from sizing import check_budget
 
@@ -173,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
         return run_job(args, job, dry, limit, load)
     length = dry.model.config.max_positions if args.interactive else len(ids) + args.max_new_tokens
     if not args.interactive:
-        dry.check(Request(ids, args.max_new_tokens))
+        dry.sizing.check(ids, args.max_new_tokens)
     needs = dry.sizing.needs(length)
     if args.max_memory is not None or needs.row > limit:  # the rest is an upper bound, the cache is allocated at once
         needs.check(1, limit)

@@ -15,7 +15,7 @@ class Code:
     """What runs a step: the one block of every layer, and the head; compiled, and captured, if that is wanted."""
 
     def __init__(self, compile: bool, device: torch.device):
-        self.block = compiled(Block.decode) if compile else Block.decode
+        self.block = compiled(Block.forward) if compile else Block.forward
         self.logits = compiled(Transformer.logits) if compile else Transformer.logits
         self.compiled = compile
         # step -> what runs it again with the same buffers

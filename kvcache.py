@@ -91,32 +91,44 @@ class LayerCache(NamedTuple):
         return decoded(k, None if scale is None else scale[:, :, :count], dtype)
 
     def attend(
-        self,
-        q: Tensor,
-        valid: Tensor,
-        scale: float,
-        softcap: float | None = None,
-        leading_keys: Tensor | None = None,
+        self, q: Tensor, valid: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Attention of one token per row over its slots.
 
-        q [B, H, 1, D]; valid [B]: how many leading slots count (more than N means all). leading_keys [B, K, s, D]
-        replace the first s keys. Returns out [B, H, D] and probs [B, K, G, N]; softmax in fp32.
+        q [B, H, 1, D]; valid [B]: how many leading slots count (more than N means all). sinks [B, K, 1, n, D] replace
+        the first n keys. Returns out [B, H, 1, D] and probs [B, K, G, N]; softmax in fp32.
         """
         k, v, k_scale, v_scale = self.stored
         q = q.unflatten(1, (k.shape[1], -1)).squeeze(3) * scale
         scores = dot(q, k, k_scale)
-        if leading_keys is not None:
-            scores = torch.cat((dot(q, leading_keys), scores[..., leading_keys.shape[2] :]), dim=-1)
+        if sinks is not None:
+            scores = torch.cat((dot(q, sinks[:, :, 0]), scores[..., sinks.shape[3] :]), dim=-1)
         scores = softcapped(scores.to(torch.promote_types(q.dtype, torch.float32)), softcap)
         empty = torch.arange(k.shape[2], device=q.device) >= valid[:, None]
         probs = scores.masked_fill(empty[:, None, None], float("-inf")).softmax(-1)
         shares = probs if v_scale is not None else probs.to(q.dtype)
-        return mix(shares, v, v_scale).to(q.dtype).flatten(1, 2), probs
+        return mix(shares, v, v_scale).to(q.dtype).flatten(1, 2)[:, :, None], probs
 
     def followed_by(self, k: Tensor, v: Tensor) -> Stored:
         """What the slots hold and behind it k, v [B, K, T, D], as they will be stored."""
         return self.stored.each(lambda own, new: torch.cat((own, new), dim=2), Stored.of(k, v, self.format))
+
+    def look(
+        self, q: Tensor, both: Stored, visible: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of T tokens per row over the slots and each other (`both`, of `followed_by`). Nothing is written.
+
+        q [B, H, T, D]; visible [B, 1 or K, T, N + T]; sinks [B, K, T, n, D] are the first n keys as each token sees
+        them. Returns out [B, H, T, D] and probs [B, K, G, T, N + T].
+        """
+        keys, values = decoded(both.k, both.k_scale, q.dtype), decoded(both.v, both.v_scale, q.dtype)
+        q = q.unflatten(1, (keys.shape[1], -1)) * scale
+        scores = q @ keys[:, :, None].mT
+        if sinks is not None:
+            scores[..., : sinks.shape[3]] = (q[..., None, :] @ sinks[:, :, None].mT).squeeze(-2)
+        scores = softcapped(scores.to(torch.promote_types(q.dtype, torch.float32)), softcap)
+        probs = scores.masked_fill(~visible[:, :, None], float("-inf")).softmax(-1)
+        return (probs.to(values.dtype) @ values[:, :, None]).flatten(1, 2), probs
 
     def absorb(self, source: Tensor, both: Stored) -> None:
         """Fill slot n with item source[..., n] of `both`, the slots and what follows them; source [B, 1 or K, N]."""
@@ -124,65 +136,20 @@ class LayerCache(NamedTuple):
             index = source.expand(part.shape[:3])
             part.copy_(items.gather(2, index if part.dim() == 3 else index[..., None].expand_as(part)))
 
+    def fill(self, rows: Tensor, kept: Stored, scores: Tensor | None, positions: Tensor) -> None:
+        """What the layer keeps of some rows' prompts, into its first n slots.
 
-class Prompt:
-    """One layer's keys and values of R prompts, and scores [R, K, S] if the policy has any.
-
-    While the plan is not known yet it can be cut to what the layer may keep at most, again and again: what a token
-    policy keeps in fewer slots is always among what it keeps in more.
-    """
-
-    def __init__(self, k: Tensor, v: Tensor, scores: Tensor | None):
-        self.stored, self.scores = Stored(k, v), scores  # k, v [R, K, S, D]
-        self.length = k.shape[2]  # S, whatever is cut
-        self.positions: Tensor | None = None  # [R, 1 or K, n], ascending: what is left; None: all
-
-    @staticmethod
-    def joined(prompts: list["Prompt"]) -> "Prompt":
-        """The rows of all of them, none of which is cut, one after the other. The list is emptied."""
-        if len(prompts) == 1:
-            return prompts.pop()
-        scores = [prompt.scores for prompt in prompts if prompt.scores is not None]
-        k, v = ([prompt.stored[n] for prompt in prompts] for n in range(2))
-        prompts.clear()  # so that no more than k and v of one layer and a half are there at any time
-        k = torch.cat(k)
-        return Prompt(k, torch.cat(v), torch.cat(scores) if scores else None)
-
-    @property
-    def size(self) -> int:
-        """How many positions are left."""
-        return self.stored.k.shape[2]
-
-    def encode(self, format: str) -> None:
-        """From the model's form into that of the slots; once."""
-        self.stored = Stored.of(self.stored.k, self.stored.v, format)
-
-    def cut(self, positions: Tensor) -> None:
-        """Keep these positions [R, 1 or K, n] only."""
-        positions = positions.sort(dim=2).values
-        self.stored = self.gather(positions)
-        self.positions = positions
-
-    def put(self, places: Sequence[Tensor]) -> None:
-        """Move into flat parts of the arenas that hold nothing of it yet."""
-        views = iter(places)
-        self.stored = self.stored.each(lambda part: next(views).view(part.shape).copy_(part))
-
-    def lift(self) -> None:
-        """Move out of the arenas into tensors of its own."""
-        self.stored = self.stored.each(Tensor.clone)
-
-    def gather(self, positions: Tensor) -> Stored:
-        """What there is at these positions [R, 1 or K, n]."""
-        at = positions
-        if self.positions is not None:  # entries behind the end of a row may be gone: any others do
-            at = torch.searchsorted(self.positions, positions.contiguous()).clamp(max=self.positions.shape[2] - 1)
-        rows, heads, length = self.stored.k.shape[:3]
-        first = torch.arange(rows * heads, device=at.device).view(rows, heads, 1) * length
-        at = (first + at).flatten()  # whole rows of D elements: many times faster on a CPU than `gather`
-        return self.stored.each(
-            lambda part: part.flatten(0, 2).index_select(0, at).view(rows, heads, -1, *part.shape[3:])
-        )
+        rows [R]; kept [R, K, n, ...]; for policies that keep them scores and prompt positions [R, 1 or K, n].
+        """
+        n = kept.k.shape[2]
+        for part, own in zip(self.stored.parts(), kept.parts(), strict=True):
+            part[rows, :, :n] = own
+        for part in (self.stored.v, self.stored.v_scale):  # what an earlier request left is masked, but 0 * inf is NaN
+            if part is not None:
+                part[rows, :, n:] = 0
+        if self.score is not None:
+            self.score[rows, :, :n] = scores
+            self.position[rows, :, :n] = positions
 
 
 class Memory:
@@ -199,10 +166,6 @@ class Memory:
             # Zeros, not garbage: slots not yet filled are masked, but 0 * NaN would still be NaN.
             self._flat[name] = torch.zeros(size, dtype=dtype, device=device)
         return self._flat[name][:size]
-
-    def whole(self, name: str) -> Tensor:
-        """All that there is of an arena."""
-        return self._flat[name]
 
 
 class KVCache:
@@ -248,25 +211,6 @@ class KVCache:
     @property
     def state_bytes(self) -> int:
         return sum(self.arenas[name].nbytes for name in self.state)
-
-    def fill(self, index: int, rows: Tensor, prompt: Prompt, positions: Tensor) -> None:
-        """Copy the chosen tokens of some rows' prompts into layer `index`.
-
-        rows [R]; positions [R, 1 or K, n]: the prompt position that goes into each of the first n slots.
-        """
-        layer, n = self.layers[index], positions.shape[2]
-        kept = prompt.gather(positions)
-        if self.format != "dense" and kept.k_scale is None:
-            kept = Stored.of(kept.k, kept.v, self.format)
-        for part, own in zip(layer.stored.parts(), kept.parts(), strict=True):
-            part[rows, :, :n] = own
-        for part in (layer.stored.v, layer.stored.v_scale):  # what an earlier request left: it is masked, but 0 * inf
-            if part is not None:  # would be NaN
-                part[rows, :, n:] = 0
-        if layer.score is not None:
-            positions = positions.expand(*kept.k.shape[:3])
-            layer.score[rows, :, :n] = prompt.scores.gather(2, positions)
-            layer.position[rows, :, :n] = positions
 
 
 def arenas(format: str, dtype: torch.dtype, head_dim: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

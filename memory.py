@@ -28,9 +28,8 @@ class Needs(NamedTuple):
     at_once: int = 1
 
     def total(self, rows: int) -> int:
-        """At the most. No step runs while a prompt is read."""
-        read = min(rows, self.at_once) * self.prefill + rows * self.held
-        return self.weights + rows * self.row + max(rows * self.step, read)
+        """At the most: steps go on while a prompt is read."""
+        return self.weights + rows * (self.row + self.step + self.held) + min(rows, self.at_once) * self.prefill
 
     def rows(self, most: int, limit: int) -> int:
         """The largest batch that fits, at least 1 and at most `most`."""

@@ -6,24 +6,23 @@ Shapes, here and in kvcache.py, engine.py and policies/tokens:
     S  prompt length (padded)      K  key-value heads                C  model dimension
     T  tokens in this call         G  = H // K query heads a group   N  slots of one layer's cache
 
-`Block.prefill` runs a whole prompt and hands out what the cache needs; `Block.decode` runs one token per row over a
-layer's slots. The cache is an argument, never a member.
+What a block's tokens attend to is an argument, never a member: each other (`Causal`), a prompt that is being read
+(prefill.py), or a layer's slots (`Slots`).
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ACTIVATIONS, ModelConfig
-from kernels import Linear, decoded, matvec
-from kvcache import LayerCache, Prompt, softcapped
-from policies.layers.base import Attended
+from kernels import Linear, matvec
+from kvcache import LayerCache, softcapped
 
 PROMPT_CHUNK = 512  # prompt queries whose attention rows exist at the same time, where they have to
+FEED_CHUNK = 2048  # tokens of a prompt that go through a feed-forward part at once: more take memory, not less time
 
 
 class Transformer(nn.Module):
@@ -69,9 +68,10 @@ class Transformer(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [B, S] -> logits [B, S, vocab], without a cache."""
-        x = self.embedded(ids, torch.arange(ids.shape[1], device=ids.device)[None])
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        x = self.embedded(ids, positions)
         for block, rotary in zip(self.layers, self.rotary(ids.shape[1]), strict=True):
-            x, *_ = block.prefill(x, rotary)
+            x = block(x, positions, rotary, Causal())
         return self.logits(x)
 
     def rotary(self, length: int) -> list[Tensor]:
@@ -132,72 +132,73 @@ class Block(nn.Module):
         self.feed_forward = Experts(config) if config.experts else FeedForward(config)
         self.post_ffn_norm = make_norm(config) if post else nn.Identity()
 
-    def prefill(
-        self,
-        x: Tensor,
-        rotary: Tensor,
-        lengths: Tensor | None = None,
-        policy: Any = None,
-        measure: Callable[[Attended], Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Prompt]:
-        """x [B, S, C] -> x, the layer's signal [B], what `measure` says of it, and its Prompt for the token policy.
-
-        Rows are padded on the right, `lengths` [B] are real.
-        """
-        normed, attention = self.attention_norm(x), self.attention
-        out, q, k, v, k_raw = attention.prefill(normed, rotary)
-        after = x + self.branch(out)
-        signal, scores, evidence = importance(x, after, lengths), None, None
-        if policy is not None:
-            scores = policy.score_prompt(q, k, v, lengths, attention.prompt_probs)
-        if measure is not None:
-            real = torch.full((len(x),), x.shape[1], device=x.device) if lengths is None else lengths
-            select = partial(policy.select, real, x.shape[1], scores=scores)
-            branch = lambda heads: self.branch(attention.wo(heads))  # noqa: E731
-            tensors = (signal, after, q, k, v, real)
-            evidence = measure(Attended(*tensors, attention.window, attention.logits, branch, select))
-        if policy is not None:
-            k[:, :, : policy.sinks] = k_raw[:, :, : policy.sinks]
-        return self.feed(x, normed, after), signal, evidence, Prompt(k, v.contiguous(), scores)
+    def forward(self, x: Tensor, positions: Tensor, rotary: Tensor, cache: "Causal | Slots") -> Tensor:
+        """x [B, T, C], tokens at `positions` [B or 1, T] -> x. `cache` is what they attend to, and may keep of them."""
+        normed = self.attention_norm(x)
+        after = x + self.branch(self.attention(normed, positions, rotary, cache))
+        cache.moved(x, after)
+        return self.feed(x, normed, after)
 
     def branch(self, out: Tensor) -> Tensor:
         """What attention's output adds to the residual stream, both [..., C]."""
         return self.post_attention_norm(out) * self.residual_scale
 
-    def decode(self, x: Tensor, rotary: Tensor, layer: LayerCache, seen: Tensor, policy: Any) -> Tensor:
-        """x [B, 1, C], the token at position `seen` [B] -> x. Writes the layer's cache in place."""
-        normed = self.attention_norm(x)
-        out = self.attention.decode(normed, rotary, layer, seen, policy)
-        return self.feed(x, normed, x + self.branch(out))
-
-    def append(self, x: Tensor, rotary: Tensor, layer: LayerCache, seen: Tensor, policy: Any) -> Tensor:
-        """x [B, T, C], the tokens from position `seen` [B] on -> x. As `decode`, for several tokens at once."""
-        normed = self.attention_norm(x)
-        out = self.attention.append(normed, rotary, layer, seen, policy)
-        return self.feed(x, normed, x + self.branch(out))
-
     def feed(self, x: Tensor, normed: Tensor, after: Tensor) -> Tensor:
         """What follows attention, which read `normed` and made `after` of x, all [B, T, C]."""
         if not self.shared_norm:
             normed = self.ffn_norm(x if self.parallel else after)
-        return after + self.post_ffn_norm(self.feed_forward(normed)) * self.residual_scale
+        if x.shape[1] <= FEED_CHUNK:
+            fed = self.feed_forward(normed)
+        else:
+            fed = torch.cat([self.feed_forward(part) for part in normed.split(FEED_CHUNK, dim=1)], dim=1)
+        return after + self.post_ffn_norm(fed) * self.residual_scale
 
 
-def importance(before: Tensor, after: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """SqueezeAttention's signal (arXiv 2404.04793): mean over a row's own tokens of cos(x, x + attention(x)).
+class Causal:
+    """What the tokens of a block attend to where there is no cache: themselves and those before."""
 
-    before, after [B, S, C]: the residual stream on either side of the attention branch. Returns [B], in fp32 (fp64 for
-    an fp64 model). High: attention changed little, the layer is less important.
+    def attend(self, attention: "Attention", q: Tensor, k: Tensor, v: Tensor, k_raw: Tensor, rotary: Tensor) -> Tensor:
+        """What the heads read [B, H, T, D]. q, k are rotated, k_raw [B, K, T, D] are the keys before."""
+        return attention.over_prompt(q, k, v)
+
+    def moved(self, before: Tensor, after: Tensor) -> None:
+        """Told the residual stream [B, T, C] before and after the attention branch."""
+
+
+class Slots(NamedTuple):
+    """One layer's cache as the next tokens attend to it: its slots, under its token policy, after `seen` [B] tokens.
+
+    It holds nothing that has left a sliding window: the policy sees to that (`TokenPolicy.within_window`).
     """
-    wide, norm = torch.promote_types(before.dtype, torch.float32), torch.linalg.vector_norm
-    before, after = before.to(wide), after.to(wide)
-    # F.cosine_similarity divides both by their norms first: two more copies, and more time than all of this.
-    norms = (norm(before, dim=-1) * norm(after, dim=-1)).clamp_min(1e-8)
-    cosine = torch.linalg.vecdot(before, after) / norms
-    if lengths is None:
-        return cosine.mean(-1)
-    real = torch.arange(cosine.shape[1], device=cosine.device) < lengths[:, None]
-    return cosine.masked_fill(~real, 0).sum(-1) / lengths
+
+    layer: LayerCache
+    seen: Tensor
+    policy: Any
+
+    def attend(self, attention: "Attention", q: Tensor, k: Tensor, v: Tensor, k_raw: Tensor, rotary: Tensor) -> Tensor:
+        """As of `Causal`. Writes the cache in place. One token a row, or several where the sinks are in the cache."""
+        layer, seen, policy = self
+        positions = seen[:, None]
+        if q.shape[2] > 1:
+            positions = positions + torch.arange(q.shape[2], device=q.device)
+        if policy.sinks:  # the first tokens are kept unrotated
+            k = torch.where((positions < policy.sinks)[:, None, :, None], k_raw, k)
+        if q.shape[2] > 1:
+            behind = layer.followed_by(k, v)
+            sinks = attention.sinks(policy.sinks, layer, positions, rotary)
+            visible = policy.visible(seen, q.shape[2], layer)
+            out, probs = layer.look(q, behind, visible, attention.scale, attention.softcap, sinks)
+            layer.absorb(policy.absorb(layer, seen, probs), behind)
+            return out
+        slot = policy.slot(seen, layer)
+        layer.write(slot, k, v)
+        sinks = attention.sinks(policy.sinks, layer, positions, rotary)
+        out, probs = layer.attend(q, seen + 1, attention.scale, attention.softcap, sinks)
+        policy.observe(layer, slot, seen, probs)
+        return out
+
+    def moved(self, before: Tensor, after: Tensor) -> None:
+        """Nobody asks."""
 
 
 class Attention(nn.Module):
@@ -227,12 +228,11 @@ class Attention(nn.Module):
         """x [B, heads, T, D], rotated to positions that broadcast to [B, heads, T]; rotary as of `rotary_of`."""
         return rotate(x, *rotary_angles(positions, rotary, self.rope_scale))
 
-    def prefill(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """x [B, S, C] -> output [B, S, C]; q, k [B, H or K, S, D] rotated; v; k not rotated."""
+    def forward(self, x: Tensor, positions: Tensor, rotary: Tensor, cache: Causal | Slots) -> Tensor:
+        """x [B, T, C] -> output [B, T, C]."""
         q, k_raw, v = self.project(x)
-        positions = torch.arange(x.shape[1], device=x.device)
-        q, k = self.turn(q, positions, rotary), self.turn(k_raw, positions, rotary)
-        return self.wo(self.over_prompt(q, k, v).transpose(1, 2).flatten(2)), q, k, v, k_raw
+        q, k = self.turn(q, positions[:, None], rotary), self.turn(k_raw, positions[:, None], rotary)
+        return self.wo(cache.attend(self, q, k, v, k_raw, rotary).transpose(1, 2).flatten(2))
 
     def over_prompt(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention of a whole prompt [B, H, S, D]. Right padding needs no mask: a token never looks ahead.
@@ -278,37 +278,6 @@ class Attention(nn.Module):
         first = 0 if self.window is None else max(0, start - self.window + 1)
         distance = torch.arange(start, end, device=device)[:, None] - torch.arange(first, end, device=device)
         return slice(first, end), (distance >= 0) & (distance < (self.window or end))
-
-    def decode(self, x: Tensor, rotary: Tensor, layer: LayerCache, seen: Tensor, policy: Any) -> Tensor:
-        """The cache holds nothing that has left the window: the token policy sees to that (`within_window`)."""
-        q, k_raw, v = self.project(x)
-        q, k = self.turn(q, seen[:, None, None], rotary), self.turn(k_raw, seen[:, None, None], rotary)
-        if policy.sinks:  # the first tokens are kept unrotated
-            k = torch.where((seen < policy.sinks)[:, None, None, None], k_raw, k)
-        slot = policy.slot(seen, layer)
-        layer.write(slot, k, v)
-        sinks = self.sinks(policy.sinks, layer, seen[:, None], rotary)
-        out, probs = layer.attend(q, seen + 1, self.scale, self.softcap, None if sinks is None else sinks[:, :, 0])
-        policy.observe(layer, slot, seen, probs)
-        return self.wo(out.flatten(1)[:, None])
-
-    def append(self, x: Tensor, rotary: Tensor, layer: LayerCache, seen: Tensor, policy: Any) -> Tensor:
-        """Tokens that go behind a cache. They see its slots and each other as the policy says. Sinks are in it."""
-        q, k, v = self.project(x)
-        positions = seen[:, None] + torch.arange(x.shape[1], device=x.device)
-        q, k = self.turn(q, positions[:, None], rotary), self.turn(k, positions[:, None], rotary)
-        both = layer.followed_by(k, v)
-        keys, values = decoded(both.k, both.k_scale, q.dtype), decoded(both.v, both.v_scale, q.dtype)
-        q = q.unflatten(1, (self.kv_heads, -1)) * self.scale
-        logits = q @ keys[:, :, None].mT
-        if (sinks := self.sinks(policy.sinks, layer, positions, rotary)) is not None:
-            logits[..., : sinks.shape[3]] = (q[..., None, :] @ sinks[:, :, None].mT).squeeze(-2)
-        logits = softcapped(logits.to(torch.promote_types(q.dtype, torch.float32)), self.softcap)
-        visible = policy.visible(seen, x.shape[1], layer)[:, :, None]
-        probs = logits.masked_fill(~visible, float("-inf")).softmax(-1)
-        layer.absorb(policy.absorb(layer, seen, probs), both)
-        out = (probs.to(v.dtype) @ values[:, :, None]).flatten(1, 2)
-        return self.wo(out.transpose(1, 2).flatten(2))
 
     def sinks(self, count: int, layer: LayerCache, positions: Tensor, rotary: Tensor) -> Tensor | None:
         """The keys of the first `count` slots as each of the tokens at `positions` [B, T] sees them: [B, K, T, n, D].

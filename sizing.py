@@ -1,24 +1,24 @@
 """How large a cache is, and what a run needs, for sequences of some length: pure arithmetic, without a model.
 
-A length is the most tokens that a prompt and its answer have together. All that follows from it stands here once: the
-most slots that each layer can use, the slots of a uniform plan, the plan where it is known beforehand, and bytes.
+A length is the most tokens that a prompt and its answer have together. `Sizing.at` says once all that follows from it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from numbers import Integral
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from config import ModelConfig
-from errors import UserError, shown
+from config import ModelConfig, parameters
+from errors import UserError, integers, shown
 from kvcache import FORMATS, slot_bytes
 from memory import Needs
-from model import PROMPT_CHUNK
+from model import FEED_CHUNK, PROMPT_CHUNK
 from policies.layers import LayerPolicy, Plan
+from policies.layers.base import total_slots
 from policies.tokens import TokenPolicy
 
 READ_TOKENS = 16384  # of all prompts of a batch, that go through a block at once: more take memory, not less time
@@ -26,6 +26,50 @@ DEFAULT_BUDGET = 0.4  # of the sequence, for a bounded policy without a budget (
 SMALLEST_DEFAULT = 64  # slots: below that there is nothing to gain
 CAPTURED_LENGTHS = 256  # tokens: sequences within a multiple of it get the same part of a plan that is given
 MOST_TOKENS = 2**20  # of a prompt and its answer, unless the model has more positions: more is a slip
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A cache for sequences of one length.
+
+    caps: the most slots that each layer can use. budget_slots: those of a uniform plan, per layer. policies: of each
+    layer, the token policy in its own form there. plan: None if it takes the evidence of prompts.
+    """
+
+    caps: list[int]
+    budget_slots: int
+    floor: int
+    policies: list[TokenPolicy]
+    layer_policy: LayerPolicy
+    plan: Plan | None
+
+    def planned(self, evidence: Sequence[Any]) -> Plan:
+        """Slots per layer, by each layer's evidence if that decides."""
+        return self.plan or self.layer_policy.allocate(evidence, self.budget_slots, self.caps, self.floor)
+
+    def bounds(self, evidence: Sequence[Any], layers: int) -> list[int]:
+        """The most slots that each of the first `layers` layers can get, by the evidence so far."""
+        if self.plan:
+            return self.plan.slots[:layers]
+        return self.layer_policy.upper_bound(evidence, len(self.caps), self.budget_slots, self.caps, self.floor)
+
+    @property
+    def measures(self) -> list[Callable] | None:
+        """What asks each layer for its evidence, where the plan needs it."""
+        own = partial(self.layer_policy.measure, budget=self.budget_slots, floor=self.floor)
+        return None if self.plan else [partial(own, cap=cap) for cap in self.caps]
+
+    @property
+    def total(self) -> int:
+        """Slots of all layers, at the most."""
+        return sum(self.plan.slots) if self.plan else total_slots(self.budget_slots, self.caps, self.floor)
+
+    @property
+    def waiting(self) -> int:
+        """The most slots, of all layers, that one prompt holds while it is read."""
+        if self.plan:
+            return self.total
+        return self.layer_policy.most_waiting(self.budget_slots, self.caps, self.floor)
 
 
 class Sizing:
@@ -83,8 +127,7 @@ class Sizing:
         positions = self.config.max_positions
         return max(positions, MOST_TOKENS) if self.endless else positions
 
-    @property
-    def longest_why(self) -> str:
+    def _too_long(self) -> str:
         """What a longer sequence exceeds, and what to do about it."""
         positions, learned = self.config.max_positions, self.config.position_offset is not None
         if self.endless:
@@ -92,10 +135,46 @@ class Sizing:
         way = "" if learned else " or use a bounded policy such as streaming"
         return f"the model's {positions} {'learned ' if learned else ''}positions; shorten them{way}"
 
-    def check_length(self, length: int) -> None:
-        """UserError for a length that no request can have."""
+    def refusal(self, ids: Sequence[int], new: int, seen: int = 0) -> str | None:
+        """Why a prompt with `new` tokens after it cannot run whatever the budget, in one line.
+
+        seen: the tokens of a conversation that come before it.
+        """
+        if not len(ids):
+            return "the prompt is empty; give at least one token"
+        if new < 1:
+            return f"max-new-tokens must be at least 1, not {shown(new)}"
+        if not (min(ids) >= 0 and max(ids) < self.config.vocab_size):
+            wrong = next(i for i in ids if not 0 <= i < self.config.vocab_size)
+            return f"token id {shown(wrong)} is outside the vocabulary (0 to {self.config.vocab_size - 1})"
+        seen = 0 if self.endless else seen  # else what came before is in slots that do not grow
+        if seen + len(ids) + new > self.longest:
+            earlier = f"{seen} earlier + " * bool(seen)
+            return f"{earlier}{len(ids)} prompt + {shown(new)} new tokens exceed {self._too_long()}"
+        return None
+
+    def check(self, ids: Sequence[int], new: int, seen: int = 0) -> None:
+        """UserError if the prompt cannot run."""
+        if refusal := self.refusal(ids, new, seen):
+            raise UserError(refusal)
+
+    def at(self, length: int, endless: bool = False) -> Sizes:
+        """All that follows from the length; a conversation's cache is made for one length and goes on beyond.
+
+        UserError if the policy cannot work in its slots, or no request can be as long.
+        """
         if length > self.longest:
-            raise UserError(f"a max-length of {shown(length)} tokens exceeds {self.longest_why}")
+            raise UserError(f"a max-length of {shown(length)} tokens exceeds {self._too_long()}")
+        caps, floor = self.caps(length), self.policy.floor
+        slots = self._slots(length, caps)
+        if self.given is not None:
+            plan = Plan(self._cut_plan(length))
+        elif self.layer_policy.reads_prompt:
+            plan = None
+        else:
+            plan = self.layer_policy.allocate([0.0] * len(caps), slots, caps, floor)
+        policies = self.policies(math.inf if endless else length)
+        return Sizes(caps, slots, floor, policies, self.layer_policy, plan)
 
     def caps(self, length: int) -> list[int]:
         """The most slots that each layer can use: a sliding window is a cap."""
@@ -107,39 +186,26 @@ class Sizing:
         windows = map(self.config.window, range(self.config.n_layers))
         return [self.policy.within_window(w) if w is not None and w < length else self.policy for w in windows]
 
-    def slots(self, length: int) -> int:
-        """b, the slots per layer of a uniform plan. UserError if the policy cannot work in them."""
-        floor = min(self.policy.floor, length)
+    def _slots(self, length: int, caps: list[int]) -> int:
+        """The slots per layer of a uniform plan. UserError if the policy cannot work in them."""
+        floor, policy = min(self.policy.floor, length), self.policy
         if self.given is not None:
-            for layer, (slots, cap) in enumerate(zip(self.given, self.caps(length), strict=True)):
-                needed = min(floor, cap) if self.policy.bounded else cap
+            for layer, (slots, cap) in enumerate(zip(self.given, caps, strict=True)):
+                needed = min(floor, cap) if policy.bounded else cap
                 if slots < needed:
-                    raise UserError(
-                        f"the plan gives layer {layer} {slots} slots; policy {self.policy.name} needs at least {needed}"
-                    )
-            return sum(self._cut_plan(length)) // len(self.given)
-        if not self.policy.bounded:
+                    has = f"the plan gives layer {layer} {slots} slots"
+                    raise UserError(f"{has}; policy {policy.name} needs at least {needed}")
+            return sum(self._cut_plan(length)) // len(caps)
+        if not policy.bounded:
             return length
         if self.budget is None:
             return max(int(DEFAULT_BUDGET * length), min(SMALLEST_DEFAULT, length), floor)
         slots = self.budget if self.budget > 1 else math.floor(Fraction(str(self.budget)) * length)
         slots = min(slots, length)  # what more would do: every layer at its cap
         if slots < floor:
-            raise UserError(
-                f"budget {self.budget} is {slots} slots per layer for {length} tokens; "
-                f"policy {self.policy.name} needs at least {floor}"
-            )
+            has = f"budget {self.budget} is {slots} slots per layer for {length} tokens"
+            raise UserError(f"{has}; policy {policy.name} needs at least {floor}")
         return slots
-
-    def plan(self, length: int, evidence: list[Any] | None = None) -> Plan | None:
-        """Slots per layer; None if evidence is needed for it and there is none yet."""
-        if self.given is not None:
-            return Plan(self._cut_plan(length))
-        if evidence is None:
-            if self.layer_policy.reads_prompt:
-                return None
-            evidence = [0.0] * self.config.n_layers
-        return self.layer_policy.allocate(evidence, self.slots(length), self.caps(length), self.policy.floor)
 
     def _cut_plan(self, length: int) -> list[int]:
         """The plan that is given, without the slots that sequences of `length` tokens cannot use."""
@@ -155,69 +221,42 @@ class Sizing:
         return self.slot_bytes("dense") * sum(self.caps(length))
 
     def needs(self, length: int, longest_prompt: int | None = None, apart: bool = False) -> Needs:
-        """Bytes of rows of `length` tokens, before anything is allocated.
-
-        apart: prompts are read one by one and none waits for the plan.
-        """
-        self.check_length(length)
-        c, caps, budget_slots = self.config, self.caps(length), self.slots(length)
-        slots = min(budget_slots * len(caps), sum(caps)) if self.given is None else sum(self._cut_plan(length))
-        item = self.dtype.itemsize
-        wide = max(4, item)
-        heads, groups = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+        """Bytes of rows of `length` tokens, before anything is allocated. apart: prompts are read one by one."""
+        sizes, c, item = self.at(length), self.config, self.dtype.itemsize
+        wide, heads, groups = max(4, item), c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+        prompt = length if longest_prompt is None else longest_prompt
+        rows = rows_at_once(prompt)
         # Of a prompt in one layer, all at once: the normed copies of the residual stream, what is projected and turned,
         # what the feed-forward holds, and what a policy that scores looks at.
-        prompt = length if longest_prompt is None else longest_prompt
-        experts = max(1, c.experts_per_token)
-        read = prompt * (2 * (item + wide) * (c.dim + heads + 2 * groups) + 3 * item * experts * c.ffn_dim)
-        queries = max(
-            self.policy.queries, self.layer_policy.queries, PROMPT_CHUNK if c.attention_softcap is not None else 0
-        )
-        read += 4 * wide * c.n_heads * min(prompt, queries) * prompt
-        if not apart and self.plan(length) is None:
-            rows, sizes = rows_at_once(prompt), (budget_slots, max(caps), self.policy.floor, c.n_heads, c.head_dim)
-            read += wide * self.layer_policy.work(rows, *sizes) // rows
-        # Of every prompt meanwhile: the residual stream; the layer's keys and values, and once more while they are
-        # joined or cut; what waits for the plan, in the arena and outside.
+        read = prompt * 2 * (item + wide) * (c.dim + heads + 2 * groups)
+        read += min(prompt, FEED_CHUNK) * 3 * item * max(1, c.experts_per_token) * c.ffn_dim
+        own = PROMPT_CHUNK if c.attention_softcap is not None else 0
+        read += 4 * wide * c.n_heads * min(prompt, max(self.policy.queries, self.layer_policy.queries, own)) * prompt
+        if sizes.plan is None:
+            most = (sizes.budget_slots, max(sizes.caps), sizes.floor, c.n_heads, c.head_dim)
+            read += wide * self.layer_policy.work(rows, *most) // rows
+        # Of every prompt meanwhile: the residual stream; the layer's keys and values, and once more while they are cut;
+        # what is held of the layers that have been read, with positions and scores.
         held = prompt * item * (c.dim + 4 * groups) + c.vocab_size * (item + wide)
-        if not apart and self.plan(length) is None:
-            waiting = self.layer_policy.most_waiting(budget_slots, caps, self.policy.floor)
-            scoring = type(self.policy).score_prompt is not TokenPolicy.score_prompt
-            held += self.slot_bytes() * max(0, waiting - slots)
-            held += c.n_kv_heads * (8 * waiting + wide * scoring * prompt * len(caps))  # positions and scores
+        scoring = type(self.policy).score_prompt is not TokenPolicy.score_prompt
+        held += sizes.waiting * (self.slot_bytes() + 8 * c.n_kv_heads) + wide * c.n_kv_heads * scoring * (
+            prompt * (1 if sizes.plan else len(sizes.caps))
+        )
         # Of one row in a step: the logits with what sampling sorts, and one layer's scores and probabilities.
-        step = c.vocab_size * (item + 5 * wide) + 4 * wide * c.n_heads * max(caps)
+        step = c.vocab_size * (item + 5 * wide) + 4 * wide * c.n_heads * max(sizes.caps)
         if self.format != "dense":  # where no generated loop reads them, a layer's keys and values are decoded
-            step += 2 * wide * groups * max(caps)
+            step += 2 * wide * groups * max(sizes.caps)
             held += 4 * wide * groups * prompt  # and while a prompt is encoded
+        alone = apart or sizes.plan is not None  # nothing is held of a prompt but while its part of them is read
         return Needs(
             weights=parameters(c) * item,
-            row=slots * (self.slot_bytes() + c.n_kv_heads * (wide + 8) * self.policy.scored),
+            row=sizes.total * (self.slot_bytes() + c.n_kv_heads * (wide + 8) * self.policy.scored),
             row_full=self.full_bytes(length),
             step=step,
-            prefill=read + held if apart else read,
-            held=0 if apart else held,
-            at_once=1 if apart else rows_at_once(prompt),
+            prefill=read + held if alone else read,
+            held=0 if alone else held,
+            at_once=1 if apart else rows,
         )
-
-
-def parameters(c: ModelConfig) -> int:
-    """How many numbers the weights are."""
-    norm = 2 if c.norm == "layer" else 1
-    heads, groups = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    attention = c.dim * (heads + 2 * groups) + heads * c.dim
-    attention += (heads + 2 * groups) * c.qkv_bias + c.dim * c.output_bias
-    attention += norm * {None: 0, "head": 2 * c.head_dim, "projection": heads + groups}[c.qk_norm]
-    width = (2 if c.ffn_gate else 1) * c.ffn_dim
-    if c.experts:
-        ffn = c.experts * (c.dim + 3 * c.dim * c.ffn_dim)
-    else:
-        ffn = c.dim * (width + c.ffn_dim) + (width + c.dim) * c.ffn_bias
-    norms = norm * c.dim * (c.pre_norms * (2 - c.shared_norm) + 2 * c.post_norms)
-    tables = (1 if c.tie_embeddings else 2) * c.vocab_size * c.dim
-    if c.position_offset is not None:
-        tables += (c.max_positions + c.position_offset) * c.dim
-    return c.n_layers * (attention + ffn + norms) + norm * c.dim + tables
 
 
 def rows_at_once(prompt: int) -> int:
@@ -230,23 +269,3 @@ def check_budget(budget: float) -> None:
     number = isinstance(budget, int | float) and not isinstance(budget, bool)
     if not (number and (0 < budget <= 1 or isinstance(budget, int) and budget > 1)):
         raise UserError(f"budget must be a fraction in (0, 1] or an integer of slots above 1, not {shown(budget)}")
-
-
-def whole(value: Any, name: str) -> int:
-    """An integer, of Python or of numpy; UserError for anything else, True and False included."""
-    if type(value) is int:
-        return value
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise UserError(f"{name} must be an integer, not {shown(value)}")
-    return int(value)
-
-
-def integers(values: Any, name: str) -> list[int]:
-    """The integers in a sequence, a numpy array or a tensor of one dimension; UserError for anything else."""
-    if type(values) is list and all(type(value) is int for value in values):
-        return values
-    if isinstance(values, Tensor) or type(values).__module__ == "numpy":
-        values = values.tolist()  # what is no integer of one dimension gives no integers
-    if isinstance(values, str | bytes | bytearray) or not isinstance(values, Sequence):
-        raise UserError(f"{name} must be a sequence of integers, not {shown(values)}")
-    return [whole(value, f"each of {name}") for value in values]

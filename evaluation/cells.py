@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from decoder import Decoder
-from engine import Engine, Request
+from engine import Engine
 from errors import UserError, shown
-from kvcache import Memory, Prompt
 from model import Transformer
 from policies import layers as layer_policies
 from policies import tokens as token_policies
@@ -23,6 +22,7 @@ from policies.layers import LAYER_POLICIES, LayerPolicy
 from policies.layers.base import Attended
 from policies.options import options_of
 from policies.tokens import TokenPolicy
+from prefill import Part, Prompt, Prompts, finished, read
 from sampling import GREEDY, NOT_FINITE
 from sizing import check_budget
 
@@ -80,7 +80,9 @@ def grid(
 
 def check(model: Transformer, cell: Cell, ids: Sequence[int], new: int) -> None:
     """UserError, in one line, if `cell` cannot run a prompt with `new` tokens after it."""
-    _engine(model, cell).check(Request(ids, new))
+    sizing = _engine(model, cell).sizing
+    sizing.check(ids, new)
+    sizing.at(len(ids) + new)
 
 
 def _engine(model: Transformer, cell: Cell, compile: bool = False) -> Engine:
@@ -104,11 +106,6 @@ class Looking(TokenPolicy):
         self.turned.append(k[:, :, : self.sinks].clone())
         self.scores.append([policy.score_prompt(q, k, v, lengths, probs) for policy in self.policies])
 
-    def joined(self) -> tuple[Tensor, list[Tensor | None]]:
-        """The rotated first keys and each policy's scores, of the whole batch."""
-        scores = [None if parts[0] is None else torch.cat(parts) for parts in zip(*self.scores, strict=True)]
-        return torch.cat(self.turned), scores
-
 
 class Batch:
     """Rows of token ids after the prefill that serves `cells`. Each may go on for `new` tokens.
@@ -129,44 +126,43 @@ class Batch:
         self.model, self.new, self.compile = model, new, compile
         cells = list(dict.fromkeys([FULL, *cells]))
         self.words = list(dict.fromkeys(cell.policy for cell in cells))
-        engines = [Engine(model, word) for word in self.words]
-        self.requests = [Request(ids, new) for ids in rows]
-        self.length = max(map(len, rows)) + new
-        padded, self.lengths = engines[0]._padded(self.requests)
-        self.rotary, caps = engines[0]._rotary(self.requests), engines[0].sizing.caps(self.length)
-        self.policies = [engine.sizing.policies(self.length) for engine in engines]  # by token policy and layer
+        self.count, self.length = len(rows), max(map(len, rows)) + new
+        sizings = [Engine(model, word).sizing for word in self.words]
+        self.not_finite, caps = Engine(model).not_finite, sizings[0].caps(self.length)
+        self.prompts = Prompts.of(model, rows, [len(ids) + new for ids in rows])
+        self.lengths = self.prompts.lengths
+        self.policies = [sizing.policies(self.length) for sizing in sizings]  # by token policy and layer
         looking = [Looking(own) for own in zip(*self.policies, strict=True)]
         # What each layer policy wants to know of each layer [B, ...]. The smallest budget wants to know the most.
         smallest: dict[tuple[str, LayerPolicy], int] = {}
         for cell in cells:
             if (own := cell.layer_policy()).reads_prompt:
-                smallest[cell.policy, own] = min(smallest.get((cell.policy, own), self.length), self._slots(cell))
+                slots = _engine(model, cell).sizing.at(self.length).budget_slots
+                smallest[cell.policy, own] = min(smallest.get((cell.policy, own), self.length), slots)
         self.evidence: dict[tuple[str, LayerPolicy], list[list[Tensor]]] = {
             asks: [[] for _ in caps] for asks in smallest
         }
-        signals: list[list[Tensor]] = [[] for _ in caps]
 
         def ask(seen: Attended, layer: int) -> Tensor:
-            signals[layer].append(seen.signal)
             for (word, own), found in self.evidence.items():
                 number = self.words.index(word)
                 policy, scores = looking[layer].policies[number], looking[layer].scores[-1][number]
                 select = partial(policy.select, seen.lengths, seen.k.shape[2], scores=scores)
-                floor, slots = engines[number].policy.floor, smallest[word, own]
+                floor, slots = sizings[number].policy.floor, smallest[word, own]
                 found[layer].append(own.measure(seen._replace(select=select), slots, caps[layer], floor))
             return seen.signal
 
         measures = [partial(ask, layer=layer) for layer in range(len(caps))]
-        # K and V of each layer, the first keys unrotated and rotated, and the scores by token policy.
-        self.prompts: list[tuple[Prompt, Tensor, Tensor, list[Tensor | None]]] = []
+        # Of each layer the parts of the batch, and the first keys unrotated.
+        self.layers: list[list[tuple[Part, Tensor]]] = []
 
-        def keep(layer: int, _: Tensor | None, prompt: Prompt) -> None:
-            raw = prompt.stored.k[:, :, : looking[layer].sinks].clone()
-            self.prompts.append((prompt, raw, *looking[layer].joined()))
+        def keep(_: Tensor | None, parts: list[Part]) -> None:
+            sinks = looking[len(self.layers)].sinks
+            self.layers.append([(part, part[1].stored.k[:, :, :sinks].clone()) for part in parts])
 
-        self.logits, _ = engines[0]._prefill(padded, self.lengths, self.rotary, looking, keep, measures)
-        self.signals = torch.stack([torch.cat(layer) for layer in signals], dim=1)  # [B, L]
-        self.not_finite = engines[0].not_finite
+        self.looking = looking
+        self.logits, signals = finished(read(model, self.prompts, looking, keep, measures))
+        self.signals = signals.T  # [B, L]
         self._check(self.logits)
 
     def _check(self, logits: Tensor) -> None:
@@ -174,26 +170,30 @@ class Batch:
         if not logits.amax(-1).isfinite().all():
             raise UserError(self.not_finite)
 
-    def _slots(self, cell: Cell) -> int:
-        return _engine(self.model, cell).sizing.slots(self.length)
-
     def _start(self, cell: Cell) -> Decoder:
         """A cache of its own for `cell`; `plan` and `kv_share` (of the full cache) say how large it is."""
-        engine, evidence, number = _engine(self.model, cell, self.compile), None, self.words.index(cell.policy)
+        engine, evidence, number = _engine(self.model, cell, self.compile), [], self.words.index(cell.policy)
         if found := self.evidence.get((cell.policy, engine.layer_policy)):
             evidence = [torch.cat(layer).mean(0).tolist() for layer in found]
-        plan = engine.sizing.plan(self.length, evidence)
-        self.plan, self.kv_share = plan.slots, sum(plan.slots) / sum(engine.sizing.caps(self.length))
-        greedy, rows = [GREEDY] * len(self.requests), torch.arange(len(self.requests), device=engine.device)
+        sizes = engine.sizing.at(self.length)
+        self.plan = sizes.planned(evidence).slots
+        self.kv_share = sum(self.plan) / sum(sizes.caps)
         policies = self.policies[number]
-        decoder, _ = engine._decoder(plan, policies, greedy, (), Memory())
-        for layer, (prompt, raw, turned, scores) in enumerate(self.prompts):
-            sinks = policies[layer].sinks
-            k, v = prompt.stored[:2]
-            k[:, :, : raw.shape[2]] = torch.cat((raw[:, :, :sinks], turned[:, :, sinks:]), dim=2)
-            own = Prompt(k, v, scores[number])
-            decoder.keeper(rows, self.lengths)(layer, None, own)
-        decoder.begin(rows, self.lengths, self.logits, greedy, self.rotary)
+        layers = []
+        for parts, looking, policy, slots in zip(self.layers, self.looking, policies, self.plan, strict=True):
+            own, sinks = [], policy.sinks
+            for ((rows, prompt), raw), turned, scores in zip(parts, looking.turned, looking.scores, strict=True):
+                k, v = prompt.stored[:2]
+                k[:, :, : raw.shape[2]] = torch.cat((raw[:, :, :sinks], turned[:, :, sinks:]), dim=2)
+                placed = Prompt(k, v, scores[number])
+                placed.place(
+                    policy.select(self.lengths[rows], prompt.length, slots, scores[number]), "dense", policy.scored
+                )
+                own.append((rows, placed))
+            layers.append(own)
+        decoder, _ = engine.decoder(self.plan, self.count, policies, ())
+        rows, greedy = torch.arange(self.count, device=engine.device), [GREEDY] * self.count
+        decoder.begin(rows, self.lengths, layers, self.logits, greedy, self.prompts.rotary)
         return decoder
 
     @torch.inference_mode()
@@ -203,14 +203,15 @@ class Batch:
         Policies that place a token by its position take all T at once, which is the same as one by one.
         """
         decoder = self._start(cell)
-        if not decoder.policies[0].scored:
+        if not decoder.slots[0].policy.scored:
             size = max(1, LOGITS // (len(following) * self.model.config.vocab_size))
-            for x in decoder.append(following.to(self.lengths.device)).split(size, dim=1):
-                for logits in self.model.logits(x).unbind(1):
-                    self._check(logits)
-                    yield logits
+            for x in decoder.append(following.to(self.model.device)):
+                for part in x.split(size, dim=1):
+                    for logits in self.model.logits(part).unbind(1):
+                        self._check(logits)
+                        yield logits
             return
-        for tokens in following.to(self.lengths.device).T:
+        for tokens in following.to(self.model.device).T:
             decoder.tokens.copy_(tokens)
             logits = decoder.logits()
             self._check(logits)
@@ -227,7 +228,7 @@ class Batch:
         """
         decoder, asked = self._start(cell), len(questions[0]) if len(questions) else 0
         if asked:
-            x = decoder.append(torch.tensor(questions, device=self.lengths.device))
+            *_, x = decoder.append(torch.tensor(questions, device=self.model.device))
             logits = self.model.logits(x[:, -1])
             self._check(logits)
             decoder.tokens.copy_(decoder.sampler(logits))

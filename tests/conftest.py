@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from decoder import Decoder
+from engine import Batch, Engine, Request
 from model import ModelConfig, Transformer
+from prefill import Prompts, finished, read
 
 # The tensors are small, and threads that wait for each other slow down on a busy machine; for what tests start, too.
 torch.set_num_threads(1)
@@ -98,6 +101,32 @@ def random_model(dtype: torch.dtype = torch.float64, seed: int = 1, **changes) -
 
 def random_ids(count: int, seed: int = 2, vocab: int = 97) -> list[int]:
     return torch.randint(vocab, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def begun(engine: Engine, requests: list[Request], length: int | None = None, rows: int | None = None, **more) -> Batch:
+    """A batch whose prompts have been read and whose first tokens are chosen, before any step."""
+    samplings = [request.sampling for request in requests]
+    longest = max(request.length for request in requests)
+    batch = Batch(engine, rows or len(requests), length or longest, **{"samplings": samplings, **more})
+    batch.lag = -1  # no step is started
+    for request in requests:
+        batch.add(request)
+    batch.step()
+    if batch.decoder:
+        batch.decoder.batch = batch  # which holds the memory for it
+    return batch
+
+
+def appended(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
+    """x [B, T, C] of tokens [B, T] that follow."""
+    return torch.cat(list(decoder.append(ids)), dim=1)
+
+
+@torch.inference_mode()
+def after_prompts(model: Transformer, requests: list[Request], policies: list, measures: list | None = None):
+    """Logits [R, vocab] and importance [L, R] of prompts of which nothing is kept."""
+    prompts = Prompts.of(model, [request.ids for request in requests], [request.length for request in requests])
+    return finished(read(model, prompts, policies, lambda *_: None, measures))
 
 
 @pytest.fixture(scope="session")

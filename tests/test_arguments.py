@@ -171,13 +171,14 @@ def test_one_request_that_asks_for_too_much(policy, learned):
     words = "4096 learned positions" if learned else "4096 positions" if policy == "full" else "1048576"
     for request in LONG:
         assert words in done[id(request)].error and done[id(request)].finish_reason == "error"
-        assert words in refused(engine.check, request)
+        assert words in refused(engine.stream, request.ids, max_new_tokens=request.max_new_tokens)
+        assert words in refused(engine.batch(1, 50).add, request)
         assert words in refused(engine.conversation().stream, request.ids, request.max_new_tokens)
     assert words in refused(next, engine.generate(iter([good]), 1, HUGE))
     assert words in refused(engine.sizing.needs, 10**12)
     assert engine.refusal(Request([1] * 10, 4096 - 10)) is None
     if policy != "full" and not learned:
-        assert engine.refusal(Request([1] * 10, MOST_TOKENS - 10), seen=10**9) is None
+        assert engine.sizing.refusal([1] * 10, MOST_TOKENS - 10, seen=10**9) is None
 
 
 @pytest.mark.parametrize("how", [(), ("--squeeze",)], ids=["full", "squeeze"])

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_ids, random_model
+from conftest import begun, random_ids, random_model
 
 import batch
 import generate
 import memory
 from batch import Job
-from engine import Engine, Request
+from engine import Batch, Engine, Request
 from files import Lines
 from sampling import Sampling
 
@@ -315,7 +315,7 @@ def test_rows_apart_do_not_know_each_other(policy):
         requests = [Request(random_ids(9 + 6 * n, seed=n), 40) for n in range(count)]
         requests[row] = Request(ids, 40)
         with torch.inference_mode():
-            decoder, _ = engine._start(requests, 90, rows=4, apart=True)
+            decoder = begun(engine, requests, 90, rows=4, apart=True).decoder
             assert decoder.tokens.shape == (4,)
             steps = []
             for token in random_ids(30, seed=8):
@@ -359,9 +359,9 @@ def test_needs_are_what_is_allocated(policy):
 
 def test_rows_that_fit():
     needs = memory.Needs(weights=100, row=10, row_full=40, step=1, prefill=30)
-    assert [needs.total(rows) for rows in (1, 3, 40)] == [140, 160, 540]
-    assert [needs._replace(held=20, at_once=2).total(rows) for rows in (1, 3)] == [160, 250]
-    assert needs.rows(1000, 159) == 2 and needs.rows(1000, 160) == 3 and needs.rows(2, 160) == 2
+    assert [needs.total(rows) for rows in (1, 3, 40)] == [141, 163, 570]
+    assert [needs._replace(held=20, at_once=2).total(rows) for rows in (1, 3)] == [161, 253]
+    assert needs.rows(1000, 162) == 2 and needs.rows(1000, 163) == 3 and needs.rows(2, 163) == 2
     assert needs.rows(1000, 10**9) == memory.MOST_ROWS and needs.rows(9, 1) == 1
     assert memory.free(torch.device("cpu")) > 2**20
 
@@ -382,7 +382,7 @@ def test_max_memory(capsys, tmp_path, monkeypatch):
     def broken(*args):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 MiB")
 
-    monkeypatch.setattr(Engine, "_refill", broken)
+    monkeypatch.setattr(Batch, "step", broken)
     code, out, err = call(capsys, source, tmp_path / "oom", "--batch-size", 2)
     assert code == 2 and out == "" and err.count("\n") == 1 and "cache of 2 rows" in err and "--resume goes on" in err
 

@@ -24,6 +24,7 @@ from conftest import quick
 import batch
 import bench
 import commandline
+import engine
 import evaluate
 import files
 import generate
@@ -145,7 +146,7 @@ def test_faults_of_ours_inside_of_a_run_keep_their_traceback(monkeypatch, tmp_pa
         raise ours()
 
     (tmp_path / "in").write_text('{"prompt": "a"}\n')
-    monkeypatch.setattr(generate.Engine, "_prefill", fails)
+    monkeypatch.setattr(engine.Batch, "step", fails)
     for args in (
         ["--prompt", "a"],
         ["--input", "in", "--output", "out", "--squeeze"],
@@ -169,7 +170,7 @@ def test_a_missing_compiler_is_named(capsys, monkeypatch):
     def fails(*args):
         raise InductorError(InvalidCxxCompiler("c++"), None) from InvalidCxxCompiler("c++")
 
-    monkeypatch.setattr(generate.Engine, "_refill", fails)
+    monkeypatch.setattr(engine.Batch, "step", fails)
     assert "--no-compile does without" in refusal(capsys, "generate", "--prompt", "a")
 
 

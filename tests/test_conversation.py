@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import BY_LENGTH, quick, random_ids, random_model
+from conftest import BY_LENGTH, appended, begun, quick, random_ids, random_model
 from naive import NaiveCache
 
 import decoder as decoder_module
@@ -38,12 +38,12 @@ def test_turns_equal_the_naive_cache(policy, cut, monkeypatch):
     monkeypatch.setattr(decoder_module, "APPEND_CHUNK", chunk)
     model = random_model(**SHAPES[shape])
     engine = Engine(model, policy, plan=PLAN, cache_format=form)
-    decoder, _ = engine._start([Request(TURNS[0], 1)], length=4096, endless=True)
+    decoder = begun(engine, [Request(TURNS[0], 1)], 4096, endless=True).decoder
     naive = NaiveCache(model, policy, decoder.cache.plan, int8=form == "int8")
     naive.prompt(TURNS[0])
     with torch.inference_mode():
         for turn in TURNS[1:4]:
-            got = model.logits(decoder.append(torch.tensor([turn]))[:, -1])[0]
+            got = model.logits(appended(decoder, torch.tensor([turn]))[:, -1])[0]
             torch.testing.assert_close(got, naive.append(turn, chunk), rtol=0, atol=1e-10)
             for token in random_ids(4, seed=5):
                 decoder.tokens.fill_(token)
@@ -53,8 +53,8 @@ def test_turns_equal_the_naive_cache(policy, cut, monkeypatch):
 @pytest.mark.parametrize("policy", UNSCORED)
 def test_chunks_equal_single_steps(model, policy):
     with torch.inference_mode():
-        chunks, steps = (Engine(model, policy, plan=PLAN)._start([Request(TURNS[1], 1)])[0] for _ in range(2))
-        x = chunks.append(torch.tensor([TURNS[2]]))
+        chunks, steps = (begun(Engine(model, policy, plan=PLAN), [Request(TURNS[1], 1)]).decoder for _ in range(2))
+        x = appended(chunks, torch.tensor([TURNS[2]]))
         for place, token in enumerate(TURNS[2]):
             steps.tokens.fill_(token)
             torch.testing.assert_close(model.logits(x[:, place]), steps.logits())
@@ -69,11 +69,11 @@ def test_rows_of_different_lengths(model, policy):
     plan = [200] * 4 if policy == "full" else PLAN
     starts, more = [TURNS[1], TURNS[2]], torch.tensor([TURNS[4], TURNS[4][::-1]])
     with torch.inference_mode():
-        decoder, _ = Engine(model, policy, plan=plan)._start([Request(ids, 60) for ids in starts])
-        both = decoder.append(more)
+        decoder = begun(Engine(model, policy, plan=plan), [Request(ids, 60) for ids in starts]).decoder
+        both = appended(decoder, more)
         for row, ids in enumerate(starts):
-            alone, _ = Engine(model, policy, plan=plan)._start([Request(ids, 60)])
-            torch.testing.assert_close(alone.append(more[row : row + 1])[0], both[row])
+            alone = begun(Engine(model, policy, plan=plan), [Request(ids, 60)]).decoder
+            torch.testing.assert_close(appended(alone, more[row : row + 1])[0], both[row])
 
 
 @pytest.mark.parametrize("rope", BY_LENGTH, ids=lambda rope: rope["rope_type"])
@@ -82,10 +82,10 @@ def test_rows_that_turn_at_different_speeds(rope):
     model, more = random_model(rope=rope, max_positions=32), torch.tensor([random_ids(9, 5), random_ids(9, 6)])
     requests = [Request(random_ids(12), 9), Request(random_ids(40), 9)]
     with torch.inference_mode():
-        both = Engine(model, "streaming", plan=PLAN)._start(requests)[0].append(more)
+        both = appended(begun(Engine(model, "streaming", plan=PLAN), requests).decoder, more)
         for row, request in enumerate(requests):
-            alone, _ = Engine(model, "streaming", plan=PLAN)._start([request])
-            torch.testing.assert_close(alone.append(more[row : row + 1])[0], both[row])
+            alone = begun(Engine(model, "streaming", plan=PLAN), [request]).decoder
+            torch.testing.assert_close(appended(alone, more[row : row + 1])[0], both[row])
 
 
 def test_full_equals_recomputing(model):
@@ -137,7 +137,7 @@ def test_memory_and_plan_stay(model, policy):
         list(stream)
         figures = stream.completion.figures
         sizes.add((figures.kv_bytes, figures.state_bytes, tuple(figures.plan), tuple(figures.importance)))
-        addresses.add(conversation._decoder.cache.arenas["k"].data_ptr())
+        addresses.add(conversation.batch.decoder.cache.arenas["k"].data_ptr())
         full.append(figures.kv_bytes_full)
     assert len(sizes) == len(addresses) == 1
     assert full == sorted(set(full)) and full[-1] > figures.kv_bytes

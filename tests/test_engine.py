@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import BY_LENGTH, quick, random_ids, random_model
+from conftest import BY_LENGTH, after_prompts, begun, quick, random_ids, random_model
 from naive import FROZEN, NaiveCache
 
 from decoder import Decoder
@@ -27,9 +27,9 @@ def run(engine: Engine, ids: list[int], new: int = NEW) -> list[int]:
 def teacher_forced(engine: Engine, ids: list[int], following: list[int]) -> torch.Tensor:
     """Logits [1 + len(following), vocab] after the prompt and after each following token, through the real cache."""
     with torch.inference_mode():
-        decoder, _ = engine._start([Request(ids, max_new_tokens=len(following) + 1)])
-        prompt = torch.tensor([ids], device=engine.device)
-        rows = [engine._prefill(prompt, decoder.seen, decoder.rotary, decoder.policies, lambda *_: None)[0]]
+        request = Request(ids, max_new_tokens=len(following) + 1)
+        decoder = begun(engine, [request]).decoder
+        rows = [after_prompts(engine.model, [request], engine.sizing.policies(request.length))[0]]
         for token in following:
             decoder.tokens.fill_(token)
             rows.append(decoder.logits())
@@ -268,7 +268,7 @@ def test_finish_reasons(model):
     stream = Engine(model).stream(ids, max_new_tokens=12)
     steps = iter(stream)
     assert [next(steps), next(steps)] == tokens[:2]
-    stream._steps.close()
+    stream.close()
     assert stream.completion.finish_reason == "interrupted"
 
 

@@ -6,7 +6,7 @@ import re
 import families
 import pytest
 import torch
-from conftest import quick
+from conftest import after_prompts, appended, begun, quick
 from families import BY_NAME, CASES, FAMILIES, LENGTH, LONGROPE, NEW, PROMPT, Case
 from naive import NaiveCache
 from test_engine import teacher_forced
@@ -105,7 +105,7 @@ def test_decode_logits(case: Case, theirs, ours):
     """Teacher-forced, in a right-padded batch."""
     expected = logits_of_rows(theirs(case))
     requests = [Request(IDS[row, :n].tolist(), NEW) for row, n in enumerate(LENGTHS)]
-    decoder, _ = full_engine(ours(case))._start(requests)
+    decoder = begun(full_engine(ours(case)), requests).decoder
     for step in range(NEW):
         here = [n + step for n in LENGTHS]
         decoder.tokens.copy_(IDS[range(2), here])
@@ -117,9 +117,10 @@ def test_decode_logits(case: Case, theirs, ours):
 def test_logits_of_a_later_turn(case: Case, theirs, ours):
     """Several tokens at once behind a right-padded batch."""
     expected = torch.stack([logits[-NEW:-1] for logits in logits_of_rows(theirs(case))])
-    decoder, _ = full_engine(ours(case))._start([Request(IDS[row, :n].tolist(), NEW) for row, n in enumerate(LENGTHS)])
+    requests = [Request(IDS[row, :n].tolist(), NEW) for row, n in enumerate(LENGTHS)]
+    decoder = begun(full_engine(ours(case)), requests).decoder
     here = torch.stack([torch.arange(n, n + NEW - 1) for n in LENGTHS])
-    logits = ours(case).logits(decoder.append(IDS.gather(1, here)))
+    logits = ours(case).logits(appended(decoder, IDS.gather(1, here)))
     assert difference(logits, expected) < TOLERANCE
 
 
@@ -184,14 +185,11 @@ def test_importance(case: Case, lengths: list[int], theirs, ours):
     rows = len(lengths)
     real = torch.arange(PROMPT) < torch.tensor(lengths)[:, None]
     ids = IDS[:rows, :PROMPT] * real
-    engine = full_engine(ours(case))
     with families.ResidualStream(theirs(case), case.branch) as stream:
         theirs(case)(ids, attention_mask=real.long())
-    rotary = ours(case).rotary(PROMPT)  # of the length that transformers saw
-    seen, measures = [], Engine(ours(case), "window", "squeeze")._measures(PROMPT, [PROMPT] * len(rotary))
-    policies = engine.sizing.policies(PROMPT)
-    engine._prefill(ids, torch.tensor(lengths), rotary, policies, lambda *layer: seen.append(layer[1]), measures)
-    signals = torch.stack(seen)
+    # Rotary frequencies are those of the length that transformers saw.
+    requests = [Request(IDS[row, :n].tolist(), PROMPT - n) for row, n in enumerate(lengths)]
+    _, signals = after_prompts(ours(case), requests, full_engine(ours(case)).sizing.policies(PROMPT))
     torch.testing.assert_close(signals, stream.importance(lengths), atol=1e-5, rtol=0)
     assert signals.max() < 0.99  # attention does change the residual stream
 

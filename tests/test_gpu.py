@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import random_ids, random_model
+from conftest import begun, random_ids, random_model
 from test_engine import BOUNDED, PLAN, run, teacher_forced
 from test_prefill import DEEP, LONG, ORDERS, SHARE, P, all_at_once, signals
 
@@ -118,7 +118,7 @@ def test_no_step_waits_for_the_device(policy, compiled, sampling=SAMPLED):
     engine = Engine(model, policy, plan=[80] * 4 if policy == "full" else PLAN, compile=compiled)
     requests = [Request(random_ids(length, length), 20, sampling) for length in (20, 5)]
     with torch.inference_mode():
-        decoder, _ = engine._start(requests, later=[])
+        decoder = begun(engine, requests).decoder
         decoder.step()
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")

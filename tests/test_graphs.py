@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import BY_LENGTH, quick, random_ids, random_model
+from conftest import BY_LENGTH, begun, quick, random_ids, random_model
 from torch._inductor.output_code import CompiledFxGraph
 
 import bound as bound_module
@@ -20,7 +20,7 @@ def compiled_equals_eager(model, policy: str) -> Decoder:
     """Also in the second step, which Dynamo has no part in. Returns the compiled one."""
     plan, request = [40] * model.config.n_layers, Request(random_ids(30), 9)
     engines = [Engine(model, policy, plan=plan, compile=compile) for compile in (False, True)]
-    eager, ours = (engine._start([request])[0] for engine in engines)
+    eager, ours = (begun(engine, [request]).decoder for engine in engines)
     with torch.inference_mode():
         for _ in range(2):
             torch.testing.assert_close(ours.logits(), eager.logits())

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from conftest import quick, random_ids, random_model
+from conftest import begun, quick, random_ids, random_model
 from simulated import moved, simulated
 from test_graphs import FORMS
 from test_simulated import steps_do_not_wait
@@ -132,12 +132,13 @@ def test_no_plan_is_made_from_them(model, policy, size, bad_token):
     """The plan is that of the first ones that are whole; where there is none among the first, of the next ones."""
     engine = Engine(model, policy, "squeeze", 10)
     good = [request for request in REQUESTS[:size] if BAD not in request.ids] or [REQUESTS[1]]
-    want = Engine(model, policy, "squeeze", 10)._start(good, 47)[1]
+    want = begun(Engine(model, policy, "squeeze", 10), good, 47).figures
     for completion in engine.generate(REQUESTS, batch_size=size):
         assert completion.figures is None or completion.figures.plan == want.plan
     check(engine, Engine(model, policy, plan=want.plan), batch_size=size)
     plan, importance = engine.plan_for(REQUESTS, 47, 1)
-    assert (plan.slots, importance) == (engine._start(REQUESTS[1:2], 47)[1].plan, engine.plan_for(REQUESTS[1:2], 47)[1])
+    assert plan.slots == begun(engine, REQUESTS[1:2], 47).figures.plan
+    assert importance == engine.plan_for(REQUESTS[1:2], 47)[1]
     plan, importance = engine.plan_for([REQUESTS[0]], 47)
     assert plan.slots == [10] * 4 and importance is None
 

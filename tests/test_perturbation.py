@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import quick, random_ids, random_model
+from conftest import after_prompts, quick, random_ids, random_model
 from naive import FROZEN
 
 from engine import Engine, Request
@@ -109,9 +109,7 @@ def test_the_curve_equals_a_naive_one(case):
         got.append((policy.measure(attended, budget, caps[layer], floor), torch.tensor(want, dtype=torch.float64)))
         return attended.signal
 
-    ids, lengths = engine._padded(requests)
-    measures = [partial(ask, layer=layer) for layer in range(2)]
-    engine._prefill(ids, lengths, engine._rotary(requests), policies, lambda *_: None, measures)
+    after_prompts(model, requests, policies, [partial(ask, layer=layer) for layer in range(2)])
     for curve, want in got:
         torch.testing.assert_close(curve, want, rtol=1e-8, atol=1e-12)
         assert (want[0] > 1e-6).any() and (want[:, -1] < want[:, 0] + 1e-9).all()

@@ -4,9 +4,8 @@ import pytest
 import torch
 from families import CASES
 
-from config import ModelConfig
+from config import ModelConfig, parameters
 from model import Transformer
-from sizing import parameters
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -4,11 +4,13 @@
 of layers.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from errors import UserError
@@ -75,6 +77,29 @@ class LayerPolicy:
     def most_waiting(self, budget: int, caps: Sequence[int], floor: int) -> int:
         """The most slots that the upper bounds of all layers seen can add up to while a prompt is read."""
         return sum(caps) if self.reads_prompt else total_slots(budget, caps, floor)
+
+
+def importance(before: Tensor, after: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """SqueezeAttention's signal (arXiv 2404.04793): mean over a row's own tokens of cos(x, x + attention(x)).
+
+    before, after [B, S, C]: the residual stream on either side of the attention branch. Returns [B], in fp32 (fp64 for
+    an fp64 model). High: attention changed little, the layer is less important.
+    """
+    wide, norm = torch.promote_types(before.dtype, torch.float32), torch.linalg.vector_norm
+    before, after = before.to(wide), after.to(wide)
+    # F.cosine_similarity divides both by their norms first: two more copies, and more time than all of this.
+    norms = (norm(before, dim=-1) * norm(after, dim=-1)).clamp_min(1e-8)
+    cosine = torch.linalg.vecdot(before, after) / norms
+    if lengths is None:
+        return cosine.mean(-1)
+    real = torch.arange(cosine.shape[1], device=cosine.device) < lengths[:, None]
+    return cosine.masked_fill(~real, 0).sum(-1) / lengths
+
+
+def mean_finite(evidence: Tensor) -> Tensor:
+    """The mean [...] over those rows of [R, ...] that are finite; NaN without any. One broken row spoils no plan."""
+    rows = evidence.reshape(len(evidence), -1)
+    return rows.masked_fill(~rows.isfinite().all(1, keepdim=True), math.nan).nanmean(0).view(evidence.shape[1:])
 
 
 def fit(wishes: Sequence[float], budget: int, caps: Sequence[int], floor: int, granule: int | None = None) -> list[int]:

@@ -1,0 +1,223 @@
+"""Prompts on their way into a cache: read layer by layer, asked for evidence, each layer cut as soon as it is read."""
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvcache import Stored
+from model import Attention, Block, Causal, Transformer
+from policies.layers.base import Attended, importance, mean_finite
+from policies.tokens import TokenPolicy
+from sizing import rows_at_once
+
+Measure = Callable[[Attended], Tensor]
+
+
+class NotFinite(Exception):
+    """No prompt gives finite evidence, so no plan can be made."""
+
+
+class Prompts(NamedTuple):
+    """R prompts that are read together: ids [R, S], padded on the right; lengths [R]; rotary frequencies of each layer.
+
+    Padding repeats a row's own last token. No token attends to it, but 0 * inf would be NaN: another token might
+    overflow where the row's own do not.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    rotary: list[Tensor]
+
+    @staticmethod
+    def of(model: Transformer, prompts: Sequence[list[int]], limits: Sequence[int]) -> "Prompts":
+        """limits: the tokens of each request in all, which decide how its positions are turned."""
+        lengths = [len(ids) for ids in prompts]
+        ids = torch.tensor([ids + ids[-1:] * (max(lengths) - len(ids)) for ids in prompts])
+        return Prompts(ids.to(model.device), torch.tensor(lengths, device=model.device), model.rotary_of(limits))
+
+
+class Prompt:
+    """What one layer holds of R prompts: keys and values, and scores [R, K, S] if its policy makes any.
+
+    It can be cut again and again: what a token policy keeps in fewer slots is always among what it keeps in more.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, scores: Tensor | None = None):
+        self.stored, self.scores = Stored(k, v), scores  # k, v [R, K, S, D]
+        self.length = k.shape[2]  # S, whatever is cut
+        self.positions: Tensor | None = None  # [R, 1 or K, n], ascending unless placed: what is left; None: all
+        self.placed = False
+
+    @property
+    def size(self) -> int:
+        """How many positions are left."""
+        return self.stored.k.shape[2]
+
+    def cut(self, positions: Tensor) -> None:
+        """Keep these positions [R, 1 or K, n] only."""
+        positions = positions.sort(dim=2).values
+        self.stored, self.positions = self._at(positions), positions
+
+    def place(self, positions: Tensor, format: str, scored: bool) -> None:
+        """Keep these positions as slots of this format hold them, in this order; their scores too, if `scored`."""
+        self.stored = self._at(positions)
+        self.scores = self.scores.gather(2, positions.expand(*self.stored.k.shape[:3])) if scored else None
+        self.positions, self.placed = positions, True
+        self.encode(format)
+
+    def encode(self, format: str) -> None:
+        """Into the form of slots, unless it is in it already."""
+        if self.stored.k_scale is None:
+            self.stored = Stored.of(self.stored.k, self.stored.v, format)
+
+    def _at(self, positions: Tensor) -> Stored:
+        at = positions
+        if self.positions is not None:  # entries behind the end of a row may be gone: any others do
+            at = torch.searchsorted(self.positions, positions.contiguous()).clamp(max=self.positions.shape[2] - 1)
+        rows, heads, length = self.stored.k.shape[:3]
+        first = torch.arange(rows * heads, device=at.device).view(rows, heads, 1) * length
+        at = (first + at).flatten()  # whole rows of D elements: many times faster on a CPU than `gather`
+        return self.stored.each(
+            lambda part: part.flatten(0, 2).index_select(0, at).view(rows, heads, -1, *part.shape[3:])
+        )
+
+
+Part = tuple[slice, Prompt]  # some of the rows that are read together, and what a layer holds of them
+
+
+class Reading(Causal):
+    """What a block attends to while it reads whole prompts, and what is found out about them meanwhile."""
+
+    signal: Tensor  # [R], of `importance`
+    evidence: Tensor | None = None  # [R, ...], what `measure` says
+    prompt: Prompt
+
+    def __init__(self, block: Block, policy: TokenPolicy, lengths: Tensor | None, measure: Measure | None):
+        self.block, self.policy, self.lengths, self.measure = block, policy, lengths, measure
+
+    def attend(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor, k_raw: Tensor, rotary: Tensor) -> Tensor:
+        self.tensors = q, k, v, k_raw
+        return attention.over_prompt(q, k, v)
+
+    def moved(self, before: Tensor, after: Tensor) -> None:
+        (q, k, v, k_raw), attention, policy = self.tensors, self.block.attention, self.policy
+        del self.tensors
+        self.signal = importance(before, after, self.lengths)
+        scores = policy.score_prompt(q, k, v, self.lengths, attention.prompt_probs)
+        if self.measure is not None:
+            length, real = k.shape[2], self.lengths
+            real = torch.full((len(k),), length, device=k.device) if real is None else real
+            self.evidence = self.measure(
+                Attended(
+                    *(self.signal, after, q, k, v, real, attention.window, attention.logits),
+                    branch=lambda heads: self.block.branch(attention.wo(heads)),
+                    select=partial(policy.select, real, length, scores=scores),
+                )
+            )
+        k[:, :, : policy.sinks] = k_raw[:, :, : policy.sinks]
+        self.prompt = Prompt(k, v.contiguous(), scores)
+
+
+def read(
+    model: Transformer,
+    prompts: Prompts,
+    policies: Sequence[TokenPolicy],
+    keep: Callable[[Tensor | None, list[Part]], None],
+    measures: Sequence[Measure] | None = None,
+) -> Generator[None, None, tuple[Tensor, Tensor]]:
+    """Run prompts through the model, stopping after each layer of some of them.
+
+    Returns the logits [R, vocab] after each row's last token, and every layer's importance [L, R]. A row of which any
+    is not finite has logits of NaN. keep(evidence [R, ...], parts) is called after each layer: what it does not keep
+    is gone before the next one. The evidence is what the layer's own one of `measures` says.
+    """
+    ids, lengths, rotary = prompts
+    count, length = ids.shape
+    positions, size = torch.arange(length, device=ids.device)[None], rows_at_once(length)
+    groups = [slice(first, min(first + size, count)) for first in range(0, count, size)]
+    real = [lengths[rows] if int(lengths.min()) < length else None for rows in groups]
+    x, signals = model.embedded(ids, positions), []
+    for block, frequencies, policy, measure in zip(
+        model.layers, rotary, policies, measures or [None] * len(policies), strict=True
+    ):
+        done = []
+        for rows, own in zip(groups, real, strict=True):
+            reading = Reading(block, policy, own, measure)
+            turned = frequencies[rows] if frequencies.dim() > 1 else frequencies
+            x[rows] = block(x[rows], positions, turned, reading)
+            done.append(reading)
+            yield
+        signals.append(torch.cat([each.signal for each in done]))
+        evidence = torch.cat([each.evidence for each in done]) if measure else None
+        parts = [(rows, each.prompt) for rows, each in zip(groups, done, strict=True)]
+        del done, reading
+        keep(evidence, parts)
+        del parts
+    each = torch.stack(signals)
+    logits = model.logits(x[torch.arange(count, device=ids.device), lengths - 1])
+    return logits.masked_fill(~each.isfinite().all(0)[:, None], math.nan), each
+
+
+def finished(steps: Generator[None, None, Any]) -> Any:
+    """What a generator returns when nobody stops between its parts."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+class Held:
+    """Prompts that wait for the last layer to be read. Each layer is cut at once to what it can still get.
+
+    bounds(evidence so far, layers so far) are the most slots of each of these layers; `known`: they are the plan.
+    """
+
+    def __init__(
+        self,
+        prompts: Prompts,
+        policies: Sequence[TokenPolicy],
+        format: str,
+        bounds: Callable[[list[Any], int], list[int]],
+        known: bool,
+    ):
+        self.prompts, self.policies, self.format, self.bounds, self.known = prompts, policies, format, bounds, known
+        self.evidence: list[Any] = []  # of each layer, the mean over the prompts
+        self.layers: list[list[Part]] = []
+
+    def keep(self, evidence: Tensor | None, parts: list[Part]) -> None:
+        """Take in the next layer. NotFinite if its evidence is not, for any prompt."""
+        if evidence is not None:
+            mean = mean_finite(evidence).tolist()  # the layer's one wait for the device
+            if not all(map(math.isfinite, mean if isinstance(mean, list) else [mean])):
+                raise NotFinite
+            self.evidence.append(mean)
+        self.layers.append(parts)
+        bounds = self.bounds(self.evidence, len(self.layers))
+        if self.known:
+            self._place(len(self.layers) - 1, bounds[-1])
+            return
+        for layer, slots in enumerate(bounds):
+            for rows, prompt in self.layers[layer]:
+                if slots < prompt.size:
+                    prompt.cut(self._selected(layer, rows, prompt, slots))
+                prompt.encode(self.format)
+
+    def placed(self, plan: Sequence[int]) -> list[list[Part]]:
+        """Of each layer what it keeps under the plan, in the order of its slots."""
+        for layer, slots in enumerate(plan):
+            self._place(layer, slots)
+        return self.layers
+
+    def _place(self, layer: int, slots: int) -> None:
+        for rows, prompt in self.layers[layer]:
+            if not prompt.placed:
+                positions = self._selected(layer, rows, prompt, slots)
+                prompt.place(positions, self.format, self.policies[layer].scored)
+
+    def _selected(self, layer: int, rows: slice, prompt: Prompt, slots: int) -> Tensor:
+        return self.policies[layer].select(self.prompts.lengths[rows], prompt.length, slots, prompt.scores)

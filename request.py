@@ -1,0 +1,114 @@
+"""A request, what comes of it, and what it cost: what a program hands to the engine and gets back."""
+
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence, Set
+from dataclasses import dataclass, field
+
+from errors import UserError, integers, shown, whole
+from sampling import GREEDY, Sampling
+
+
+@dataclass(frozen=True)
+class Request:
+    """Token ids in. `stop` is asked after each token, with all new ids so far, whether to end.
+
+    ids: a sequence, an array or a tensor [S] of integers; a list of ints is kept as it is. UserError for other types.
+    """
+
+    ids: Sequence[int]
+    max_new_tokens: int = 128
+    sampling: Sampling = GREEDY
+    eos_ids: Collection[int] = ()
+    stop: Callable[[list[int]], bool] | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "ids", integers(self.ids, "prompt ids"))
+        eos_ids = list(self.eos_ids) if isinstance(self.eos_ids, Set) else self.eos_ids
+        object.__setattr__(self, "eos_ids", frozenset(integers(eos_ids, "eos_ids")))
+        object.__setattr__(self, "max_new_tokens", whole(self.max_new_tokens, "max-new-tokens"))
+        if not isinstance(self.sampling, Sampling):
+            raise UserError(f"sampling must be a Sampling, not {shown(self.sampling)}")
+        if self.stop is not None and not callable(self.stop):
+            raise UserError(f"stop must be a function of the new ids, not {shown(self.stop)}")
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and the longest answer."""
+        return len(self.ids) + self.max_new_tokens
+
+
+@dataclass
+class Figures:
+    """What a batch cost. Slots per layer, bytes, seconds. Known as soon as the first token is, but for the decoding."""
+
+    plan: list[int]
+    groups: list[int] | None
+    importance: list[float] | None  # None: of none of the prompts that came first it is finite
+    budget_slots: int
+    kv_bytes: int
+    state_bytes: int
+    kv_bytes_full: int = 0  # of the requests that run together, at the most
+    prefill_tokens: int = 0
+    prefill_s: float = 0.0
+    compile_s: float = 0.0  # decode steps in which something was compiled
+    decode_s: float = 0.0  # all other decode steps
+    decode_tokens: int = 0  # tokens made in `decode_s`; a request's first one comes from its prefill
+
+    def spent(self, seconds: float, tokens: int, stepped: bool, compiled: bool) -> None:
+        """What it took to make these tokens, in a step or from prompts."""
+        if not stepped:
+            self.prefill_s += seconds
+        elif compiled:
+            self.compile_s += seconds
+        else:
+            self.decode_s += seconds
+            self.decode_tokens += tokens
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        return self.decode_tokens / self.decode_s if self.decode_s else 0.0
+
+
+@dataclass(eq=False)
+class Completion:
+    """Token ids out. `tokens` holds a final end-of-sequence too.
+
+    finish_reason is eos, stop, length or interrupted; or error, for a request that cannot run, or whose logits are not
+    finite: `error` says why in one line, `tokens` are those before. figures: None if it never ran.
+    """
+
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    figures: Figures | None = None
+    error: str | None = None
+
+    @classmethod
+    def refused(cls, request: Request, error: str) -> "Completion":
+        """Of a request that cannot run."""
+        return cls(request, finish_reason="error", error=error)
+
+    def append(self, token: int) -> None:
+        self.tokens.append(token)
+        if token in self.request.eos_ids:
+            self.finish_reason = "eos"
+        elif self.request.stop and self.request.stop(self.tokens):
+            self.finish_reason = "stop"
+        elif len(self.tokens) == self.request.max_new_tokens:
+            self.finish_reason = "length"
+
+    def fail(self, error: str) -> None:
+        self.error, self.finish_reason = error, "error"
+
+
+class Stream:
+    """The tokens of one request, as they are made. `completion` grows along and holds the figures, or an error."""
+
+    def __init__(self, steps: Generator[int], completion: Completion):
+        self._steps, self.completion = steps, completion
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self._steps
+
+    def close(self) -> None:
+        """End it here; what has been made stays in `completion`."""
+        self._steps.close()
