@@ -432,14 +432,13 @@ class Batch:
         requests = [completion.request for completion in self._entering.values()]
         limits = [self.max_length if self.endless else request.length for request in requests]
         prompts = Prompts.of(engine.model, [request.ids for request in requests], limits)
-        held = Held(prompts, sizes.policies, engine.sizing.format, sizes.bounds, sizes.plan is not None)
+        held = Held(prompts, sizes, engine.sizing.format)
         logits, signals = yield from read(engine.model, prompts, sizes.policies, held.keep, sizes.measures)
-        plan = sizes.planned(held.evidence)
         if self.decoder is None:
-            self._prepare(plan, mean_finite(signals.T))
+            self._prepare(held.plan, mean_finite(signals.T))
         rows = torch.tensor(list(self._entering), device=engine.device)
         samplings = [request.sampling for request in requests]
-        self.decoder.begin(rows, prompts.lengths, held.placed(plan.slots), logits, samplings, prompts.rotary)
+        self.decoder.begin(rows, prompts.lengths, held.layers, logits, samplings, prompts.rotary)
 
     def _read_turn(self) -> Iterator[None]:
         """A later turn of a conversation, which goes on behind what its row holds."""

@@ -12,7 +12,7 @@ from kvcache import Stored
 from model import Attention, Block, Causal, Transformer
 from policies.layers.base import Attended, importance, mean_finite
 from policies.tokens import TokenPolicy
-from sizing import rows_at_once
+from sizing import Sizes, rows_at_once
 
 Measure = Callable[[Attended], Tensor]
 
@@ -62,12 +62,11 @@ class Prompt:
         positions = positions.sort(dim=2).values
         self.stored, self.positions = self._at(positions), positions
 
-    def place(self, positions: Tensor, format: str, scored: bool) -> None:
-        """Keep these positions as slots of this format hold them, in this order; their scores too, if `scored`."""
+    def place(self, positions: Tensor, scored: bool) -> None:
+        """Keep these positions in this order, that of the slots; their scores too, if `scored`."""
         self.stored = self._at(positions)
         self.scores = self.scores.gather(2, positions.expand(*self.stored.k.shape[:3])) if scored else None
         self.positions, self.placed = positions, True
-        self.encode(format)
 
     def encode(self, format: str) -> None:
         """Into the form of slots, unless it is in it already."""
@@ -172,20 +171,13 @@ def finished(steps: Generator[None, None, Any]) -> Any:
 
 
 class Held:
-    """Prompts that wait for the last layer to be read. Each layer is cut at once to what it can still get.
+    """Prompts that wait for the last layer to be read. Until then each layer is cut to the most that it can still get.
 
-    bounds(evidence so far, layers so far) are the most slots of each of these layers; `known`: they are the plan.
+    plan: known at the end at the latest. layers: of each the parts, at the end as its slots hold them.
     """
 
-    def __init__(
-        self,
-        prompts: Prompts,
-        policies: Sequence[TokenPolicy],
-        format: str,
-        bounds: Callable[[list[Any], int], list[int]],
-        known: bool,
-    ):
-        self.prompts, self.policies, self.format, self.bounds, self.known = prompts, policies, format, bounds, known
+    def __init__(self, prompts: Prompts, sizes: Sizes, format: str):
+        self.prompts, self.sizes, self.format, self.plan = prompts, sizes, format, sizes.plan
         self.evidence: list[Any] = []  # of each layer, the mean over the prompts
         self.layers: list[list[Part]] = []
 
@@ -197,27 +189,14 @@ class Held:
                 raise NotFinite
             self.evidence.append(mean)
         self.layers.append(parts)
-        bounds = self.bounds(self.evidence, len(self.layers))
-        if self.known:
-            self._place(len(self.layers) - 1, bounds[-1])
-            return
-        for layer, slots in enumerate(bounds):
-            for rows, prompt in self.layers[layer]:
-                if slots < prompt.size:
-                    prompt.cut(self._selected(layer, rows, prompt, slots))
+        if self.plan is None and len(self.layers) == len(self.sizes.caps):
+            self.plan = self.sizes.planned(self.evidence)
+        bounds = self.plan.slots if self.plan else self.sizes.bounds(self.evidence)
+        for read, policy, slots in zip(self.layers, self.sizes.policies, bounds, strict=False):
+            for rows, prompt in read:
+                select = partial(policy.select, self.prompts.lengths[rows], prompt.length, scores=prompt.scores)
+                if self.plan and not prompt.placed:
+                    prompt.place(select(slots), policy.scored)
+                elif not self.plan and slots < prompt.size:
+                    prompt.cut(select(slots))
                 prompt.encode(self.format)
-
-    def placed(self, plan: Sequence[int]) -> list[list[Part]]:
-        """Of each layer what it keeps under the plan, in the order of its slots."""
-        for layer, slots in enumerate(plan):
-            self._place(layer, slots)
-        return self.layers
-
-    def _place(self, layer: int, slots: int) -> None:
-        for rows, prompt in self.layers[layer]:
-            if not prompt.placed:
-                positions = self._selected(layer, rows, prompt, slots)
-                prompt.place(positions, self.format, self.policies[layer].scored)
-
-    def _selected(self, layer: int, rows: slice, prompt: Prompt, slots: int) -> Tensor:
-        return self.policies[layer].select(self.prompts.lengths[rows], prompt.length, slots, prompt.scores)

@@ -47,10 +47,8 @@ class Sizes:
         """Slots per layer, by each layer's evidence if that decides."""
         return self.plan or self.layer_policy.allocate(evidence, self.budget_slots, self.caps, self.floor)
 
-    def bounds(self, evidence: Sequence[Any], layers: int) -> list[int]:
-        """The most slots that each of the first `layers` layers can get, by the evidence so far."""
-        if self.plan:
-            return self.plan.slots[:layers]
+    def bounds(self, evidence: Sequence[Any]) -> list[int]:
+        """The most slots that each layer of which there is evidence can get."""
         return self.layer_policy.upper_bound(evidence, len(self.caps), self.budget_slots, self.caps, self.floor)
 
     @property
