@@ -46,6 +46,7 @@ from files import (
     read_bytes,
     write_json,
 )
+from prefill import plan_for
 from request import Completion, Figures, Request
 from sampling import Sampling
 
@@ -265,7 +266,7 @@ class Job:
         if not self.state:
             # some to spare, for prompts whose importance is not finite
             first = islice(self._good(engine, survey, max_length), rows + 64)
-            plan, importance = engine.plan_for(first, max_length, rows)
+            plan, importance = plan_for(engine.model, engine.sizing, first, max_length, rows)
             self.state = {
                 "asked": self.asked,
                 "input": survey.digest,

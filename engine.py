@@ -18,22 +18,21 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from decoder import Decoder, Store
-from errors import UserError, integers, shown, whole
+from errors import UserError, shown, whole
 from graphs import Code, compiled_graphs
 from kvcache import KVCache, Memory
 from model import Transformer
 from policies import layers as layer_policies
 from policies import tokens as token_policies
-from policies.layers import LayerPolicy, Plan, Uniform
+from policies.layers import LayerPolicy, Plan
 from policies.layers.base import mean_finite
 from policies.tokens import TokenPolicy
-from prefill import Held, NotFinite, Prompts, finished, read
+from prefill import Held, NotFinite, Prompts, read
 from request import Completion, Figures, Request, Stream
 from sampling import GREEDY, NOT_FINITE, Sampler, Sampling
 from sizing import Sizing, rows_at_once
@@ -98,26 +97,19 @@ class Engine:
         request = Request(ids, max_new_tokens, sampling, eos_ids, stop)
         self.sizing.check(request.ids, max_new_tokens)
         batch, completion = self.batch(1, request.length, [sampling]), Completion(request)
-        return Stream(self._tokens(batch, completion), completion)
 
-    @staticmethod
-    def _tokens(batch: "Batch", completion: Completion) -> Iterator[int]:
-        with batch:
-            batch.admit(completion)
-            yield from batch.tokens(completion)
+        def tokens() -> Iterator[int]:
+            with batch:
+                batch.admit(completion)
+                yield from batch.tokens(completion)
+
+        return Stream(tokens(), completion)
 
     def batch(
         self, rows: int, max_length: int, samplings: Collection[Sampling] | None = None, apart: bool = False
     ) -> "Batch":
         """Rows for requests that come and go, of at most `max_length` tokens with their answers. See `Batch`."""
-        for name, value in (("rows", rows), ("max_length", max_length)):
-            if whole(value, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {shown(value)}")
         return Batch(self, rows, max_length, samplings, apart)
-
-    def conversation(self, sampling: Sampling = GREEDY) -> "Conversation":
-        """Turns that go on from each other over one cache. See `Conversation`."""
-        return Conversation(self, sampling)
 
     def generate(
         self,
@@ -130,76 +122,36 @@ class Engine:
         """Run the requests, `batch_size` rows at a time; yields each one's completion when it ends.
 
         By default a sequence of requests is one batch, as long as the longest that can run; other iterables, which are
-        read as rows get free, need both. A request that cannot run yields a completion with its `error` as soon as it
-        is read. What max_length, samplings and apart mean: see `Batch`. apart needs a plan or a layer policy that does
-        not read the prompts; see `plan_for`.
+        read as rows get free, need both numbers. A request that cannot run yields a completion with its `error` as soon
+        as it is read. max_length, samplings, apart: see `Batch`.
         """
-        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
-            if value is not None and whole(value, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {shown(value)}")
-        if samplings is not None and not all(isinstance(sampling, Sampling) for sampling in samplings):
-            raise UserError(f"samplings must be some of Sampling, not {shown(samplings)}")
         if not isinstance(requests, Iterable):
             raise UserError(f"requests must be a sequence or an iterable of Request, not {shown(requests)}")
-        judged: Iterable[tuple[Request, str | None]] = ((request, self.refusal(request)) for request in requests)
+        batch_size, max_length = (
+            None if value is None else whole(value, name, least=1)
+            for name, value in (("batch_size", batch_size), ("max_length", max_length))
+        )
+        judged = ((request, self.refusal(request)) for request in requests)
         if isinstance(requests, Sequence):
             judged = list(judged)
             able = [request for request, refusal in judged if not refusal]
-            samplings = [request.sampling for request in able]
-            batch_size = min(batch_size or len(able), len(able))
-            max_length = max_length or max((request.length for request in able), default=0)
-            if not able:
-                yield from (Completion.refused(request, refusal) for request, refusal in judged)
-                return
+            samplings = [*(samplings or ()), *(request.sampling for request in able)]
+            batch_size = min(batch_size or len(able), len(able)) or 1
+            max_length = max_length or max((request.length for request in able), default=None) or self.policy.floor
         if batch_size is None or max_length is None:
             raise UserError("requests that are not a sequence need a batch_size and a max_length")
+        queue = iter(judged)
         with self.batch(batch_size, max_length, samplings, apart) as batch:
-            yield from self._served(batch, iter(judged))
-
-    @staticmethod
-    def _served(batch: "Batch", judged: Iterator[tuple[Request, str | None]]) -> Iterator[Completion]:
-        """A completion for each request, as it ends or is refused."""
-        more = True
-        while more or batch.busy:
-            while more and batch.free:
-                if (another := next(judged, None)) is None:
-                    more = False
-                    break
-                request, refusal = another
-                if refusal := refusal or batch.too_long(request):
-                    yield Completion.refused(request, refusal)
-                else:
-                    batch.admit(Completion(request))
-            batch.step()
-            yield from (completion for completion in batch.collect() if completion.finish_reason)
-
-    @torch.inference_mode()
-    def plan_for(
-        self, requests: Iterable[Request], max_length: int, count: int | None = None
-    ) -> tuple[Plan, list[float] | None]:
-        """The plan, and the importance of each layer, for sequences of `max_length` tokens that begin with these.
-
-        Prompts are read one by one, up to the first `count` whose importance is finite, and nothing is kept of them. If
-        it is finite for none of them, the plan is the one for equal layers and the importance None.
-        """
-        sizes, signals, seen = self.sizing.at(max_length), [], []  # by prompt, of each layer
-        for request in requests:
-            found: list[Tensor | None] = []
-            prompts = Prompts.of(self.model, [request.ids], [request.length])
-            steps = read(
-                self.model, prompts, sizes.policies, lambda own, _, found=found: found.append(own), sizes.measures
-            )
-            _, signal = finished(steps)
-            if all(part is None or bool(part.isfinite().all()) for part in [*found, signal]):
-                signals.append(signal[:, 0].tolist())
-                seen.append(found)
-            if len(signals) == count:
-                break
-        importance = [fmean(layer) for layer in zip(*signals, strict=True)] or None
-        if sizes.plan is None and not seen:
-            return Uniform().allocate([], sizes.budget_slots, sizes.caps, sizes.floor), importance
-        evidence = [] if sizes.plan else [torch.cat(layer).mean(0).tolist() for layer in zip(*seen, strict=True)]
-        return sizes.planned(evidence), importance
+            while queue or batch.busy:
+                while queue and batch.free:
+                    if (another := next(queue, None)) is None:
+                        queue = None
+                    elif refusal := another[1] or batch.too_long(another[0]):
+                        yield Completion.refused(another[0], refusal)
+                    else:
+                        batch.admit(Completion(another[0]))
+                batch.step()
+                yield from (completion for completion in batch.collect() if completion.finish_reason)
 
     def refusal(self, request: Request) -> str | None:
         """Why the request cannot run whatever the budget, in one line."""
@@ -267,6 +219,9 @@ class Batch:
         apart: bool = False,
         endless: bool = False,
     ):
+        if samplings is not None and not all(isinstance(sampling, Sampling) for sampling in samplings):
+            raise UserError(f"samplings must be some of Sampling, not {shown(samplings)}")
+        rows, max_length = whole(rows, "rows", least=1), whole(max_length, "max_length", least=1)
         self.engine, self.max_length, self.samplings, self.endless = engine, max_length, samplings, endless
         self.sizes = engine.sizing.at(max_length, endless)
         if apart and self.sizes.plan is None:
@@ -485,53 +440,3 @@ class Batch:
             full_bytes = sum(map(self.engine.sizing.full_bytes, full))
             self.figures.kv_bytes_full = max(self.figures.kv_bytes_full, full_bytes)
             self._ask(entered, stepped=False)
-
-
-class Conversation:
-    """Turns over one cache, which keeps the plan of the first turn and stays as large, however long it all becomes.
-
-    A fraction as budget is of the model's position limit. An end-of-sequence token that ends an answer is never fed:
-    what the next turn begins with closes it.
-    """
-
-    def __init__(self, engine: Engine, sampling: Sampling):
-        self.engine, self.sampling = engine, sampling
-        self.batch: Batch | None = None
-        self._stream: Stream | None = None
-        self._unfed: list[int] = []  # the last token before the latest turn, not yet fed when that began
-
-    @property
-    def seen(self) -> int:
-        """How many tokens, of both sides, have gone through the model."""
-        return int(self.batch.decoder.seen) if self.batch and self.batch.decoder else 0
-
-    def stream(
-        self,
-        ids: Sequence[int],
-        max_new_tokens: int = 128,
-        eos_ids: Collection[int] = (),
-        stop: Callable[[list[int]], bool] | None = None,
-    ) -> Stream:
-        """The answer to one more turn. It ends the turn before. UserError, with nothing changed, if it cannot run."""
-        before, unfed = self._stream, self._unfed
-        if before and (said := before.completion.tokens):  # else nobody listened to the turn before
-            unfed = said[-1:] if before.completion.finish_reason != "eos" else []
-        if before and before.completion.error:
-            raise UserError(f"{before.completion.error}; this conversation cannot go on, begin a new one")
-        request = Request([*unfed, *integers(ids, "prompt ids")], max_new_tokens, self.sampling, eos_ids, stop)
-        self.engine.sizing.check(request.ids, request.max_new_tokens, self.seen)
-        if self.batch is None:
-            self.batch = Batch(self.engine, 1, self.engine.model.config.max_positions, [self.sampling], endless=True)
-        if before:
-            before.close()
-        completion = Completion(request)
-        self._stream, self._unfed = Stream(self._answer(self.batch, completion), completion), unfed
-        return self._stream
-
-    @staticmethod
-    def _answer(batch: Batch, completion: Completion) -> Iterator[int]:
-        batch.admit(completion)
-        try:
-            yield from batch.tokens(completion)
-        finally:
-            batch.cancel(completion)

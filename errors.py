@@ -59,13 +59,15 @@ def optional(package: str) -> ModuleType:
         raise UserError(f"{error.name} is not installed{needs}: pip install {error.name}") from error
 
 
-def whole(value: Any, name: str) -> int:
-    """An integer, of Python or of numpy; UserError for anything else, True and False included."""
-    if type(value) is int:
-        return value
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise UserError(f"{name} must be an integer, not {shown(value)}")
-    return int(value)
+def whole(value: Any, name: str, least: int | None = None) -> int:
+    """An integer, of Python or of numpy, of at least `least`. UserError for all else, True and False included."""
+    if type(value) is not int:
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise UserError(f"{name} must be an integer, not {shown(value)}")
+        value = int(value)
+    if least is not None and value < least:
+        raise UserError(f"{name} must be at least {least}, not {shown(value)}")
+    return value
 
 
 def integers(values: Any, name: str) -> list[int]:

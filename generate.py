@@ -37,7 +37,8 @@ import tokenizer as tokenizers
 from batch import Job, Summary
 from checkpoint import EMBEDDED
 from commandline import Parser, guarded, number, positive
-from engine import Conversation, Engine
+from conversation import Conversation
+from engine import Engine
 from errors import UserError, cut, place, shown
 from files import (
     POSITIVE,
@@ -53,7 +54,7 @@ from files import (
     read_stream,
     write_json,
 )
-from kvcache import FORMATS
+from formats import FORMATS
 from memory import size
 from policies import layers as layer_policies
 from policies import tokens as token_policies
@@ -181,7 +182,7 @@ def run(args: argparse.Namespace) -> int:
     with needs.explained(1, limit), commandline.compiling():
         engine = load()
         if args.interactive:
-            return interact(args, engine.conversation(sampling), turns, eos_ids)
+            return interact(args, Conversation(engine, sampling), turns, eos_ids)
         stream = engine.stream(ids, sampling, args.max_new_tokens, eos_ids, text.push)
         completion = follow(stream, text, echo=not args.json)
     save_plan(args, engine, completion.figures.plan)

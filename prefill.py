@@ -1,18 +1,21 @@
 """Prompts on their way into a cache: read layer by layer, asked for evidence, each layer cut as soon as it is read."""
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvcache import Stored
+from formats import Stored
 from model import Attention, Block, Causal, Transformer
+from policies.layers import Plan, Uniform
 from policies.layers.base import Attended, importance, mean_finite
 from policies.tokens import TokenPolicy
-from sizing import Sizes, rows_at_once
+from request import Request
+from sizing import Sizes, Sizing, rows_at_once
 
 Measure = Callable[[Attended], Tensor]
 
@@ -168,6 +171,33 @@ def finished(steps: Generator[None, None, Any]) -> Any:
             next(steps)
         except StopIteration as end:
             return end.value
+
+
+@torch.inference_mode()
+def plan_for(
+    model: Transformer, sizing: Sizing, requests: Iterable[Request], max_length: int, count: int | None = None
+) -> tuple[Plan, list[float] | None]:
+    """The plan, and the importance of each layer, for sequences of `max_length` tokens that begin with these.
+
+    Prompts are read one by one, up to the first `count` whose evidence is finite, and nothing is kept of them. Where
+    none is, the plan is the one for equal layers and the importance None.
+    """
+    sizes, signals, seen = sizing.at(max_length), [], []  # by prompt, of each layer
+    for request in requests:
+        found: list[Tensor | None] = []
+        keep = lambda evidence, _, found=found: found.append(evidence)  # noqa: E731
+        prompts = Prompts.of(model, [request.ids], [request.length])
+        _, signal = finished(read(model, prompts, sizes.policies, keep, sizes.measures))
+        if all(part is None or bool(part.isfinite().all()) for part in [*found, signal]):
+            signals.append(signal[:, 0].tolist())
+            seen.append(found)
+        if len(signals) == count:
+            break
+    importance = [fmean(layer) for layer in zip(*signals, strict=True)] or None
+    if sizes.plan is None and not seen:
+        return Uniform().allocate([], sizes.budget_slots, sizes.caps, sizes.floor), importance
+    evidence = [] if sizes.plan else [torch.cat(layer).mean(0).tolist() for layer in zip(*seen, strict=True)]
+    return sizes.planned(evidence), importance
 
 
 class Held:

@@ -14,7 +14,7 @@ import torch
 
 from config import ModelConfig, parameters
 from errors import UserError, integers, shown
-from kvcache import FORMATS, slot_bytes
+from formats import FORMATS, slot_bytes
 from memory import Needs
 from model import FEED_CHUNK, PROMPT_CHUNK
 from policies.layers import LayerPolicy, Plan

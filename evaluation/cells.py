@@ -186,9 +186,7 @@ class Batch:
                 k, v = prompt.stored[:2]
                 k[:, :, : raw.shape[2]] = torch.cat((raw[:, :, :sinks], turned[:, :, sinks:]), dim=2)
                 placed = Prompt(k, v, scores[number])
-                placed.place(
-                    policy.select(self.lengths[rows], prompt.length, slots, scores[number]), "dense", policy.scored
-                )
+                placed.place(policy.select(self.lengths[rows], prompt.length, slots, scores[number]), policy.scored)
                 own.append((rows, placed))
             layers.append(own)
         decoder, _ = engine.decoder(self.plan, self.count, policies, ())

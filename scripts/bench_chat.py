@@ -26,7 +26,8 @@ import checkpoint  # noqa: E402
 from benchmark.record import check_picture, origin  # noqa: E402
 from checkpoint import EMBEDDED  # noqa: E402
 from commandline import Parser, guarded, positive  # noqa: E402
-from engine import Conversation, Engine, Request  # noqa: E402
+from conversation import Conversation  # noqa: E402
+from engine import Engine, Request  # noqa: E402
 from evaluation import tiny_data as data  # noqa: E402
 from files import check_apart, check_output, write_json, write_whole  # noqa: E402
 
@@ -84,7 +85,7 @@ def talk(engine: Engine, text: list[int], tokens: int) -> dict:
 
     For the last SPAN tokens a second conversation begins and takes turns with the first: a drifting machine hits both.
     """
-    conversation, fresh, times, first, sizes = engine.conversation(), engine.conversation(), [], [], set()
+    conversation, fresh, times, first, sizes = Conversation(engine), Conversation(engine), [], [], set()
     with tqdm(total=tokens, desc="talk", unit="token") as bar:
         while conversation.seen < tokens:
             start = conversation.seen

@@ -10,6 +10,7 @@ import torch
 from conftest import random_ids, random_model
 
 import generate
+from conversation import Conversation
 from engine import Completion, Engine, Request
 from errors import UserError, shown
 from policies import layers as layer_policies
@@ -41,7 +42,7 @@ def refused(call, *args, **kwargs) -> str:
 
 @pytest.mark.parametrize("ids", NO_IDS, ids=named)
 def test_no_ids(model, ids):
-    for call in (Request, Engine(model).stream, Engine(model).conversation().stream):
+    for call in (Request, Engine(model).stream, Conversation(Engine(model)).stream):
         assert "prompt ids must be" in refused(call, ids)
     if ids is not None and not isinstance(ids, set):
         assert "eos_ids must be" in refused(Request, [1], eos_ids=ids)
@@ -63,7 +64,7 @@ def test_ids_of_every_kind(model, kind):
     assert list(engine.stream(kind(ids), max_new_tokens=np.int64(4), eos_ids=kind([96]))) == want
     [completion] = engine.generate([Request(kind(ids), 4)])
     assert completion.tokens == want and completion.request.ids == ids
-    assert list(engine.conversation().stream(kind(ids), 4)) == want
+    assert list(Conversation(engine).stream(kind(ids), 4)) == want
     assert list(engine.stream(range(5), max_new_tokens=4)) == list(engine.stream([0, 1, 2, 3, 4], max_new_tokens=4))
     assert refused(engine.stream, kind([])) == "the prompt is empty; give at least one token"
 
@@ -173,7 +174,7 @@ def test_one_request_that_asks_for_too_much(policy, learned):
         assert words in done[id(request)].error and done[id(request)].finish_reason == "error"
         assert words in refused(engine.stream, request.ids, max_new_tokens=request.max_new_tokens)
         assert words in refused(engine.batch(1, 50).add, request)
-        assert words in refused(engine.conversation().stream, request.ids, request.max_new_tokens)
+        assert words in refused(Conversation(engine).stream, request.ids, request.max_new_tokens)
     assert words in refused(next, engine.generate(iter([good]), 1, HUGE))
     assert words in refused(engine.sizing.needs, 10**12)
     assert engine.refusal(Request([1] * 10, 4096 - 10)) is None
@@ -213,7 +214,7 @@ def test_a_plan_longer_than_the_sequence(policy, form):
     done: list[Completion] = list(engine.generate([Request(ids, 6), Request(ids[:3], 5)], batch_size=1))
     assert [c.tokens for c in done if c.request.ids is ids] == [want] and done[0].figures.plan == longest
     assert engine.sizing.needs(26).row == few.sizing.needs(26).row
-    talk = Engine(random_model(max_positions=64, **form), policy, plan=[10**9] * 4).conversation()
+    talk = Conversation(Engine(random_model(max_positions=64, **form), policy, plan=[10**9] * 4))
     stream = talk.stream(ids, 6)
     assert list(stream) == want and max(stream.completion.figures.plan) == 64
     if policy != "full":

@@ -19,6 +19,7 @@ import memory
 from batch import Job
 from engine import Batch, Engine, Request
 from files import Lines
+from prefill import plan_for
 from sampling import Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -330,7 +331,7 @@ def test_rows_apart_need_a_plan(model):
     with pytest.raises(ValueError, match="need a plan; squeeze makes it from prompts"):
         next(Engine(model, "window", "squeeze", 8).generate(iter(requests), 2, 20, apart=True))
     engine = Engine(model, "window", "squeeze", 8)
-    plan, importance = engine.plan_for(requests, 20)
+    plan, importance = plan_for(engine.model, engine.sizing, requests, 20)
     figures = next(engine.generate(requests, max_length=20)).figures
     assert plan.slots == figures.plan and importance == figures.importance
 

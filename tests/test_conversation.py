@@ -6,8 +6,9 @@ from conftest import BY_LENGTH, appended, begun, quick, random_ids, random_model
 from naive import NaiveCache
 
 import decoder as decoder_module
+from conversation import Conversation
 from engine import Engine, Request
-from kvcache import FORMATS
+from formats import FORMATS
 from policies.tokens import TOKEN_POLICIES, make
 from sampling import Sampling
 
@@ -89,7 +90,7 @@ def test_rows_that_turn_at_different_speeds(rope):
 
 
 def test_full_equals_recomputing(model):
-    conversation = Engine(model).conversation()
+    conversation = Conversation(Engine(model))
     history = []
     for turn in TURNS:
         history += turn
@@ -100,9 +101,9 @@ def test_full_equals_recomputing(model):
 
 
 def test_an_end_of_sequence_is_not_fed(model):
-    history = TURNS[1] + (answer := say(Engine(model).conversation(), TURNS[1], 3))
+    history = TURNS[1] + (answer := say(Conversation(Engine(model)), TURNS[1], 3))
     for eos, fed in (({answer[-1]}, history[:-1]), ((), history)):
-        conversation = Engine(model).conversation()
+        conversation = Conversation(Engine(model))
         assert say(conversation, TURNS[1], 3, eos_ids=eos) == answer
         [token] = say(conversation, TURNS[2], 1)
         assert token == model(torch.tensor([fed + TURNS[2]]))[0, -1].argmax()
@@ -111,7 +112,7 @@ def test_an_end_of_sequence_is_not_fed(model):
 
 def test_a_turn_may_be_cut_short(model):
     """Whoever stops reading an answer has what was made so far; the next turn goes on from there."""
-    conversation = Engine(model).conversation()
+    conversation = Conversation(Engine(model))
     stream = conversation.stream(TURNS[1], max_new_tokens=50)
     steps = iter(stream)
     made = [next(steps) for _ in range(3)]
@@ -121,7 +122,7 @@ def test_a_turn_may_be_cut_short(model):
 
 
 def test_a_turn_nobody_listens_to_was_never_said(model):
-    heard, other = Engine(model).conversation(), Engine(model).conversation()
+    heard, other = Conversation(Engine(model)), Conversation(Engine(model))
     for conversation in (heard, other):
         say(conversation, TURNS[1])
     other.stream(TURNS[3])
@@ -130,7 +131,7 @@ def test_a_turn_nobody_listens_to_was_never_said(model):
 
 @pytest.mark.parametrize("policy", BOUNDED)
 def test_memory_and_plan_stay(model, policy):
-    conversation = Engine(model, policy, "squeeze", budget=24).conversation()
+    conversation = Conversation(Engine(model, policy, "squeeze", budget=24))
     sizes, addresses, full = set(), set(), []
     for number in range(12):
         stream = conversation.stream(random_ids(30, seed=number), max_new_tokens=8)
@@ -144,14 +145,14 @@ def test_memory_and_plan_stay(model, policy):
 
 
 def test_a_fraction_is_of_the_position_limit(model):
-    stream = Engine(model, "window", budget=0.25).conversation().stream(TURNS[0], max_new_tokens=1)
+    stream = Conversation(Engine(model, "window", budget=0.25)).stream(TURNS[0], max_new_tokens=1)
     list(stream)
     assert stream.completion.figures.budget_slots == 1024 and stream.completion.figures.plan == [1024] * 4
 
 
 def test_sampling_goes_on_from_turn_to_turn(model):
     def talk(seed: int) -> list[int]:
-        conversation = Engine(model, "window", budget=16).conversation(Sampling(temperature=1.0, seed=seed))
+        conversation = Conversation(Engine(model, "window", budget=16), Sampling(temperature=1.0, seed=seed))
         return [token for turn in TURNS[1:3] for token in say(conversation, turn)]
 
     assert talk(1) == talk(1) != talk(2)
@@ -160,11 +161,11 @@ def test_sampling_goes_on_from_turn_to_turn(model):
 def test_beyond_the_position_limit():
     """A bounded policy goes on; the full cache says in one line that it cannot, and what it has stays usable."""
     model = random_model(max_positions=64)
-    bounded = Engine(model, "streaming", budget=0.5).conversation()
+    bounded = Conversation(Engine(model, "streaming", budget=0.5))
     for turn in TURNS:
         say(bounded, turn, 20)
     assert bounded.seen > 2 * 64
-    full = Engine(model).conversation()
+    full = Conversation(Engine(model))
     say(full, TURNS[1], 20)
     with pytest.raises(ValueError, match=r"^36 earlier \+ 35 prompt \+ 6 new tokens exceed the model's 64 positions"):
         full.stream(TURNS[2], max_new_tokens=6)
@@ -177,7 +178,7 @@ def test_compiled_turns():
     model = random_model()
     answers = []
     for compiled in (True, False):
-        conversation = Engine(model, "streaming", plan=PLAN, compile=compiled).conversation()
+        conversation = Conversation(Engine(model, "streaming", plan=PLAN, compile=compiled))
         first = say(conversation, TURNS[2])
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         answers.append([first, *(say(conversation, turn) for turn in TURNS[3:])])

@@ -8,6 +8,7 @@ from conftest import BY_LENGTH, quick, random_ids, random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from conversation import Conversation
 from decoder import Store
 from engine import Engine, Request
 from policies.tokens import TOKEN_POLICIES
@@ -97,7 +98,7 @@ def test_replayed_equals_eager(policy):
         for _ in range(2):
             done = {id(completion.request): completion.tokens for completion in engine.generate(requests, 2)}
             tokens += [done[id(request)] for request in requests]
-        conversation = engine.conversation(SAMPLED)
+        conversation = Conversation(engine, SAMPLED)
         tokens += [list(conversation.stream(random_ids(count, count), 5)) for count in (9, 17, 4)]
         answers.append(tokens)
         assert captured == (graphs.replays > 0)

@@ -9,8 +9,9 @@ from naive import FROZEN, NaiveCache
 
 from decoder import Decoder
 from engine import Engine, Request
+from formats import FORMATS, encoded
 from kernels import decoded
-from kvcache import FORMATS, KVCache, encoded
+from kvcache import KVCache
 from policies.tokens import TOKEN_POLICIES, make
 from sampling import GREEDY, Sampler, Sampling
 

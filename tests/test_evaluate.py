@@ -21,6 +21,7 @@ import checkpoint
 import evaluate
 import tokenizer as tokenizers
 from benchmark.record import portable
+from conversation import Conversation
 from engine import Engine, Request
 from errors import UserError
 from evaluation import standard, texts
@@ -541,7 +542,7 @@ def test_a_later_question_equals_a_conversations_second_turn(model, policy):
     got = batch.greedy(cell, questions=questions)
     assert sum(batch.plan) < 0.5 * 4 * 56 or cell == FULL
     for context, question, answer in zip(contexts, questions, got, strict=True):
-        turns = Engine(model, policy, plan=batch.plan if cell != FULL else None).conversation()
+        turns = Conversation(Engine(model, policy, plan=batch.plan if cell != FULL else None))
         assert len(list(turns.stream(context, 1, eos_ids=range(97)))) == 1
         assert list(turns.stream(question, 9)) == answer and len(set(answer)) > 1
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import checkpoint
 from config import ModelConfig
 from engine import Engine, Request
-from kvcache import FORMATS
+from formats import FORMATS
 from model import Transformer
 from policies.layers import LAYER_POLICIES
 from policies.tokens import TOKEN_POLICIES

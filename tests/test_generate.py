@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import generate
+from conversation import Conversation
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = """tokens text finish_reason prompt_tokens max_new_tokens policy layers budget budget_slots plan importance
@@ -303,7 +304,7 @@ def test_interactive(capsys, tmp_path, monkeypatch, template):
     model, _ = generate.checkpoint.load(folder)
     tokenizer = generate.tokenizers.load(folder)
     turns = generate.Turns(tokenizer, template and generate.chat.load(folder, tokenizer))
-    conversation = generate.Engine(model, "streaming", "squeeze", 48).conversation()
+    conversation = Conversation(generate.Engine(model, "streaming", "squeeze", 48))
     expected = ""
     for text in said:
         answer = tokenizer.decode(list(conversation.stream(turns.ids(text), max_new_tokens=12)))

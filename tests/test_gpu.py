@@ -11,8 +11,10 @@ from test_engine import BOUNDED, PLAN, run, teacher_forced
 from test_prefill import DEEP, LONG, ORDERS, SHARE, P, all_at_once, signals
 
 import generate
+from conversation import Conversation
 from engine import Engine, Request
-from kvcache import FORMATS, LayerCache, Stored
+from formats import FORMATS, Stored
+from kvcache import LayerCache
 from policies.layers.squeeze import Squeeze
 from sampling import GREEDY, Sampling
 
@@ -157,7 +159,7 @@ def test_replayed_equals_eager(policy):
             streams = [list(engine.stream(random_ids(33), sampling, 12)) for sampling in (GREEDY, SAMPLED)]
             assert streams[0] != streams[1]
             tokens += streams
-        conversation = engine.conversation(SAMPLED)
+        conversation = Conversation(engine, SAMPLED)
         tokens += [list(conversation.stream(random_ids(count, count), 5)) for count in (9, 17, 4)]
         answers.append(tokens)
         assert len(replays) == (4 if compiled else 0) and all(replays)  # the batch, greedy, sampled, the conversation

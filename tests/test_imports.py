@@ -20,6 +20,8 @@ FLOORS = {
     "decoder": 2.5,
     "prefill": 2,
     "request": 1,
+    "formats": -0.5,
+    "conversation": 3.5,
     "sizing": 1.5,
     "graphs": 1.5,
     "bound": 0,

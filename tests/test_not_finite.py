@@ -12,12 +12,14 @@ from test_graphs import FORMS
 from test_simulated import steps_do_not_wait
 
 import generate
+from conversation import Conversation
 from engine import Engine, Request
 from errors import UserError
 from evaluation.cells import Batch, Cell
-from kvcache import FORMATS
+from formats import FORMATS
 from model import Transformer
 from policies.tokens import TOKEN_POLICIES
+from prefill import plan_for
 from sampling import GREEDY, Sampling
 
 BAD = 96  # the token that breaks whatever sees it
@@ -136,10 +138,10 @@ def test_no_plan_is_made_from_them(model, policy, size, bad_token):
     for completion in engine.generate(REQUESTS, batch_size=size):
         assert completion.figures is None or completion.figures.plan == want.plan
     check(engine, Engine(model, policy, plan=want.plan), batch_size=size)
-    plan, importance = engine.plan_for(REQUESTS, 47, 1)
+    plan, importance = plan_for(engine.model, engine.sizing, REQUESTS, 47, 1)
     assert plan.slots == begun(engine, REQUESTS[1:2], 47).figures.plan
-    assert importance == engine.plan_for(REQUESTS[1:2], 47)[1]
-    plan, importance = engine.plan_for([REQUESTS[0]], 47)
+    assert importance == plan_for(engine.model, engine.sizing, REQUESTS[1:2], 47)[1]
+    plan, importance = plan_for(engine.model, engine.sizing, [REQUESTS[0]], 47)
     assert plan.slots == [10] * 4 and importance is None
 
 
@@ -163,19 +165,19 @@ def test_later_tokens(model, policy, sampling, bad_token):
     requests = [Request(ids, 12, sampling), *[neighbour] * bool(neighbour)]
     answers = {id(c.request): c.tokens for c in engine.generate(requests, batch_size=2)}
     assert [answers[id(request)] for request in requests] == [until, beside][: len(requests)]
-    talk = engine.conversation(sampling)
+    talk = Conversation(engine, sampling)
     assert list(talk.stream(ids, 12)) == until
     for _ in range(2):
         with pytest.raises(UserError, match="begin a new one"):
             talk.stream([1, 2, 3])
-    again = engine.conversation(sampling)
+    again = Conversation(engine, sampling)
     assert list(again.stream(ids, len(until))) == until  # not fed yet
     assert list(again.stream([1], 5)) == []
 
 
 @pytest.mark.parametrize("layers", ["uniform", "squeeze"])
 def test_conversations_that_begin_with_one(model, layers, bad_token):
-    talk = Engine(model, "window", layers, 16).conversation()
+    talk = Conversation(Engine(model, "window", layers, 16))
     stream = talk.stream([1, BAD], 4)
     assert list(stream) == [] and stream.completion.error
     with pytest.raises(UserError, match=LINE):

@@ -12,6 +12,7 @@ from engine import Engine, Request
 from policies.layers.base import granule_size
 from policies.layers.perturbation import NEAR, WEIGHTS, WHERE, Perturbation, falling, lower_hull, restricted, sizes_of
 from policies.tokens import TOKEN_POLICIES, make
+from prefill import plan_for
 
 BOUNDED = [name for name, policy in TOKEN_POLICIES.items() if policy.bounded]
 FORMS = {
@@ -176,7 +177,7 @@ def test_equal_in_batches_and_alone(policy):
     requests = [Request(random_ids(length, length), 9) for length in (90, 33, 61)]
     engine = Engine(model, policy, "perturbation", 20)
     length = 99
-    plan, _ = engine.plan_for(requests, length)
+    plan, _ = plan_for(engine.model, engine.sizing, requests, length)
     done = list(engine.generate(requests, 3, length))
     assert all(completion.figures.plan == plan.slots for completion in done) and len(set(plan.slots)) > 1
     given = Engine(model, policy, plan=plan.slots)

@@ -13,12 +13,13 @@ from torch.utils._pytree import tree_leaves
 import model as model_module
 import prefill as prefill_module
 from engine import Engine, Request
-from kvcache import FORMATS, Memory, Stored
+from formats import FORMATS, Stored
+from kvcache import Memory
 from policies.layers import LayerPolicy, make
 from policies.layers.perturbation import Perturbation, sizes_of
 from policies.layers.squeeze import Squeeze
 from policies.tokens import TOKEN_POLICIES
-from prefill import Prompt
+from prefill import Prompt, plan_for
 from sizing import READ_TOKENS
 
 BOUNDED = [name for name, policy in TOKEN_POLICIES.items() if policy.bounded]
@@ -264,7 +265,7 @@ def test_all_that_lives_is_one_layer_and_the_bound(deep, no_attention, order):
     """Whatever it is called: less what a prompt takes of which nothing is kept, that is one layer's work."""
     engine, request = Engine(deep, "window", Squeeze(P), SHARE), Request(random_ids(LONG), 2)
     with signals(ORDERS[order](DEEP)), Live() as reading:
-        engine.plan_for([request], LONG + 2)
+        plan_for(engine.model, engine.sizing, [request], LONG + 2)
     peaks = []
     for context in (nullcontext(), all_at_once()):
         with signals(ORDERS[order](DEEP)), context, Live() as live:

@@ -8,10 +8,11 @@ import pytest
 from conftest import random_ids, random_model
 
 import engine as engine_module
+from conversation import Conversation
 from decoder import Decoder, Store
 from engine import CHUNK, Batch, Engine, Request
 from errors import UserError
-from kvcache import FORMATS
+from formats import FORMATS
 from model import Block
 from policies.layers.squeeze import Squeeze
 from policies.tokens import TOKEN_POLICIES
@@ -220,7 +221,7 @@ def test_each_request_is_checked_sized_and_planned_once(model):
             list(engine.generate(given, batch_size, 60))
             assert counts == {**once, "refusal": 5, "__init__": 5}
         counts.clear()
-        conversation = engine.conversation()
+        conversation = Conversation(engine)
         for _ in range(3):
             list(conversation.stream(random_ids(9), max_new_tokens=4))
         assert counts == {**once, "refusal": 3, "__init__": 3}

@@ -8,9 +8,10 @@ from conftest import quick, random_ids, random_model
 from simulated import Device, OnDevice, moved, simulated
 from test_graphs import FORMS
 
+from conversation import Conversation
 from decoder import Decoder
 from engine import Engine, Request
-from kvcache import FORMATS
+from formats import FORMATS
 from policies.tokens import TOKEN_POLICIES
 from sampling import GREEDY, Sampling
 
@@ -27,7 +28,7 @@ def answers(engine: Engine) -> list[list[int]]:
     done = {id(completion.request): completion.tokens for completion in engine.generate(requests, batch_size=2)}
     tokens = [done[id(request)] for request in requests]
     tokens += [list(engine.stream(random_ids(33), sampling, 5)) for sampling in (GREEDY, SAMPLED)]
-    conversation = engine.conversation(SAMPLED)
+    conversation = Conversation(engine, SAMPLED)
     return tokens + [list(conversation.stream(random_ids(count, count), 3)) for count in (9, 17)]
 
 

@@ -10,6 +10,7 @@ import pytest
 from test_generate import TEMPLATE, converse, linked, refused, run_json
 
 import generate
+from conversation import Conversation
 from errors import UserError
 
 SAID = "import os"
@@ -215,7 +216,7 @@ def turns_of(error: BaseException | None, where: str, template: str | None, fold
     args.save_plan = None
     tokenizer = generate.tokenizers.load(folder)
     turns = generate.Turns(tokenizer, generate.chat.load(folder, tokenizer) if template else None)
-    conversation = generate.Engine(generate.checkpoint.load(folder)[0], "streaming", budget=64).conversation()
+    conversation = Conversation(generate.Engine(generate.checkpoint.load(folder)[0], "streaming", budget=64))
     with monkeypatch.context() as patch:
         fed, made = watched(patch), generate.TextSoFar
         for number, said in enumerate((SAID, "def f():", "b")):
