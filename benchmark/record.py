@@ -1,15 +1,17 @@
 """What every file under results/ says about its origin."""
 
+import json
 import platform
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from errors import UserError, optional, place, shown
-from files import NATURAL, POSITIVE, Kind, checked
+from errors import optional, place
+from files import checked, parse_json, read_bytes, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,45 +26,47 @@ def portable(argument: str) -> str:
 
 def origin(device: str = "cpu") -> dict[str, str | int]:
     """Device, date, versions and command of this run."""
-    transformers = optional("transformers")
-    script = Path(sys.argv[0]).resolve()
-    script = script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else script.name
+    script = portable(str(Path(sys.argv[0]).resolve()))
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": optional("transformers").__version__,
         "command": " ".join(["python", script, *map(portable, sys.argv[1:])]),
     }
 
 
 ORIGIN = {"device": str, "date": str, "torch": str, "transformers": str, "command": str}  # what is shown of it
-JOB = {"shape": str, "dtype": str, "prompt_tokens": NATURAL, "new_tokens": NATURAL}
+STAGE = ORIGIN | {"rows": [{"what": str}]}
 
 
-def check_stages(value: dict[str, Any], where: str) -> dict[str, Any]:
-    """What bench.py has written. UserError, which begins with `where`, if it is something else."""
-    for name, stage in checked(value, {"stages": dict}, where)["stages"].items():
-        which = f"{where}: stage {shown(name)}"
-        if not isinstance(stage, dict):
-            raise UserError(f"{which} is {shown(stage)}")
-        for number, row in enumerate(checked(stage, ORIGIN | {"rows": [dict]}, which)["rows"], 1):
-            kinds: dict[str, Kind] = {"what": str}
-            if name == "decode" and "ms_per_step" in row:
-                kinds |= JOB | {"ms_per_step": float}
-            if name in ("throughput", "long") and "batch" in row and "largest" not in str(row.get("what")):
-                kinds |= JOB | {"batch": POSITIVE} | ({"failed": str} if "failed" in row else {"tokens_per_s": float})
-            checked(row, kinds, f"{which} row {number}")
-    return value
+class Log:
+    """Rows by stage with their origin, as one JSON file, if there is a path: it is written anew after each row.
 
+    Stages that the file already holds stay until they are measured again.
+    """
 
-def check_picture(path: Path, name: str) -> None:
-    """UserError unless a picture can be drawn into such a file; `name` is the flag that asks for it."""
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"{name} {place(path)}: pictures are .png, .svg or .pdf files")
-    optional("matplotlib")
+    def __init__(self, path: Path | None):
+        self.path, self.stages, self.began = path, {}, 0.0
+        if path is not None and path.exists():
+            where = f"--out {place(path)} holds no results of a benchmark (name another)"
+            stages = checked(parse_json(read_bytes(path), where), {"stages": dict}, where)["stages"]
+            self.stages = checked(stages, dict.fromkeys(stages, STAGE), where)
+
+    def begin(self, stage: str, **about: Any) -> dict[str, Any]:
+        """The record of the stage, without a row."""
+        self.began = time.perf_counter()
+        self.stages[stage] = about | {"rows": []}
+        return self.stages[stage]
+
+    def add(self, stage: str, row: dict[str, Any]) -> None:
+        five_digits = json.loads(json.dumps(row), parse_float=lambda text: float(f"{float(text):.5g}"))
+        self.stages[stage]["rows"].append(five_digits)
+        self.stages[stage]["seconds"] = round(time.perf_counter() - self.began, 1)
+        if self.path is not None:
+            write_json(self.path, {"stages": self.stages}, indent=1)
 
 
 def device_name(device: str) -> str:

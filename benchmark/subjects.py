@@ -11,7 +11,7 @@ import torch
 import checkpoint
 from checkpoint import EMBEDDED
 from config import ModelConfig
-from errors import UserError, cut, shown
+from errors import UserError, shown
 from files import accessing, read_json
 from model import Transformer
 
@@ -46,49 +46,34 @@ class Subject:
     model: Transformer
 
     @property
-    def config(self) -> ModelConfig:
-        return self.model.config
-
-    @property
     def device(self) -> str:
         return self.model.device.type
 
     @cached_property
-    def peer(self) -> Any:
-        """transformers on the same weights: a `benchmark.peers.Peer`."""
-        from benchmark.peers import Peer
+    def transformers(self) -> Any:
+        """transformers on the same weights: a `benchmark.hugging_face.HuggingFace`."""
+        from benchmark.hugging_face import HuggingFace  # takes seconds
 
-        return Peer(self.model, self.raw)
+        return HuggingFace(self.model, self.raw)
 
     def prompts(self, batch: int, length: int) -> list[list[int]]:
         rng = random.Random(0)
-        return [[rng.randrange(1, self.config.vocab_size) for _ in range(length)] for _ in range(batch)]
+        return [[rng.randrange(1, self.model.config.vocab_size) for _ in range(length)] for _ in range(batch)]
 
 
-def published(shape: str) -> tuple[dict[str, Any], torch.dtype | None]:
-    """config.json of NAME[:DTYPE], and the dtype if one is named. UserError if there is no such thing."""
-    name, _, dtype = shape.partition(":")
-    if dtype and dtype not in checkpoint.DTYPES:
-        raise UserError(
-            f"dtype {shown(dtype)} of --shape {cut(name)} is not supported; use {', '.join(checkpoint.DTYPES)}"
-        )
-    if name in SHAPES:
-        raw = SHAPES[name]
-    else:
-        file = EMBEDDED / "config.json" if name == "embedded" else Path(name)
-        with accessing(file):
-            known = file.is_file()
-        if not known:
-            raise UserError(f"shape {shown(name)} is neither a file nor one of embedded, {', '.join(SHAPES)}")
-        raw = read_json(file)
-    return raw, checkpoint.DTYPES[dtype] if dtype else None
+def published(shape: str) -> dict[str, Any]:
+    """Its config.json. UserError if there is no such thing."""
+    file = EMBEDDED / "config.json" if shape == "embedded" else Path(shape)
+    with accessing(file):
+        if shape not in SHAPES and not file.is_file():
+            raise UserError(f"shape {shown(shape)} is neither a file nor one of embedded, {', '.join(SHAPES)}")
+    return SHAPES.get(shape) or read_json(file)
 
 
-def make(shape: str, device: str) -> Subject:
+def make(shape: str, device: str, dtype: torch.dtype) -> Subject:
     """The shape with random weights made on the device, or the embedded checkpoint with its own."""
-    raw, dtype = published(shape)
-    dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
-    if shape.partition(":")[0] == "embedded":
+    raw = published(shape)
+    if shape == "embedded":
         return Subject(raw, checkpoint.load(EMBEDDED, device, dtype)[0])
     with torch.device("meta"):
         model = Transformer(replace(ModelConfig.from_hf(raw), dtype=dtype)).to(dtype)

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU. Usage: scripts/gpu_suite.sh OUTDIR [STAGE...]
 # Where no stage is named: tests switch prefill decode, which by estimate take 9 minutes together. Each other one may
-# take as long alone: decode16 static throughput throughput_llama2 long batching compile attention.
+# take as long alone: decode16 static throughput throughput_llama2 long batching chat.
 # A stage that fails, or has not ended after 9 minutes (tests: 4.5), does not keep the next ones from running; they are
 # named at the end. What has been measured until then is in OUTDIR.
 # Without CUDA the tests skip and the rest runs tiny on the CPU, so that the script itself can be tried.
 set -euo pipefail
 default="tests switch prefill decode"
-known="$default decode16 static throughput throughput_llama2 long batching compile attention"
+known="$default decode16 static throughput throughput_llama2 long batching chat"
 [ $# -ge 1 ] || { echo "usage: scripts/gpu_suite.sh OUTDIR [STAGE...] (stages: $known)" >&2; exit 2; }
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
@@ -34,15 +34,14 @@ bench() { # [ARGUMENT...]; results go into bench_DEVICE$suffix.json, of $shape i
 tests() { timeout -s INT -k 15 270 "$python" -m pytest -v -m gpu -p no:cacheprovider tests/test_gpu.py; }
 switch() { bench --stage switch; }
 prefill() { bench --stage prefill; }
-decode() { bench --stage decode --batches 1 --peers generate,eager --profile "$out/profile.txt"; }
-decode16() { suffix=_16 bench --stage decode --batches 16 --peers generate,eager; }
-static() { suffix=_static bench --stage decode --batches 1 --peers static; } # transformers compiled takes minutes
+decode() { bench --stage decode --batches 1; }
+decode16() { suffix=_16 bench --stage decode --batches 16; }
+static() { suffix=_static bench --stage decode --batches 1 --peer static; } # transformers compiled takes minutes
 throughput() { bench --stage throughput --plot "$out/throughput.png"; }
 throughput_llama2() { shape=llama-2-7b suffix=_llama2 bench --stage throughput --plot "$out/throughput_llama2.png"; }
-long() { bench --stage long --plot "$out/long.png"; }
+long() { suffix=_long bench --stage throughput --prompt 8192 --batches 1 --budget 1024 --plot "$out/long.png"; }
 batching() { bench --stage batching; }
-compile() { bench --stage compile; }
-attention() { bench --stage attention; }
+chat() { bench --stage chat; }
 
 failed=()
 for name in "$@"; do

@@ -17,7 +17,7 @@ FIRST, LONGER, OTHER, PASSKEY, UNSEEN, CHOICES, KVPRESS, KVPRESS_UNSEEN = REAL =
 )
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from benchmark.record import ORIGIN, check_stages  # noqa: E402
+from benchmark.record import ORIGIN, STAGE  # noqa: E402
 from commandline import guarded  # noqa: E402
 from evaluation.leaderboard import leaderboard  # noqa: E402
 from evaluation.summary import conclusions  # noqa: E402
@@ -43,6 +43,7 @@ FILES = {  # what is read of each
         "run": dict.fromkeys("prompt_tokens max_new_tokens kv_bytes kv_bytes_full".split(), int)
         | dict.fromkeys(("text", "policy", "layers"), str)
     },
+    "bench_cpu.json": {"stages": dict.fromkeys(("decode", "throughput", "switch"), STAGE)},
     "batch_cpu.json": ORIGIN
     | dict.fromkeys("prompts prompt_tokens new_tokens same_as_transformers".split(), int)
     | {
@@ -62,12 +63,17 @@ def result(name: str) -> dict:
     path = ROOT / "results" / name
     where = f"results/{name}"
     value = read_json(path)
-    return check_stages(value, where) if name == "bench_cpu.json" else checked(value, FILES[name], where)
+    return checked(value, FILES[name], where)
 
 
 def provenance(record: dict, file: str) -> str:
     versions = f"torch {record['torch']}, transformers {record['transformers']}"
     return f"{record['device']}; {versions}; {record['date']}; `{record['command']}` -> [{file}](results/{file})"
+
+
+def earlier(record: dict, file: str, script: str) -> str:
+    """The provenance of what a command of an earlier commit has measured."""
+    return f"{provenance(record, file)}; the command is of an earlier commit, `git show 3eb38e3:{script}`"
 
 
 def decode() -> str:
@@ -84,36 +90,21 @@ def decode() -> str:
         best = min(time for name, time in times.items() if not name.startswith("transformers"))
         cells = [f"{times[name]:.2f}" if name in times else "-" for name in names]
         lines.append(f"| {job} | {' | '.join(cells)} | {times['transformers eager'] / best:.1f} |")
-    return "\n".join([*lines, "", provenance(record, "bench_cpu.json")])
+    return "\n".join([*lines, "", earlier(record, "bench_cpu.json", "bench.py")])
 
 
 def step() -> str:
-    """Where a compiled step's time goes, what larger graphs would change, and what a new plan costs."""
+    """How far a compiled step is from what the machine could do, and what a new plan costs."""
     stages = result("bench_cpu.json")["stages"]
-    lines = []
-    for row in stages["decode"]["rows"]:
-        if row["what"] == "full, compiled":
-            least, of_least = row["roofline_ms"], row["of_roofline"]
-        elif row["what"] == "profile, compiled":
-            shares = "; ".join(f"{share:.0%} {what}" for what, share in row["shares"].items())
-            limit = f"{least:.2g} ms at the rate of a copy, {of_least:.0%} of that rate is reached"
-            lines.append(f"- A compiled step of {row['shape']}, {row['dtype']}: {limit}; {shares}.")
-    graphs = [row for row in stages["compile"]["rows"] if "ms_per_step_uneven" in row]
-    names, steps, firsts = (
-        " / ".join(form(row) for row in graphs)
-        for form in (
-            lambda row: row["what"],
-            lambda row: f"{row['ms_per_step_uneven']:.2f}",
-            lambda row: f"{row['first_uneven_plan_s']:.0f}",
-        )
-    )
-    lines.append(f"- Graphs of {names}: {steps} ms a step, the first plan of unequal layers compiled in {firsts} s.")
+    lines = [
+        f"- A compiled step of {row['shape']}, {row['dtype']}: {row['roofline_ms']:.2g} ms at the rate of a copy, "
+        f"{row['of_roofline']:.0%} of that rate is reached."
+        for row in stages["decode"]["rows"]
+        if row["what"] == "full, compiled"
+    ]
     [switch] = stages["switch"]["rows"]
-    lines.append(
-        f"- {switch['what']} after that: {switch['recompilations']} recompilations, {switch['ms_median']:.1f} ms each "
-        f"(median)."
-    )
-    return "\n".join([*lines, "", "Tables of operators: [profile_cpu.txt](results/profile_cpu.txt)."])
+    cost = f"{switch['recompilations']} recompilations, {switch['ms_median']:.1f} ms each (median)"
+    return "\n".join([*lines, f"- {switch['what']} after the first two: {cost}."])
 
 
 def throughput() -> str:
@@ -124,7 +115,7 @@ def throughput() -> str:
         own = {row["batch"]: row for row in record["rows"] if row["what"] == what}
         cells = [own[batch].get("failed") or f"{own[batch]['tokens_per_s']:.0f}" for batch in batches]
         lines.append(f"| {what} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", provenance(record, "bench_cpu.json")])
+    return "\n".join([*lines, "", earlier(record, "bench_cpu.json", "bench.py")])
 
 
 class Judged:
@@ -360,7 +351,7 @@ def batch() -> str:
         )
     counts = f"{record['prompts']} prompts, {record['prompt_tokens']:,} tokens, {record['new_tokens']:,} new ones"
     same = f"the full cache gave the tokens of transformers for {record['same_as_transformers']} of them"
-    return "\n".join([*lines, "", f"{counts}; {same}; {provenance(record, 'batch_cpu.json')}"])
+    return "\n".join([*lines, "", f"{counts}; {same}; {earlier(record, 'batch_cpu.json', 'scripts/bench_batch.py')}"])
 
 
 def chat() -> str:
@@ -377,7 +368,7 @@ def chat() -> str:
         f"turns (in full {talk['kv_bytes_full']:,}), the last 1,000 answered tokens took {talk['last_over_first']:.2f} "
         f"times the first 1,000. Unseen text past the model's {limit:,} positions: {mean('streaming')} nats a token "
         f"with streaming, {mean('window')} with window, {mean('full')} with the full cache, its limit lifted "
-        f"({provenance(record, 'chat_cpu.json')})."
+        f"({earlier(record, 'chat_cpu.json', 'scripts/bench_chat.py')})."
     )
 
 

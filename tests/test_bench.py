@@ -5,8 +5,9 @@ import os
 import random
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
-from unittest.mock import Mock
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +15,10 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-from benchmark import attention, roofline, subjects
-from benchmark.timing import Run, attempt, race
+from benchmark import picture, roofline, stages, subjects
+from benchmark.race import Contestant, Run, Sizes, attempt, race, turn
 from config import ModelConfig
-from engine import Engine
+from engine import Engine, Request
 from kvcache import LayerCache
 from model import Transformer
 
@@ -34,7 +35,11 @@ SMALL = "--device cpu --shape tiny --prompt 40 --new 6 --rounds 1 --batches 1,3"
 
 @pytest.fixture(scope="module")
 def tiny() -> subjects.Subject:
-    return subjects.make("tiny", "cpu")
+    return subjects.make("tiny", "cpu", torch.float32)
+
+
+def requests(subject: subjects.Subject, batch: int, prompt: int, new: int) -> list[Request]:
+    return stages.alike(subject, batch, Sizes("tiny", prompt, new))
 
 
 @pytest.fixture
@@ -54,9 +59,9 @@ def test_the_peer_has_the_same_weights_and_no_copy(name, tmp_path):
     small = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, vocab_size=101, head_dim=8)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(subjects.SHAPES[name] | small | dict(num_attention_heads=6, num_key_value_heads=2)))
-    subject = subjects.make(f"{file}:float32", "cpu")  # in float64 transformers' rotary angles are still float32
+    subject = subjects.make(str(file), "cpu", torch.float32)  # in float64 transformers' rotary angles are still float32
     ids = torch.tensor(subject.prompts(2, 30))
-    hf = subject.peer.hf
+    hf = subject.transformers.hf
     with torch.inference_mode():
         logits, own = hf(ids).logits, subject.model(ids)
     assert (logits - own).abs().max() < 1e-5 * own.abs().max()
@@ -65,27 +70,33 @@ def test_the_peer_has_the_same_weights_and_no_copy(name, tmp_path):
 
 
 def test_all_contestants_give_the_same_tokens(tiny, uncompiled):
-    prompts = tiny.prompts(2, 20)
-    runs = [run(prompts, 9) for run in (tiny.peer.generate, tiny.peer.eager, tiny.peer.static)]
-    runs += [bench.ours(Engine(tiny.model), prompts, 9)]
-    assert all(run.tokens == runs[0].tokens and run.plan == [29] * 4 for run in runs)
+    wanted, peer = requests(tiny, 2, 20, 9), tiny.transformers
+    runs = [run(wanted) for run in (peer.generate, peer.eager, peer.static)]
+    runs += [stages.generated(Engine(tiny.model), wanted)]
+    assert all(run.tokens == runs[0].tokens and run.prefill_s > 0 and run.step_s > 0 for run in runs)
     assert len(set(map(tuple, runs[0].tokens))) == 2 and all(len(row) == 9 for row in runs[0].tokens)
 
 
+def test_a_peer_takes_prompts_of_any_lengths(tiny):
+    wanted = [Request(*tiny.prompts(1, prompt), new) for prompt, new in ((9, 4), (20, 6), (13, 6))]
+    ours = stages.generated(Engine(tiny.model), wanted).tokens
+    theirs = stages.in_batches(Contestant("x", tiny.transformers.generate), 2, wanted).tokens
+    assert all(own == their[: len(own)] for own, their in zip(ours, theirs, strict=True))
+
+
 def test_bytes_of_a_step_are_weights_and_filled_slots(tiny):
-    run = bench.ours(Engine(tiny.model, "streaming", "squeeze", 12), tiny.prompts(3, 40), 4)
+    run = stages.generated(Engine(tiny.model, "streaming", "squeeze", 12), requests(tiny, 3, 40, 4))
     weights = sum(t.nbytes for name, t in tiny.model.state_dict().items() if name != "embed.weight")
     rows = 3 * 64 * 4  # of the embedding
-    assert roofline.step_bytes(tiny.model, 3, sum(run.plan)) == weights + rows + run.kv_bytes
+    assert roofline.step_bytes(tiny.model, 3, run.slots) == weights + rows + run.kv_bytes
 
-    embedded = subjects.make("embedded", "cpu").model  # its tied table is read as the head
+    embedded = subjects.make("embedded", "cpu", torch.float32).model  # its tied table is read as the head
     stored = sum(tensor.nbytes for tensor in load_file(subjects.EMBEDDED / "model.safetensors").values())
     assert roofline.step_bytes(embedded, 1, 0) == stored + 128 * 4
 
 
 def test_filled_slots_are_those_that_attention_is_told(tiny, monkeypatch):
     told = []
-
     attend = LayerCache.attend
 
     def telling(layer, q, valid, *rest):
@@ -94,58 +105,63 @@ def test_filled_slots_are_those_that_attention_is_told(tiny, monkeypatch):
 
     monkeypatch.setattr(LayerCache, "attend", telling)
     plan = [6, 9, 12, 40]
-    bench.ours(Engine(tiny.model, "window", plan=plan), tiny.prompts(1, 7), 6)
-    assert len(told) == 5 * len(plan) and roofline.valid_slots(plan, 7, 6) == sum(told) / 5
+    run = stages.generated(Engine(tiny.model, "window", plan=plan), requests(tiny, 1, 7, 6))
+    assert len(told) == 5 * len(plan) and run.slots == sum(told) / 5
 
 
 @pytest.mark.parametrize("shape", ["tiny", "embedded"])
 def test_operations_are_those_that_torch_counts(shape):
-    subject = subjects.make(shape, "cpu")
-    config, batch, slots = subject.config, 2, 10
+    model = (subject := subjects.make(shape, "cpu", torch.float32)).model
+    config, batch, slots = model.config, 2, 10
 
     def counted(new: int) -> int:
+        engine = Engine(model, "window", plan=[slots] * config.n_layers)
         with FlopCounterMode(display=False) as counter:
-            bench.ours(Engine(subject.model, "window", plan=[slots] * config.n_layers), subject.prompts(batch, 30), new)
+            stages.generated(engine, requests(subject, batch, 30, new))
         return counter.get_total_flops()
 
     attention = 4 * batch * config.n_layers * slots * config.n_heads * config.head_dim
-    assert counted(3) - counted(2) == 2 * batch * roofline.matrix_elements(subject.model) + attention
+    assert counted(3) - counted(2) == 2 * batch * roofline.matrix_elements(model) + attention
     pairs = batch * config.n_layers * config.n_heads * 30 * 31 / 2  # torch does not count the fused attention
-    assert counted(1) == roofline.prefill_operations(subject.model, batch, 30) - 4 * pairs * config.head_dim
+    assert counted(1) == roofline.prefill_operations(model, batch, 30) - 4 * pairs * config.head_dim
 
 
-def test_a_contestant_that_fails_is_out_and_the_others_go_on(monkeypatch):
+def test_turns_make_rows_and_who_fails_is_out(tiny, monkeypatch):
     monkeypatch.setattr("gc.collect", lambda: None)  # takes seconds beside transformers
-    calls = []
+    calls, number = [], count(1)
 
-    def run(name: str, *errors: Exception) -> int:
+    def run(name: str, *errors: Exception) -> Run:
         calls.append(name)
         if len(errors) >= calls.count(name):
             raise errors[calls.count(name) - 1]
-        return len(calls)
+        return Run([[1] * 6], 0.5, float(next(number)), compile_s=float(calls.count(name)))
 
-    contestants = {"a": lambda: run("a"), "b": lambda: run("b", KeyError("no\nway")), "c": lambda: run("c")}
-    assert race("", contestants, 2) == {"a": [1, 4, 6], "b": "'no\\nway'", "c": [3, 5, 7]}
-    assert race("", {"h": lambda: run("h")}, 2, {"h": lambda: 0}) == {"h": [0, len(calls) - 1, len(calls)]}
-    assert attempt(lambda: run("d", torch.OutOfMemoryError("of 80 GiB"))) == "out of memory"
+    made = {"a": (), "b": (KeyError("no\nway"),), "c": ()}
+    contestants = [Contestant(name, lambda _, name=name: run(name, *made[name])) for name in made]
+    a, b, c = race(tiny, contestants, requests(tiny, 1, 40, 6), Sizes("tiny", rounds=2), ["c"])
+    assert calls == list("abcacac") and b["failed"] == "'no\\nway'" and b["times"] == {}
+    assert a["compile_s"] == 1 and (a["ms_per_step_min"], a["ms_per_step"], a["ms_per_step_max"]) == (3e3, 4e3, 5e3)
+    assert a["tokens_per_s"] == 1 / 4 and a["times"] == {"c": 5 / 4} and a["prompt_tokens_per_s"] == 80
+    assert a["of_roofline"] == a["roofline_ms"] / 4e3 and a["peak_bytes"] is None
 
-    def capture() -> None:
-        try:
-            raise torch.OutOfMemoryError
-        finally:
-            raise RuntimeError("capture ended")
 
-    assert (
-        attempt(capture) == "out of memory" and attempt(lambda: run("g", RuntimeError("raised:\nx\ny"))) == "raised: x"
-    )
-    assert (
-        attempt(lambda: run("e", RuntimeError("one\ntwo"))) == "one"
-        and attempt(lambda: run("f", OSError())) == "OSError"
-    )
+def test_reasons():
+    def fails(error: Exception, cause: Exception | None = None) -> None:
+        raise error from cause
+
+    out_of_memory = torch.OutOfMemoryError("of 80 GiB")
+    for error, cause, reason in (
+        (out_of_memory, None, "out of memory"),
+        (RuntimeError("capture ended"), out_of_memory, "out of memory"),
+        (RuntimeError("raised:\nx\ny"), None, "raised: x"),
+        (RuntimeError("one\ntwo"), None, "one"),
+        (OSError(), None, "OSError"),
+    ):
+        assert attempt(lambda error=error, cause=cause: fails(error, cause)) == reason
 
 
 def test_random_plans():
-    plans = [bench.random_plan(random.Random(seed), 8, 40) for seed in range(20)]
+    plans = [stages.random_plan(random.Random(seed), 8, 40) for seed in range(20)]
     assert all(sum(plan) == 320 and min(plan) >= 8 for plan in plans) and len(set(map(tuple, plans))) == 20
 
 
@@ -153,7 +169,7 @@ def test_jobs_are_chosen_in_their_order():
     def jobs(*args: str) -> list[tuple]:
         return [(stage, *sizes[:4]) for stage, sizes in bench.chosen(bench.parse(["--device", "cpu", *args]))]
 
-    assert {stage for stage, *_ in jobs()} == set(bench.STAGES) - {"long", "batching", "attention"}
+    assert {stage for stage, *_ in jobs()} == set(bench.STAGES)
     assert jobs("--stage", "switch", "--stage", "decode", "--shape", "tiny", "--shape", "embedded", "--new", "3") == [
         ("decode", "tiny", 256, 3, (1,)),
         ("decode", "embedded", 256, 3, (1,)),
@@ -164,118 +180,76 @@ def test_jobs_are_chosen_in_their_order():
 
 def run_json(capsys, *args: str) -> dict:
     assert bench.main([*SMALL, *args]) == 0, capsys.readouterr().err
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])["stages"]
 
 
 def test_decode_and_prefill_rows(capsys, uncompiled):
-    stages = run_json(capsys, "--stage", "decode", "--stage", "prefill")["stages"]
-    decode, prefill = stages["decode"], stages["prefill"]
+    every = (word for name in bench.PEERS for word in ("--peer", name))
+    measured = run_json(capsys, "--stage", "decode", "--stage", "prefill", *every)
+    decode, prefill = measured["decode"], measured["prefill"]
     assert decode["copy_bytes_per_s"] > 0 and decode["matmul_operations_per_s"]["float32"] > 0
     assert {"device", "date", "torch", "command", "seconds"} <= set(decode)
-    assert len(decode["rows"]) == 2 * (3 + 4)
-    for row in decode["rows"]:
+    assert len(decode["rows"]) == 2 * (3 + 4) and len(prefill["rows"]) == 2 * (3 + 6)
+    for row in decode["rows"] + prefill["rows"]:
         assert (row["shape"], row["dtype"]) == ("tiny", "float32") and "failed" not in row, row
-        assert row["ms_min"] <= row["ms_per_step"] <= row["ms_max"] and row["of_roofline"] > 0
-        assert row["times"][row["what"]] == 1 if "transformers" in row["what"] else len(row["times"]) == 3
+        assert len(row["times"]) == 4 and row["times"].get(row["what"], 1) == 1
+    for row in decode["rows"]:
+        assert row["ms_per_step_min"] <= row["ms_per_step"] <= row["ms_per_step_max"] and row["of_roofline"] > 0
         assert row["tokens_per_s"] == pytest.approx(1e3 * row["batch"] / row["ms_per_step"], rel=1e-3)
-    costs = {
-        row["what"]: row["of_prefill"] for row in prefill["rows"] if row["what"] in bench.COSTS and row["batch"] == 3
-    }
-    assert (
-        set(costs) == {"importance", "planning", "measuring and planning", "perturbation"} and max(costs.values()) < 1
-    )
+    assert all("ms_per_step" not in row and row["of_matmul_rate"] > 0 for row in prefill["rows"])
 
 
 def test_rows_take_the_next_of_many_requests(capsys, uncompiled):
-    args = "--device cpu --shape tiny --prompt 40 --new 6 --batches 5 --stage batching".split()
-    assert bench.main(args) == 0
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["stages"]["batching"]["rows"]
-    assert [(row["what"], row["requests"], row["batch"]) for row in rows] == [("full", 5, 2), ("squeeze", 5, 2)]
-    assert rows[0]["new_tokens"] == rows[1]["new_tokens"] and 5 * 4 <= rows[0]["new_tokens"] <= 5 * 6
-    assert rows[0]["kv_bytes"] > 3 * rows[1]["kv_bytes"] and rows[1]["tokens_per_s"] > 0
+    rows = run_json(capsys, "--batches", "5", "--stage", "batching")["batching"]["rows"]
+    names = ["squeeze, 2 rows", "full, 2 rows", "transformers generate, batches of 2"]
+    assert [(row["what"], row["batch"]) for row in rows] == [(name, 5) for name in names]
+    assert rows[1]["kv_bytes"] > 3 * rows[0]["kv_bytes"] and list(rows[0]["times"]) == names[1:]
+    assert all(row["tokens_per_s_with_prefill"] > 0 and "ms_per_step" not in row for row in rows)
 
 
-def test_who_fails_at_one_batch_is_not_compiled_again_at_the_next(tiny, uncompiled, monkeypatch):
-    monkeypatch.setattr("gc.collect", lambda: None)
-    calls = []
-
-    def refuses(self, prompts, new) -> Run:
-        calls.append(len(prompts))
-        raise RuntimeError("backend='x' raised:\nSyntaxError: no")
-
-    monkeypatch.setattr("benchmark.peers.Peer.static", refuses)
-    rows = list(bench.decode(tiny, bench.Sizes("tiny", 40, 3, batches=(1, 2), rounds=1, peers=("static", "eager"))))
-    failed = [(row["batch"], row["failed"]) for row in rows if "failed" in row]
-    assert failed == [(batch, "backend='x' raised: SyntaxError: no") for batch in (1, 2)] and calls == [1]
-    assert len(rows) == 2 * (2 + 4)
-
-
-def test_profiles_before_and_after(tiny, uncompiled, tmp_path):
-    file = tmp_path / "p.txt"
-    sizes = bench.Sizes("tiny", 40, 6, profile=bench.Report(file))
-    for what, compiled in (("profile, eager", False), ("profile, compiled", True)):
-        row = bench.profile(tiny, sizes, compiled, steps=2)
-        assert row["what"] == what
-        assert sum(row["shares"].values()) == pytest.approx(1) and row["shares"]["products, attention"] > 0
-        assert row["waits_per_step"] == {}
-        assert f"{what}: 2 steps of tiny" in file.read_text()
-    assert file.read_text().count("aten::mm ") == 2
-
-
-def test_a_wait_in_a_step_is_counted(tiny, monkeypatch, tmp_path):
-    most = torch.Tensor.max
-    monkeypatch.setattr(torch.Tensor, "max", lambda *args: (args[0][0, 0].item(), most(*args))[1])
-    sizes = bench.Sizes("tiny", 40, 6, profile=bench.Report(tmp_path / "p.txt"))
-    row = bench.profile(tiny, sizes, compiled=False, steps=2)
-    assert row["waits_per_step"] == {"aten::item": 1, "aten::_local_scalar_dense": 1}
+def test_late_turns_take_the_same_memory(capsys, uncompiled):
+    rows = run_json(capsys, "--batches", "4", "--budget", "24", "--stage", "chat")["chat"]["rows"]
+    assert [row["what"] for row in rows] == ["turns before: 1", "turns before: 4"]
+    assert rows[0]["kv_bytes"] == rows[1]["kv_bytes"] == 4 * 24 * 2 * 2 * 16 * 4
+    assert rows[0]["roofline_ms"] == rows[1]["roofline_ms"] and rows[1]["times"] != {}
 
 
 def test_throughput_marks_what_does_not_fit(tiny, monkeypatch, tmp_path):
-    """Memory as on a GPU: 100 bytes, and a little for each slot of a row; a tenth less than it has is usable."""
+    """Memory as on a GPU: a little less is usable than there is."""
     monkeypatch.setattr("gc.collect", lambda: None)  # takes seconds beside transformers
-    real = bench.ours
+    real, needs = stages.generated, Engine(tiny.model).sizing.needs(46, 40)
+    monkeypatch.setattr(stages, "Engine", lambda *args, compile=False: Engine(*args))
 
-    def ours(engine, prompts, new, stop_after=None) -> Run:
-        taken = real(engine, prompts, new, stop_after)
-        needed = 100 + len(prompts) * sum(taken.plan)
-        if needed > 1100:
+    def generated(engine, wanted) -> Run:
+        if len(wanted) > 6 and engine.policy.name == "full":
             raise torch.OutOfMemoryError
-        return taken._replace(peak_bytes=needed, step_s=1.0)
+        return real(engine, wanted)
 
-    monkeypatch.setattr(bench, "ours", ours)
-    monkeypatch.setattr(bench, "rows_at_once", lambda prompt: 1)
-    monkeypatch.setattr(bench, "Engine", lambda *args, compile=False: Engine(*args))
-    sizes = bench.Sizes("tiny", 40, 6, batches=(1, 3, 30), rounds=1, memory=1100)
-    rows = list(bench.throughput(tiny, sizes))
+    monkeypatch.setattr(stages, "generated", generated)
+    sizes = Sizes("tiny", 40, 6, batches=(1, 3, 9), rounds=1, memory=needs.total(9))
+    rows = list(stages.throughput(tiny, sizes))
     points = {what: {r["batch"]: r.get("failed") for r in rows if r["what"] == what} for what in ("full", "squeeze")}
-    assert points["full"] == {1: None, 3: None, 5: None, 6: "out of memory"}  # 4 layers of 46 slots
-    slots = next(row["slots"] for row in rows if row["what"] == "squeeze" and "slots" in row)
-    most = 1000 // slots
-    assert points["squeeze"] == {1: None, 3: None, most: None, most + most // 8: "out of memory"}
-    (summary,) = (row for row in rows if row["what"] == "squeeze, largest batch")
-    assert summary["batch"] == most and summary["times"]["full, largest batch"] == most / 5
-
-    monkeypatch.setattr(bench, "rows_at_once", lambda prompt: 4)  # twice as many are too many already
-    assert bench.largest_batch(Engine(tiny.model), tiny, sizes) == 8
-    monkeypatch.setattr(bench, "largest_batch", lambda *args: 8)  # too high: it goes down until a batch fits
-    rows_of_full = [row for row in bench.throughput(tiny, sizes) if row["what"] == "full"]
-    assert [row["batch"] for row in rows_of_full if "failed" in row] == [9, 8, 7, 6]
-
-    def broken(engine, prompts, new, stop_after=None) -> Run:
-        raise RuntimeError("not for want of memory")
-
-    monkeypatch.setattr(bench, "ours", broken)
-    rows_of_full = [row for row in bench.throughput(tiny, sizes) if row["what"] == "full"]
-    assert [row["batch"] for row in rows_of_full] == [9, 1, 3]
-    named = [row | dict(shape="tiny", dtype="float32") for row in rows]
-    bench.plot({"throughput": {"rows": named}}, tmp_path / "r.png")
+    assert points["full"] == {1: None, 3: None, 6: None, 7: "out of memory", 8: "out of memory", 9: "out of memory"}
+    assert all(failed is None for failed in points["squeeze"].values()) and max(points["squeeze"]) > 9
+    picture.draw([row | dict(shape="tiny", dtype="float32") for row in rows], tmp_path / "r.png")
     assert (tmp_path / "r.png").stat().st_size > 1000
+
+
+def test_the_peak_on_cuda_is_that_of_the_turn(monkeypatch):
+    weights = SimpleNamespace(parameters=lambda: [torch.zeros(5)], config=None)
+    cuda = dict(reset_peak_memory_stats=lambda: None, memory_allocated=lambda: 100, max_memory_allocated=lambda: 170)
+    for name, call in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, call)
+    subject = SimpleNamespace(device="cuda", model=weights)
+    for clean, peak in ((True, 20 + 70), (False, 0)):
+        contestant = Contestant("x", lambda wanted: Run([]), clean)
+        assert turn(subject, contestant, []).peak_bytes == peak
 
 
 def test_stages_go_into_one_file(capsys, uncompiled, tmp_path):
     out = ["--out", str(tmp_path / "r.json"), "--new", "2"]
-    assert set(run_json(capsys, "--stage", "prefill", *out)["stages"]) == {"prefill"}
-    assert set(run_json(capsys, "--stage", "switch", *out)["stages"]) == {"prefill", "switch"}
+    assert set(run_json(capsys, "--stage", "prefill", *out)) == {"prefill"}
+    assert set(run_json(capsys, "--stage", "switch", *out)) == {"prefill", "switch"}
     assert set(json.loads((tmp_path / "r.json").read_text())["stages"]) == {"prefill", "switch"}
 
 
@@ -284,8 +258,8 @@ def test_each_row_is_written_at_once(capsys, monkeypatch, tmp_path):
 
     def rows(subject, sizes):
         for what in ("first", "second", "third"):
-            stages = json.loads(file.read_text())["stages"] if file.exists() else {}
-            found.append([row["what"] for stage in stages.values() for row in stage["rows"]])
+            known = json.loads(file.read_text())["stages"] if file.exists() else {}
+            found.append([row["what"] for stage in known.values() for row in stage["rows"]])
             yield {"what": what}
 
     monkeypatch.setitem(bench.STAGES, "switch", rows)
@@ -294,40 +268,14 @@ def test_each_row_is_written_at_once(capsys, monkeypatch, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 
-def test_nothing_stays_after_a_turn_on_cuda(monkeypatch):
-    """No cache, no graph, and no pool of graphs: also when the turn fails."""
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "new pool")
-    monkeypatch.setattr("gc.collect", lambda: None)
-    for outcome in ("done", torch.OutOfMemoryError()):
-        monkeypatch.setattr(bench, "ours", Mock(side_effect=[outcome]))
-        engine = Mock(device=torch.device("cuda"), store="old", code=Mock())
-        assert attempt(lambda engine=engine: bench.alone(engine, [[1]], 1)) in ("done", "out of memory")
-        assert not engine.store.idle and engine.code.capture.pool == "new pool"
-
-
 def test_an_error_of_a_stage_is_a_row(capsys, monkeypatch):
     def broken(subject, sizes):
         yield {"what": "first"}
         raise RuntimeError("no\nmore")
 
     monkeypatch.setitem(bench.STAGES, "switch", broken)
-    rows = run_json(capsys, "--stage", "switch")["stages"]["switch"]["rows"]
+    rows = run_json(capsys, "--stage", "switch")["switch"]["rows"]
     assert [(row["what"], row.get("failed")) for row in rows] == [("first", None), ("switch", "no")]
-
-
-def test_attention_names_what_a_back_end_refuses(capsys, monkeypatch):
-    def refuses(q, k, v, valid):
-        raise RuntimeError("no such kernel\nat all")
-
-    names = ("attend", "bmm", "sdpa flash, gqa", "sdpa flash, mask", "sdpa math")
-    some = {name: attention.CONTESTANTS[name] for name in names} | {"other": refuses}
-    monkeypatch.setattr(attention, "CONTESTANTS", some)
-    monkeypatch.setattr(attention, "seconds", lambda call, device: call() and 1.0)
-    monkeypatch.setattr(attention, "SLOTS", {"cpu": (16, 50)})
-    rows = run_json(capsys, "--stage", "attention")["stages"]["attention"]["rows"]
-    assert {row["failed"] for row in rows if row["what"] == "other"} == {"no such kernel"}
-    assert all(row["error"] < 1e-5 and row["us"] > 0 for row in rows if row["what"] != "other")
-    assert len(rows) == 6 * 2 * len(attention.SLOTS["cpu"])
 
 
 @pytest.mark.parametrize(
@@ -335,16 +283,14 @@ def test_attention_names_what_a_back_end_refuses(capsys, monkeypatch):
     [
         (["--stage", "dance"], "invalid choice: 'dance'"),
         (["--shape", "gpt-5"], "shape 'gpt-5' is neither a file nor one of embedded, tiny"),
-        (["--shape", "tiny:int4"], "dtype 'int4'"),
+        (["--dtype", "int4"], "invalid choice: 'int4'"),
         (["--shape", "README.md"], "not JSON"),
         (["--prompt", "0"], "'0' is no positive integer"),
         (["--batches", "1,x"], "'x' is no positive integer"),
-        (["--max-memory", "1"], "needs --device cuda, not 1.0"),
-        (["--stage", "decode", "--max-memory", "8"], "--max-memory belongs to --stage throughput or long"),
-        (["--stage", "prefill", "--plot", "x.png"], "--plot belongs to --stage throughput or long"),
-        (["--stage", "decode", "--peers", "eager,fast"], "'fast' is none of generate, eager, static"),
-        (["--stage", "prefill", "--peers", "eager"], "--peers belongs to --stage decode"),
-        (["--stage", "prefill", "--profile", "x.txt"], "--profile belongs to --stage decode"),
+        (["--budget", "1.5"], "budget must be a fraction in (0, 1] or an integer"),
+        (["--stage", "prefill", "--plot", "x.png"], "--plot belongs to --stage throughput"),
+        (["--plot", "x.txt"], "pictures are .png, .svg or .pdf files"),
+        (["--peer", "fast"], "invalid choice: 'fast'"),
         (["--out", "nowhere/x.json"], "folder does not exist"),
         (["--stage", "decode", "--shape", "tiny", "--prompt", "20000"], "exceed the 16384 positions of tiny"),
     ],
@@ -381,12 +327,16 @@ def test_a_stage_that_fails_does_not_end_the_suite(tmp_path):
     assert done.returncode == 1 and done.stderr == "gpu_suite.sh: failed: tests prefill\n"
     said = {log.name: log.read_text() for log in (tmp_path / "out").iterdir()}
     assert set(said) == {"tests.log", "switch.log", "prefill.log", "decode.log"}
-    assert said["prefill.log"] == "bad\n" and "--stage switch" in said["switch.log"] and "--peers" in said["decode.log"]
+    assert (
+        said["prefill.log"] == "bad\n"
+        and "--stage switch" in said["switch.log"]
+        and "--batches 1" in said["decode.log"]
+    )
 
 
 @pytest.mark.slow
 def test_the_gpu_suite_runs_without_a_gpu(tmp_path):
-    named = "decode16 static throughput throughput_llama2 long batching compile attention"
+    named = "decode16 static throughput throughput_llama2 long batching chat"
     stages = f"tests switch prefill decode {named}".split()
     done = suite(tmp_path, *stages)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -395,6 +345,7 @@ def test_the_gpu_suite_runs_without_a_gpu(tmp_path):
     assert {name: [*stages] for name, stages in files.items()} == {
         "bench_cpu_16.json": ["decode"],
         "bench_cpu_static.json": ["decode"],
+        "bench_cpu_long.json": ["throughput"],
         "bench_cpu_llama2.json": ["throughput"],
     }
     assert all((tmp_path / f"{stage}.log").stat().st_size for stage in stages)

@@ -15,8 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-import bench_batch
-import bench_chat
 import pytest
 import train_tiny
 from conftest import quick
@@ -30,7 +28,7 @@ import files
 import generate
 from errors import UserError
 
-COMMANDS = {m.__name__: m for m in (generate, evaluate, bench, bench_batch, bench_chat, train_tiny)}
+COMMANDS = {m.__name__: m for m in (generate, evaluate, bench, train_tiny)}
 PROGRAMS = dict(COMMANDS)
 TEXT = "It was a dark and stormy night. " * 40
 
@@ -54,7 +52,6 @@ def unloaded(monkeypatch):
     monkeypatch.setattr(generate.checkpoint, "load", reached)
     monkeypatch.setattr(bench.roofline, "copy_rate", reached)
     monkeypatch.setattr(train_tiny, "run", reached)
-    monkeypatch.setattr(bench_batch, "draw", reached)
 
 
 def refusal(capsys, program: str, *args: str | Path) -> str | None:
@@ -109,15 +106,6 @@ def test_whatever_a_flag_says_is_answered_in_one_short_line(capsys, monkeypatch,
     for value in NASTY.values():
         for args in ([value], [f"--{value}"], [value] * 50):
             refusal(capsys, program, *args)
-
-
-COUNTS = {"bench_batch": ("rounds", "prompts", "threads"), "bench_chat": ("tokens", "texts", "slots", "threads")}
-
-
-@pytest.mark.parametrize(("program", "flag"), [(name, flag) for name, flags in COUNTS.items() for flag in flags])
-def test_counts_are_at_least_one(capsys, unloaded, program, flag):
-    for wrong in (0, -1):
-        assert f"'{wrong}' is no positive integer" in (refusal(capsys, program, f"--{flag}", wrong) or "")
 
 
 def ours() -> Exception:
@@ -218,13 +206,10 @@ SAME = {  # one path twice, each as the second argument of its flag; {} is anoth
     ],
     "bench": [
         ["--stage", "throughput", "--out", "a.png", "--plot", "{a.png}"],
-        ["--stage", "decode", "--out", "a.txt", "--profile", "{a.txt}"],
         ["--stage", "decode", "--shape", "config.json", "--out", "{config.json}"],
-        ["--stage", "decode", "--shape", "config.json:fp32", "--profile", "{config.json}"],
+        ["--stage", "throughput", "--shape", "config.json", "--plot", "{config.json}"],
         ["--stage", "decode", "--out", str(generate.EMBEDDED / "config.json")],
     ],
-    "bench_batch": [["--out", str(bench_batch.PROMPTS)], ["--out", str(generate.EMBEDDED / "config.json")]],
-    "bench_chat": [["--out", "a.png", "--plot", "{a.png}"]],
     "train_tiny": [["--run", "o", "--out", "{o}"]],
 }
 
@@ -255,9 +240,7 @@ def test_no_path_that_a_run_writes_is_another_path_of_it(capsys, unloaded, progr
 
 OUTPUTS = {
     "generate": (["--prompt", "a", "--save-plan"], [*JOB[:2], "--output"], [*JOB, "--save-plan"]),
-    "bench": (["--out"], ["--stage", "throughput", "--plot"], ["--stage", "decode", "--profile"]),
-    "bench_batch": (["--draw", "--out"],),
-    "bench_chat": (["--out"],),
+    "bench": (["--out"], ["--stage", "throughput", "--plot"]),
     "evaluate": (["--out"],),
 }
 
@@ -497,16 +480,7 @@ def test_every_plan_is_checked(capsys, unloaded):
 
 def test_every_earlier_benchmark_is_checked(capsys, unloaded):
     origin = {"device": "x", "date": "x", "torch": "x", "transformers": "x", "command": "x"}
-    row = {
-        "what": "x",
-        "batch": 1,
-        "shape": "x",
-        "dtype": "x",
-        "prompt_tokens": 1,
-        "new_tokens": 1,
-        "tokens_per_s": 1.0,
-    }
-    good = {"stages": {"throughput": origin | {"rows": [row]}}}
+    stage = origin | {"rows": [{"what": "x"}]}
 
     def told(value) -> str | None:
         text = write("b.json", value if isinstance(value, str) else json.dumps(value))
@@ -514,13 +488,12 @@ def test_every_earlier_benchmark_is_checked(capsys, unloaded):
         assert line is None or "--out b.json" in line and "name another" in line
         return line
 
-    assert told(good) is None
+    assert told({"stages": {"throughput": stage}}) is None
     for value in ("", "[]", "{", "{}", {"stages": []}, {"stages": {"x": 1}}, {"stages": {"x": {}}}, "hello"):
         assert told(value)
-    for name in row:
-        for odd in (None, True, [], {}):
-            assert told({"stages": {"throughput": origin | {"rows": [row | {name: odd}]}}}), (name, odd)
-    assert "row 2" in told({"stages": {"throughput": origin | {"rows": [row, row | {"shape": 1}]}}})
+    for name in stage:
+        for odd in (None, True, {}, [1], [{}], [{"what": 1}]):
+            assert told({"stages": {"decode": stage, "throughput": stage | {name: odd}}}), (name, odd)
 
 
 def test_one_writer_and_whole_lines(tmp_path):

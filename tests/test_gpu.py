@@ -13,8 +13,7 @@ from test_prefill import DEEP, LONG, ORDERS, SHARE, P, all_at_once, signals
 import generate
 from conversation import Conversation
 from engine import Engine, Request
-from formats import FORMATS, Stored
-from kvcache import LayerCache
+from formats import FORMATS
 from policies.layers.squeeze import Squeeze
 from sampling import GREEDY, Sampling
 
@@ -202,18 +201,3 @@ def test_ragged_batch_equals_single(policy):
     requests = [Request(ids, max_new_tokens=40) for ids in prompts]
     done = {id(completion.request): completion for completion in Engine(model, policy, plan=PLAN).generate(requests)}
     assert [done[id(request)].tokens for request in requests] == singles
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 8, 4, 128, 1000), (3, 2, 1, 64, 64), (40, 8, 4, 64, 130)], ids=str)
-def test_split_kv_equals_its_plain_twin(shape, dtype):
-    split_kv = pytest.importorskip("benchmark.split_kv", exc_type=ImportError)
-    batch, kv_heads, group, dim, slots = shape
-    q = torch.randn(batch, kv_heads * group, 1, dim, dtype=dtype, device="cuda")
-    k, v = torch.randn(2, batch, kv_heads, slots, dim, dtype=dtype, device="cuda")
-    valid = 1 + torch.randint(slots + 20, (batch,), device="cuda")
-    got, shares = split_kv.split_kv(q, k, v, valid, dim**-0.5)
-    want, probs = LayerCache(Stored(k.double(), v.double())).attend(q.double(), valid, dim**-0.5)
-    error = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(got.double(), want, rtol=0, atol=error)
-    torch.testing.assert_close(shares.double(), probs, rtol=0, atol=error)

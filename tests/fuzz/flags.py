@@ -12,7 +12,7 @@ from .jobs import EVALUATE, LINES, write_lines
 from .odd import SCRIPTS, TEXTS, Input, program, shortened
 
 NAMES = ("generate", "generate", "job", "talk", "evaluate", "evaluate", "checkpoint", "bench", *SCRIPTS)
-WITHOUT = {"--compile", "--help", "--export-only", "--draw", "--run"}  # take minutes, or write into the project
+WITHOUT = {"--compile", "--help", "--export-only", "--run"}  # take minutes, or write into the project
 PROMPT = ["--prompt", "Once upon a time"]
 BRING = {"--prompt", "--prompt-file", "--prompt-ids", "--interactive", "--input"}  # flags that bring other prompts
 WITHOUT_PAIRS = 0.7  # share of the inputs that have one odd flag
@@ -37,7 +37,7 @@ def plain(name: str, folder: Path) -> Input:
     if name == "checkpoint":
         return Input("checkpoint.py", ["model"], VOCAB)
     if name == "bench":
-        argv = "--stage decode --shape tiny --prompt 8 --new 4 --rounds 1 --peers eager".split()
+        argv = "--stage decode --shape tiny --prompt 8 --new 4 --rounds 1 --peer eager".split()
         return Input("bench.py", argv, VOCAB, outputs=("out.json",))
     return Input(f"{name}.py", "--run run --out exported".split() if name == "train_tiny" else [], VOCAB)
 

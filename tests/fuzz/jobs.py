@@ -48,7 +48,7 @@ def plain(name: str, folder: Path) -> Input:
         (folder / "text.txt").write_text(TEXT * 4, encoding="utf-8")
         argv = [*checkpoint, *EVALUATE, "--tasks", "fidelity", "--text", "text.txt", "--resume"]
         return Input("evaluate.py", argv, VOCAB, outputs=("out",))
-    argv = "--stage decode --shape tiny --prompt 8 --new 4 --rounds 1 --peers eager --out out.json --plot plot.png"
+    argv = "--stage decode --shape tiny --prompt 8 --new 4 --rounds 1 --peer eager --out out.json --plot plot.png"
     return Input("bench.py", [*argv.split(), "--stage", "throughput"], VOCAB, outputs=("out.json",))
 
 

@@ -27,7 +27,7 @@ class Input:
     about: str = "nothing"
 
 
-SCRIPTS = ("bench_batch", "bench_chat", "train_tiny")  # those that have flags
+SCRIPTS = ("train_tiny",)  # those that have flags
 
 
 def program(name: str) -> ModuleType:
