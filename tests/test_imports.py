@@ -21,7 +21,7 @@ FLOORS = {
     "prefill": 2,
     "request": 1,
     "formats": -0.5,
-    "conversation": 3.5,
+    "conversation": 3.2,
     "sizing": 1.5,
     "graphs": 1.5,
     "bound": 0,
