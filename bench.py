@@ -45,7 +45,7 @@ from commandline import Parser, guarded, number, positive
 from config import ModelConfig
 from errors import UserError, cut, place
 from files import check_apart, check_output
-from memory import SHARE, explained, free
+from machine import SHARE, explained, free
 from sizing import check_budget
 
 # Budgets in multiples of 16 slots: squeeze hands out such, and what is not aligned is slower on CUDA.

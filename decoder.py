@@ -125,9 +125,9 @@ class Decoder:
 
 
 class Store:
-    """Idle decoders by plan, batch size and kind of sampling, the last used one last. Captured graphs are used again.
+    """Idle decoders by what they are for, the last used one last, so that captured graphs serve again.
 
-    All of them share one memory, so one runs at a time. While it is lent, the next caller gets a temporary decoder.
+    All of them share one memory, so one runs at a time. While one is lent, others get a temporary decoder.
     """
 
     SIZE = 8
@@ -141,30 +141,26 @@ class Store:
         return self._lent.locked()
 
     @contextmanager
-    def lend(self, size: int) -> Iterator[Memory]:
-        """Memory for a K arena of `size` elements, and what goes with it."""
+    def lend(self, key: Hashable, size: int, make: Callable[[Memory], Decoder]) -> Iterator[tuple[Decoder, bool]]:
+        """A decoder for `key`, whose K arena has `size` elements, and whether it was made for this."""
         if not self._lent.acquire(blocking=False):  # also by another thread
-            yield Memory()
+            yield make(Memory()), True
             return
         try:
             if not self.memory.fits("k", size):  # let go of the smaller one before the larger one is made
-                self.idle.clear()
-                self.memory = Memory()
-            yield self.memory
+                self._clear()
+            if made := key not in self.idle:
+                self.idle[key] = make(self.memory)
+                if len(self.idle) > self.SIZE:
+                    self.idle.popitem(last=False)
+            self.idle.move_to_end(key)
+            yield self.idle[key], made
         except Exception:  # nobody knows what state they are in, and memory may be what was short
-            self.idle.clear()
-            self.memory = Memory()
+            self._clear()
             raise
         finally:
             self._lent.release()
 
-    def decoder(self, key: Hashable, memory: Memory, make: Callable[[], Decoder]) -> tuple[Decoder, bool]:
-        """A decoder for `key` in the memory that was lent, or any other, and whether it was made for this."""
-        if memory is not self.memory:
-            return make(), True
-        if made := key not in self.idle:
-            self.idle[key] = make()
-            if len(self.idle) > self.SIZE:
-                self.idle.popitem(last=False)
-        self.idle.move_to_end(key)
-        return self.idle[key], made
+    def _clear(self) -> None:
+        self.idle.clear()
+        self.memory = Memory()

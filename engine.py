@@ -34,7 +34,7 @@ from policies.layers.base import mean_finite
 from policies.tokens import TokenPolicy
 from prefill import Held, NotFinite, Prompts, read
 from request import Completion, Figures, Request, Stream
-from sampling import GREEDY, NOT_FINITE, Sampler, Sampling
+from sampling import GREEDY, NOT_FINITE, Sampler, Sampling, not_finite
 from sizing import Sizing, rows_at_once
 
 CHUNK = 2048  # tokens of prompts that go through all layers, or as many times more through fewer, between two steps
@@ -127,10 +127,10 @@ class Engine:
         """
         if not isinstance(requests, Iterable):
             raise UserError(f"requests must be a sequence or an iterable of Request, not {shown(requests)}")
-        batch_size, max_length = (
-            None if value is None else whole(value, name, least=1)
-            for name, value in (("batch_size", batch_size), ("max_length", max_length))
-        )
+        if batch_size is not None:
+            whole(batch_size, "batch_size", least=1)
+        if max_length is not None:
+            whole(max_length, "max_length", least=1)
         judged = ((request, self.refusal(request)) for request in requests)
         if isinstance(requests, Sequence):
             judged = list(judged)
@@ -159,33 +159,27 @@ class Engine:
             return f"a request must be a Request, not {shown(request)}"
         return self.sizing.refusal(request.ids, request.max_new_tokens)
 
-    @property
-    def not_finite(self) -> str:
-        """What is said of logits that are not finite, in one line."""
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        wider = {"float16": "bfloat16 or float32", "bfloat16": "float32", "float32": "float64"}.get(dtype)
-        way = f"try another --dtype, such as {wider}" if wider else "check the weights and config.json"
-        return f"the logits are not finite in {dtype}: a number overflows or the weights are broken; {way}"
-
     def decoder(
         self,
         plan: Sequence[int],
         rows: int,
         policies: Sequence[TokenPolicy],
         samplings: Collection[Sampling] | None,
-        memory: Memory | None = None,
+        lent: ExitStack | None = None,
     ) -> tuple[Decoder, bool]:
-        """A decoder of that many rows, and whether it is new: from the store, if that lent the memory."""
+        """A decoder of that many rows, and whether it is new: out of the store until `lent` is closed, or its own."""
         c, sampler = self.model.config, Sampler([GREEDY] * rows, self.device, samplings)
 
-        def make() -> Decoder:
+        def make(memory: Memory) -> Decoder:
             form = (self.model.dtype, self.device, self.policy.scored, memory, self.sizing.format)
             cache = KVCache(plan, rows, c.n_kv_heads, c.head_dim, *form)
             return Decoder(self.model, self.code, cache, self.model.rotary_of([1] * rows), policies, sampler)
 
+        if lent is None:
+            return make(Memory()), True
         windowed = tuple(policy is not self.policy for policy in policies)
         key = (tuple(plan), rows, sampler.greedy, sampler.restricted, windowed)
-        return self.store.decoder(key, memory, make)
+        return lent.enter_context(self.store.lend(key, rows * c.n_kv_heads * c.head_dim * sum(plan), make))
 
 
 class Batch:
@@ -198,16 +192,14 @@ class Batch:
                 for completion in batch.collect():  # each has one more token, or has ended
                     ...
 
-    max_length, the most tokens of a prompt and its answer, fixes the arena. The plan is the engine's, or is made from
-    the prompts that are there at the first step. A prompt is read between steps, CHUNK tokens through all layers or
-    more of them through fewer, so that it does not stop the other rows; but no less than one layer.
+    The plan is the engine's, or is made from the prompts that are there at the first step. A prompt is read between
+    steps, CHUNK tokens through all layers or more of them through fewer, at least one, so that the other rows go on. A
+    row gets what it would get alone under the same plan, with one exception: where a layer's sliding window is shorter
+    than max_length some policies are plain rings in it (`TokenPolicy.within_window`), for short requests too.
 
-    A row gets what it would get alone under the same plan, with one exception: in layers with a sliding window
-    max_length decides for all rows whether streaming and the policies that score the prompt once are plain rings there
-    (`TokenPolicy.within_window`), so that a request no longer than the window may differ in a longer batch.
-
-    samplings: all ways in which requests sample, if that is known: no step computes more. apart: what a request gets
-    must not depend on the others, not even in the last bits: prompts are read one by one. endless: a conversation's.
+    max_length: the most tokens of a prompt and its answer; it fixes the arena. samplings: all ways in which requests
+    sample, if that is known: no step computes more. apart: what a request gets must not depend on the others, not even
+    in the last bits, so prompts are read one by one. endless: the one row is a conversation's.
     """
 
     def __init__(
@@ -228,7 +220,7 @@ class Batch:
             raise UserError(f"requests that run apart need a plan; {engine.layer_policy.name} makes it from prompts")
         self.apart, self.lag = apart, 0 if endless else engine.lag  # what a conversation has fed cannot be taken back
         self.decoder: Decoder | None = None
-        self.figures: Figures | None = None
+        self.figures = Figures()
         self._waiting: deque[Completion] = deque()  # not read yet
         self._entering: dict[int, Completion] = {}  # by row: being read
         self._running: list[Completion | None] = [None] * rows
@@ -236,8 +228,7 @@ class Batch:
         self._wanted = [0] * rows  # tokens of each row that have been asked for
         self._asked: deque[tuple[list[Completion | None], Callable[[], list[int]], bool]] = deque()
         self._ended: list[Completion] = []  # without a token, since the last `collect`
-        self._prefill_s = self._decode_s = 0.0  # not in the figures yet
-        self._graphs = compiled_graphs()
+        self._step_s, self._graphs = 0.0, compiled_graphs()  # what is not in the figures yet; graphs before it
         self._lent = ExitStack()
 
     def __enter__(self) -> "Batch":
@@ -280,15 +271,15 @@ class Batch:
 
     def cancel(self, completion: Completion) -> None:
         """End it now, with the tokens that it has: its row is free for the next one. Nothing, if it has ended."""
-        if completion.finish_reason:
-            return
-        if completion in self._waiting:
-            self._waiting.remove(completion)
-        self._end(completion, "interrupted")
+        if not completion.finish_reason:
+            self._waiting = deque(own for own in self._waiting if own is not completion)
+            self._end(completion, "interrupted")
 
     def _end(self, completion: Completion, reason: str, error: str | None = None) -> None:
         completion.finish_reason, completion.error = reason, error
         self._running = [None if own is completion else own for own in self._running]
+        if all(own.finish_reason for own in self._entering.values()):  # nobody wants what is being read
+            self._entering, self._reading = {}, None
         self._ended.append(completion)
 
     @torch.inference_mode()
@@ -296,14 +287,11 @@ class Batch:
         """Read a part of what waits, then start a token of each row that wants one."""
         started = time.perf_counter()
         self._read()
-        self._prefill_s += time.perf_counter() - started
-        if self.figures:
-            self.figures.prefill_s, self._prefill_s = self.figures.prefill_s + self._prefill_s, 0.0
-        started = time.perf_counter()
+        self.figures.prefill_s += (now := time.perf_counter()) - started
         if len(self._asked) <= self.lag and (rows := self._wanting()):
             self.decoder.step()
             self._ask(rows, stepped=True)
-        self._decode_s += time.perf_counter() - started
+        self._step_s += time.perf_counter() - now
 
     def collect(self) -> list[Completion]:
         """The requests that got a token, or ended, since the last time. Waits for a step only if `lag` others run."""
@@ -343,26 +331,25 @@ class Batch:
         made = tokens()
         for row, completion in due:
             if made[row] == NOT_FINITE:
-                completion.fail(self.engine.not_finite)
+                completion.fail(not_finite(self.engine.model.dtype))
             else:
                 completion.append(made[row])
             if completion.finish_reason:
                 self._running[row] = None
-        elapsed, self._decode_s = self._decode_s + time.perf_counter() - started, 0.0
+        seconds, self._step_s = self._step_s + time.perf_counter() - started, 0.0
         before, self._graphs = self._graphs, compiled_graphs()
-        count = sum(not completion.error for _, completion in due)
-        self.figures.spent(elapsed, count, stepped, compiled=before != self._graphs)
+        self.figures.spent(seconds, sum(not own.error for _, own in due), stepped, compiled=before != self._graphs)
         return [completion for _, completion in due]
 
     def _read(self) -> None:
         """The next part of the prompts: one chunk if other rows go on meanwhile, else all that waits and has a row."""
-        most = CHUNK * len(self.sizes.caps) if any(self._running) else math.inf
-        spent = 0
+        most, done = CHUNK * len(self.sizes.caps) if any(self._running) else math.inf, 0
         while self._reading is not None or self._enter():
             tokens = max(len(completion.request.ids) for completion in self._entering.values())
-            spent += tokens * min(len(self._entering), rows_at_once(tokens))
-            if most < spent and spent > tokens * len(self._entering):
+            part = tokens * min(len(self._entering), rows_at_once(tokens))
+            if done and done + part > most:
                 return
+            done += part
             try:
                 next(self._reading)
             except (StopIteration, NotFinite) as end:
@@ -398,8 +385,7 @@ class Batch:
     def _read_turn(self) -> Iterator[None]:
         """A later turn of a conversation, which goes on behind what its row holds."""
         [request], decoder = [completion.request for completion in self._entering.values()], self.decoder
-        new = {"prefill_tokens": 0, "prefill_s": 0.0, "compile_s": 0.0, "decode_s": 0.0, "decode_tokens": 0}
-        self.figures = replace(self.figures, kv_bytes_full=0, **new)
+        self.figures = self.figures.of_a_new_turn()
         for x in decoder.append(torch.tensor([request.ids], device=self.engine.device)):
             last = x[:, -1]
             yield
@@ -407,36 +393,30 @@ class Batch:
 
     def _prepare(self, plan: Plan, importance: Tensor) -> None:
         """The arena and all that a step needs, now that the plan is known."""
-        engine, rows, config = self.engine, len(self._running), self.engine.model.config
         self.sizes = replace(self.sizes, plan=plan)
-        size = rows * config.n_kv_heads * config.head_dim * self.sizes.total
-        memory = Memory() if self.endless else self._lent.enter_context(engine.store.lend(size))
-        self.decoder, made = engine.decoder(plan.slots, rows, self.sizes.policies, self.samplings, memory)
-        capture_s = self.decoder.capture_s if made else 0.0
-        self.figures = Figures(
-            plan=plan.slots,
-            groups=plan.groups,
-            importance=importance.tolist() if bool(importance.isfinite().all()) else None,
-            budget_slots=self.sizes.budget_slots,
-            kv_bytes=self.decoder.cache.kv_bytes,
-            state_bytes=self.decoder.cache.state_bytes,
-            prefill_s=-capture_s,  # which is in what is added to it
-            compile_s=capture_s,
-        )
+        own = (plan.slots, len(self._running), self.sizes.policies, self.samplings)
+        self.decoder, made = self.engine.decoder(*own, None if self.endless else self._lent)
+        figures, cache = self.figures, self.decoder.cache
+        figures.plan, figures.groups, figures.budget_slots = plan.slots, plan.groups, self.sizes.budget_slots
+        figures.kv_bytes, figures.state_bytes = cache.kv_bytes, cache.state_bytes
+        figures.importance = importance.tolist() if bool(importance.isfinite().all()) else None
+        if made:
+            figures.compile_s = self.decoder.capture_s
+            figures.prefill_s -= self.decoder.capture_s  # which comes with what is added to it
 
     def _entered(self, failed: bool) -> None:
         """What was being read is in its rows, with its first tokens chosen; or no plan could be made of it."""
-        entered, self._entering, self._reading = self._entering, {}, None
-        entered = {row: own for row, own in entered.items() if not own.finish_reason}  # else it was cancelled
+        entered = {row: own for row, own in self._entering.items() if not own.finish_reason}  # else it was cancelled
+        self._entering, self._reading, figures = {}, None, self.figures
         for row, completion in entered.items():
             if failed:
-                self._end(completion, "error", self.engine.not_finite)
-                continue
-            self._running[row], self._wanted[row], completion.figures = completion, 0, self.figures
-            self.figures.prefill_tokens += len(completion.request.ids)
+                self._end(completion, "error", not_finite(self.engine.model.dtype))
+            else:
+                self._running[row], self._wanted[row], completion.figures = completion, 0, figures
+                figures.prefill_tokens += len(completion.request.ids)
         if entered and not failed:
-            seen = int(self.decoder.seen) if self.endless else 0
-            full = [own.request.max_new_tokens + seen if seen else own.request.length for own in self._running if own]
-            full_bytes = sum(map(self.engine.sizing.full_bytes, full))
-            self.figures.kv_bytes_full = max(self.figures.kv_bytes_full, full_bytes)
+            running = [own.request for own in self._running if own]
+            earlier = int(self.decoder.seen) - len(running[0].ids) if self.endless else 0
+            full = sum(self.engine.sizing.full_bytes(earlier + request.length) for request in running)
+            figures.kv_bytes_full = max(figures.kv_bytes_full, full)
             self._ask(entered, stepped=False)

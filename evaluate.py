@@ -50,7 +50,7 @@ from evaluation.passkey import Passkey
 from evaluation.recall import Recall
 from evaluation.tasks import Log, Task, check_all, run
 from files import accessing, check_apart, check_folder, check_output, write_json, write_whole
-from memory import explained
+from machine import explained
 from policies.layers import LAYER_POLICIES
 from policies.options import words
 from policies.tokens import TOKEN_POLICIES

@@ -32,7 +32,7 @@ import torch
 import chat
 import checkpoint
 import commandline
-import memory
+import machine
 import tokenizer as tokenizers
 from batch import Job, Summary
 from checkpoint import EMBEDDED
@@ -55,7 +55,7 @@ from files import (
     write_json,
 )
 from formats import FORMATS
-from memory import size
+from machine import size
 from policies import layers as layer_policies
 from policies import tokens as token_policies
 from request import Completion, Figures, Request, Stream
@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
         else tokenizers.eos_ids(folder, tokenizer, chat=bool(args.chat or args.interactive))
     )
     device = checkpoint.find_device(args.device)
-    limit = memory.free(device) if args.max_memory is None else int(args.max_memory * 2**30)
+    limit = machine.free(device) if args.max_memory is None else int(args.max_memory * 2**30)
 
     def load(plan: list[int] | None = plan) -> Engine:
         model, _ = checkpoint.load(folder, device, args.dtype)
@@ -238,7 +238,7 @@ def run_job(
     survey = job.survey(dry, args.max_length, bad, check)
     length = job.state.get("max_length") or args.max_length or survey.longest
     needs = dry.sizing.needs(length, survey.longest_prompt, apart=True)
-    share = 1 if args.max_memory is not None else memory.SHARE
+    share = 1 if args.max_memory is not None else machine.SHARE
     rows = args.batch_size or job.state.get("batch_size") or needs.rows(survey.count, int(share * limit))
     needs.check(rows, limit)
     file, done = job.begin(survey)

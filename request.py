@@ -1,10 +1,13 @@
 """A request, what comes of it, and what it cost: what a program hands to the engine and gets back."""
 
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from config import ModelConfig
 from errors import UserError, integers, shown, whole
 from sampling import GREEDY, Sampling
+
+MOST_TOKENS = 2**20  # of a prompt and its answer, unless the model has more positions: more is a slip
 
 
 @dataclass(frozen=True)
@@ -40,18 +43,23 @@ class Request:
 class Figures:
     """What a batch cost. Slots per layer, bytes, seconds. Known as soon as the first token is, but for the decoding."""
 
-    plan: list[int]
-    groups: list[int] | None
-    importance: list[float] | None  # None: of none of the prompts that came first it is finite
-    budget_slots: int
-    kv_bytes: int
-    state_bytes: int
+    plan: list[int] = field(default_factory=list)
+    groups: list[int] | None = None
+    importance: list[float] | None = None  # None: of none of the prompts that came first it is finite
+    budget_slots: int = 0
+    kv_bytes: int = 0
+    state_bytes: int = 0
     kv_bytes_full: int = 0  # of the requests that run together, at the most
     prefill_tokens: int = 0
     prefill_s: float = 0.0
     compile_s: float = 0.0  # decode steps in which something was compiled
     decode_s: float = 0.0  # all other decode steps
     decode_tokens: int = 0  # tokens made in `decode_s`; a request's first one comes from its prefill
+
+    def of_a_new_turn(self) -> "Figures":
+        """The same cache, and nothing spent yet."""
+        spent = {"prefill_tokens": 0, "prefill_s": 0.0, "compile_s": 0.0, "decode_s": 0.0, "decode_tokens": 0}
+        return replace(self, kv_bytes_full=0, **spent)
 
     def spent(self, seconds: float, tokens: int, stepped: bool, compiled: bool) -> None:
         """What it took to make these tokens, in a step or from prompts."""
@@ -112,3 +120,32 @@ class Stream:
     def close(self) -> None:
         """End it here; what has been made stays in `completion`."""
         self._steps.close()
+
+
+def longest(config: ModelConfig, endless: bool) -> tuple[int, str]:
+    """The most tokens of a prompt and its answer, and in words what more exceed and what to do about it.
+
+    endless: a sequence may be longer than the model's positions.
+    """
+    positions, learned = config.max_positions, config.position_offset is not None
+    if endless:
+        most = max(positions, MOST_TOKENS)
+        return most, f"the {most} that one request may have; shorten them"
+    way = "" if learned else " or use a bounded policy such as streaming"
+    return positions, f"the model's {positions} {'learned ' if learned else ''}positions; shorten them{way}"
+
+
+def refusal(config: ModelConfig, endless: bool, ids: Sequence[int], new: int, seen: int = 0) -> str | None:
+    """Why a prompt with `new` tokens after it, and `seen` before it, cannot run, in one line."""
+    if not len(ids):
+        return "the prompt is empty; give at least one token"
+    if new < 1:
+        return f"max-new-tokens must be at least 1, not {shown(new)}"
+    if not (min(ids) >= 0 and max(ids) < config.vocab_size):
+        wrong = next(i for i in ids if not 0 <= i < config.vocab_size)
+        return f"token id {shown(wrong)} is outside the vocabulary (0 to {config.vocab_size - 1})"
+    most, why = longest(config, endless)
+    seen = 0 if endless else seen  # else what came before is in slots that do not grow
+    if seen + len(ids) + new > most:
+        return f"{f'{seen} earlier + ' * bool(seen)}{len(ids)} prompt + {shown(new)} new tokens exceed {why}"
+    return None

@@ -56,6 +56,14 @@ NOT_FINITE = -1  # stands for the token of a row whose logits are not finite
 _FLOAT32 = torch.finfo(torch.float32)
 
 
+def not_finite(dtype: torch.dtype) -> str:
+    """What is said of logits that are not finite in this dtype, in one line."""
+    name = str(dtype).removeprefix("torch.")
+    wider = {"float16": "bfloat16 or float32", "bfloat16": "float32", "float32": "float64"}.get(name)
+    way = f"try another --dtype, such as {wider}" if wider else "check the weights and config.json"
+    return f"the logits are not finite in {name}: a number overflows or the weights are broken; {way}"
+
+
 class Sampler:
     """Picks one token per row of a batch, each row by its own settings and random numbers.
 

@@ -5,27 +5,30 @@ A length is the most tokens that a prompt and its answer have together. `Sizing.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from config import ModelConfig, parameters
 from errors import UserError, integers, shown
 from formats import FORMATS, slot_bytes
-from memory import Needs
+from machine import explained, size
 from model import FEED_CHUNK, PROMPT_CHUNK
 from policies.layers import LayerPolicy, Plan
 from policies.layers.base import total_slots
 from policies.tokens import TokenPolicy
+from request import longest, refusal
 
+NO_SCORES = TokenPolicy.score_prompt
 READ_TOKENS = 16384  # of all prompts of a batch, that go through a block at once: more take memory, not less time
 DEFAULT_BUDGET = 0.4  # of the sequence, for a bounded policy without a budget (results/eval_defaults)
 SMALLEST_DEFAULT = 64  # slots: below that there is nothing to gain
 CAPTURED_LENGTHS = 256  # tokens: sequences within a multiple of it get the same part of a plan that is given
-MOST_TOKENS = 2**20  # of a prompt and its answer, unless the model has more positions: more is a slip
+MOST_ROWS = 256  # more of them give no more tokens per second, but later results
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,46 @@ class Sizes:
         if self.plan:
             return self.total
         return self.layer_policy.most_waiting(self.budget_slots, self.caps, self.floor)
+
+
+class Needs(NamedTuple):
+    """Bytes: the weights; a row of the cache, and of the full one; a row in a step; a prompt while it goes through a
+    block, `at_once` of them together; and what is held of each row's prompt meanwhile.
+    """
+
+    weights: int
+    row: int
+    row_full: int
+    step: int
+    prefill: int
+    held: int = 0
+    at_once: int = 1
+
+    def total(self, rows: int) -> int:
+        """At the most: steps go on while a prompt is read."""
+        return self.weights + rows * (self.row + self.step + self.held) + min(rows, self.at_once) * self.prefill
+
+    def rows(self, most: int, limit: int) -> int:
+        """The largest batch that fits, at least 1 and at most `most`."""
+        return max((rows for rows in range(1, min(most, MOST_ROWS) + 1) if self.total(rows) <= limit), default=1)
+
+    def check(self, rows: int, limit: int) -> None:
+        """UserError if `rows` rows do not fit."""
+        if self.total(rows) > limit:
+            raise UserError(self.refusal(rows, limit))
+
+    def refusal(self, rows: int, limit: int) -> str:
+        work = self.total(rows) - self.weights - rows * self.row
+        smaller = "--batch-size, --budget" if rows > 1 else "--budget"
+        return (
+            f"out of memory: weights {size(self.weights)}, cache of {rows} row{'s'[: rows > 1]} {size(rows * self.row)}"
+            f", work beside them up to {size(work)}, limit {size(limit)}; use a smaller {smaller}, prompt, "
+            f"--max-new-tokens or --dtype"
+        )
+
+    def explained(self, rows: int, limit: int) -> AbstractContextManager[None]:
+        """UserError with these numbers when memory runs out nevertheless."""
+        return explained(lambda: self.refusal(rows, limit))
 
 
 class Sizing:
@@ -119,50 +162,26 @@ class Sizing:
         """Whether a sequence may be longer than the model's positions."""
         return self.policy.bounded and self.config.position_offset is None
 
-    @property
-    def longest(self) -> int:
-        """The most tokens of a prompt and its answer."""
-        positions = self.config.max_positions
-        return max(positions, MOST_TOKENS) if self.endless else positions
-
-    def _too_long(self) -> str:
-        """What a longer sequence exceeds, and what to do about it."""
-        positions, learned = self.config.max_positions, self.config.position_offset is not None
-        if self.endless:
-            return f"the {self.longest} that one request may have; shorten them"
-        way = "" if learned else " or use a bounded policy such as streaming"
-        return f"the model's {positions} {'learned ' if learned else ''}positions; shorten them{way}"
-
     def refusal(self, ids: Sequence[int], new: int, seen: int = 0) -> str | None:
         """Why a prompt with `new` tokens after it cannot run whatever the budget, in one line.
 
         seen: the tokens of a conversation that come before it.
         """
-        if not len(ids):
-            return "the prompt is empty; give at least one token"
-        if new < 1:
-            return f"max-new-tokens must be at least 1, not {shown(new)}"
-        if not (min(ids) >= 0 and max(ids) < self.config.vocab_size):
-            wrong = next(i for i in ids if not 0 <= i < self.config.vocab_size)
-            return f"token id {shown(wrong)} is outside the vocabulary (0 to {self.config.vocab_size - 1})"
-        seen = 0 if self.endless else seen  # else what came before is in slots that do not grow
-        if seen + len(ids) + new > self.longest:
-            earlier = f"{seen} earlier + " * bool(seen)
-            return f"{earlier}{len(ids)} prompt + {shown(new)} new tokens exceed {self._too_long()}"
-        return None
+        return refusal(self.config, self.endless, ids, new, seen)
 
     def check(self, ids: Sequence[int], new: int, seen: int = 0) -> None:
         """UserError if the prompt cannot run."""
-        if refusal := self.refusal(ids, new, seen):
-            raise UserError(refusal)
+        if why := self.refusal(ids, new, seen):
+            raise UserError(why)
 
     def at(self, length: int, endless: bool = False) -> Sizes:
         """All that follows from the length; a conversation's cache is made for one length and goes on beyond.
 
         UserError if the policy cannot work in its slots, or no request can be as long.
         """
-        if length > self.longest:
-            raise UserError(f"a max-length of {shown(length)} tokens exceeds {self._too_long()}")
+        most, why = longest(self.config, self.endless)
+        if length > most:
+            raise UserError(f"a max-length of {shown(length)} tokens exceeds {why}")
         caps, floor = self.caps(length), self.policy.floor
         slots = self._slots(length, caps)
         if self.given is not None:
@@ -222,38 +241,35 @@ class Sizing:
         """Bytes of rows of `length` tokens, before anything is allocated. apart: prompts are read one by one."""
         sizes, c, item = self.at(length), self.config, self.dtype.itemsize
         wide, heads, groups = max(4, item), c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-        prompt = length if longest_prompt is None else longest_prompt
-        rows = rows_at_once(prompt)
-        # Of a prompt in one layer, all at once: the normed copies of the residual stream, what is projected and turned,
-        # what the feed-forward holds, and what a policy that scores looks at.
+        prompt, widest, planned = longest_prompt or length, max(sizes.caps), sizes.plan is not None
+        rows = 1 if apart else rows_at_once(prompt)
+        # Of a prompt in one layer: the normed copies of the residual stream, what is projected and turned, what the
+        # feed-forward holds, what a policy that scores looks at, and what gives the evidence.
+        queries = max(self.policy.queries, self.layer_policy.queries, PROMPT_CHUNK * (c.attention_softcap is not None))
         read = prompt * 2 * (item + wide) * (c.dim + heads + 2 * groups)
         read += min(prompt, FEED_CHUNK) * 3 * item * max(1, c.experts_per_token) * c.ffn_dim
-        own = PROMPT_CHUNK if c.attention_softcap is not None else 0
-        read += 4 * wide * c.n_heads * min(prompt, max(self.policy.queries, self.layer_policy.queries, own)) * prompt
-        if sizes.plan is None:
-            most = (sizes.budget_slots, max(sizes.caps), sizes.floor, c.n_heads, c.head_dim)
-            read += wide * self.layer_policy.work(rows, *most) // rows
-        # Of every prompt meanwhile: the residual stream; the layer's keys and values, and once more while they are cut;
-        # what is held of the layers that have been read, with positions and scores.
+        read += 4 * wide * c.n_heads * min(prompt, queries) * prompt
+        if not planned:
+            own = (sizes.budget_slots, widest, sizes.floor, c.n_heads, c.head_dim)
+            read += wide * self.layer_policy.work(rows, *own) // rows
+        # Meanwhile: the residual stream and its logits; a layer's keys and values, and once more while they are cut;
+        # what is held of the layers before, with positions and scores.
+        scores = prompt * (1 if planned else len(sizes.caps)) * (self.policy.score_prompt.__func__ is not NO_SCORES)
         held = prompt * item * (c.dim + 4 * groups) + c.vocab_size * (item + wide)
-        scoring = type(self.policy).score_prompt is not TokenPolicy.score_prompt
-        held += sizes.waiting * (self.slot_bytes() + 8 * c.n_kv_heads) + wide * c.n_kv_heads * scoring * (
-            prompt * (1 if sizes.plan else len(sizes.caps))
-        )
-        # Of one row in a step: the logits with what sampling sorts, and one layer's scores and probabilities.
-        step = c.vocab_size * (item + 5 * wide) + 4 * wide * c.n_heads * max(sizes.caps)
+        held += sizes.waiting * (self.slot_bytes() + 8 * c.n_kv_heads) + wide * c.n_kv_heads * scores
+        # In a step: the logits with what sampling sorts, and one layer's scores and probabilities.
+        step = c.vocab_size * (item + 5 * wide) + 4 * wide * c.n_heads * widest
         if self.format != "dense":  # where no generated loop reads them, a layer's keys and values are decoded
-            step += 2 * wide * groups * max(sizes.caps)
+            step += 2 * wide * groups * widest
             held += 4 * wide * groups * prompt  # and while a prompt is encoded
-        alone = apart or sizes.plan is not None  # nothing is held of a prompt but while its part of them is read
         return Needs(
             weights=parameters(c) * item,
             row=sizes.total * (self.slot_bytes() + c.n_kv_heads * (wide + 8) * self.policy.scored),
             row_full=self.full_bytes(length),
             step=step,
-            prefill=read + held if alone else read,
-            held=0 if alone else held,
-            at_once=1 if apart else rows,
+            prefill=read + held * planned,  # with a plan nothing is held of a prompt but while its group is read
+            held=held * (not planned),
+            at_once=rows,
         )
 
 

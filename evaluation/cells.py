@@ -23,7 +23,7 @@ from policies.layers.base import Attended
 from policies.options import options_of
 from policies.tokens import TokenPolicy
 from prefill import Part, Prompt, Prompts, finished, read
-from sampling import GREEDY, NOT_FINITE
+from sampling import GREEDY, NOT_FINITE, not_finite
 from sizing import check_budget
 
 
@@ -128,7 +128,7 @@ class Batch:
         self.words = list(dict.fromkeys(cell.policy for cell in cells))
         self.count, self.length = len(rows), max(map(len, rows)) + new
         sizings = [Engine(model, word).sizing for word in self.words]
-        self.not_finite, caps = Engine(model).not_finite, sizings[0].caps(self.length)
+        caps = sizings[0].caps(self.length)
         self.prompts = Prompts.of(model, rows, [len(ids) + new for ids in rows])
         self.lengths = self.prompts.lengths
         self.policies = [sizing.policies(self.length) for sizing in sizings]  # by token policy and layer
@@ -168,7 +168,7 @@ class Batch:
     def _check(self, logits: Tensor) -> None:
         """UserError if there is no next token in the logits [B, vocab] of a row: no figure may come of them."""
         if not logits.amax(-1).isfinite().all():
-            raise UserError(self.not_finite)
+            raise UserError(not_finite(self.model.dtype))
 
     def _start(self, cell: Cell) -> Decoder:
         """A cache of its own for `cell`; `plan` and `kv_share` (of the full cache) say how large it is."""
@@ -236,7 +236,7 @@ class Batch:
             decoder.step()
             steps.append(decoder.tokens.tolist())
             if any(token == NOT_FINITE and not end for token, end in zip(steps[-1], ended, strict=True)):
-                raise UserError(self.not_finite)
+                raise UserError(not_finite(self.model.dtype))
             ended = [before or token in eos_ids for before, token in zip(ended, steps[-1], strict=True)]
         rows = [list(row) for row in zip(*steps, strict=True)]
         return [row[: next((n for n, token in enumerate(row) if token in eos_ids), len(row))] for row in rows]

@@ -15,8 +15,8 @@ from engine import Completion, Engine, Request
 from errors import UserError, shown
 from policies import layers as layer_policies
 from policies import tokens as token_policies
+from request import MOST_TOKENS
 from sampling import GREEDY, Sampling
-from sizing import MOST_TOKENS
 
 HUGE = 1 << 20000  # has more digits than Python writes
 NO_INTEGERS = [None, True, 1.0, float("nan"), "8", b"8", [8], {}, 1j, torch.tensor(8.0), torch.tensor([8]), object()]

@@ -15,7 +15,8 @@ from conftest import begun, random_ids, random_model
 
 import batch
 import generate
-import memory
+import machine
+import sizing
 from batch import Job
 from engine import Batch, Engine, Request
 from files import Lines
@@ -359,12 +360,12 @@ def test_needs_are_what_is_allocated(policy):
 
 
 def test_rows_that_fit():
-    needs = memory.Needs(weights=100, row=10, row_full=40, step=1, prefill=30)
+    needs = sizing.Needs(weights=100, row=10, row_full=40, step=1, prefill=30)
     assert [needs.total(rows) for rows in (1, 3, 40)] == [141, 163, 570]
     assert [needs._replace(held=20, at_once=2).total(rows) for rows in (1, 3)] == [161, 253]
     assert needs.rows(1000, 162) == 2 and needs.rows(1000, 163) == 3 and needs.rows(2, 163) == 2
-    assert needs.rows(1000, 10**9) == memory.MOST_ROWS and needs.rows(9, 1) == 1
-    assert memory.free(torch.device("cpu")) > 2**20
+    assert needs.rows(1000, 10**9) == sizing.MOST_ROWS and needs.rows(9, 1) == 1
+    assert machine.free(torch.device("cpu")) > 2**20
 
 
 def test_max_memory(capsys, tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ FLOORS = {
     "commandline": 0,
     "kernels": -0.5,
     "kvcache": 0,
-    "memory": 0,
+    "machine": 0,
     "policies": 0,
     "rendering": 0,
     "sampling": 0,

@@ -20,7 +20,7 @@ from formats import FORMATS
 from model import Transformer
 from policies.tokens import TOKEN_POLICIES
 from prefill import plan_for
-from sampling import GREEDY, Sampling
+from sampling import GREEDY, Sampling, not_finite
 
 BAD = 96  # the token that breaks whatever sees it
 SAMPLED = Sampling(temperature=0.9, top_k=20, top_p=0.9, seed=3)
@@ -78,7 +78,7 @@ def test_a_model_that_overflows(broken, policy, sampling):
         assert list(stream) == stream.completion.tokens == [] and stream.completion.finish_reason == "error"
         with pytest.raises(UserError, match=LINE):
             raise UserError(stream.completion.error)
-        assert str(model.dtype).split(".")[1] in stream.completion.error and "--dtype" in engine.not_finite
+        assert str(model.dtype).split(".")[1] in stream.completion.error and "--dtype" in not_finite(model.dtype)
 
 
 @pytest.mark.slow
@@ -108,7 +108,7 @@ def check(engine: Engine, alone: Engine, **how) -> None:
         completion = done[id(request)]
         if BAD in request.ids:
             assert (completion.tokens, completion.finish_reason) == ([], "error")
-            assert completion.error == engine.not_finite
+            assert completion.error == not_finite(engine.model.dtype)
         else:
             want = (stream := alone.stream(request.ids, request.sampling, request.max_new_tokens)).completion
             assert list(stream) == want.tokens

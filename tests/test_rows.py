@@ -210,10 +210,10 @@ def test_each_request_is_checked_sized_and_planned_once(model):
     """A check for each request; one size, one plan and one decoder for all that run together."""
     requests, counts = requests_of(5), {}
     with ExitStack() as stack:
-        for owner, name in ((Sizing, "refusal"), (Sizing, "at"), (Squeeze, "allocate"), (Store, "decoder")):
+        for owner, name in ((Sizing, "refusal"), (Sizing, "at"), (Squeeze, "allocate"), (Store, "lend")):
             counted(stack, owner, name, counts)
         counted(stack, Completion, "__init__", counts)
-        engine, once = Engine(model, "h2o", "squeeze", 10), dict.fromkeys(("at", "allocate", "decoder"), 1)
+        engine, once = Engine(model, "h2o", "squeeze", 10), dict.fromkeys(("at", "allocate", "lend"), 1)
         list(engine.stream(requests[0].ids, max_new_tokens=4))
         assert counts == {**once, "refusal": 1, "__init__": 1}
         for batch_size, given in ((2, requests), (2, iter(requests))):
@@ -224,4 +224,4 @@ def test_each_request_is_checked_sized_and_planned_once(model):
         conversation = Conversation(engine)
         for _ in range(3):
             list(conversation.stream(random_ids(9), max_new_tokens=4))
-        assert counts == {**once, "refusal": 3, "__init__": 3}
+        assert counts == {"at": 1, "allocate": 1, "refusal": 3, "__init__": 3}  # its decoder is its own
