@@ -25,7 +25,7 @@ from request import longest, refusal
 
 NO_SCORES = TokenPolicy.score_prompt
 READ_TOKENS = 16384  # of all prompts of a batch, that go through a block at once: more take memory, not less time
-DEFAULT_BUDGET = 0.4  # of the sequence, for a bounded policy without a budget (results/eval_defaults)
+DEFAULT_BUDGET = 0.4  # of the sequence, for a bounded policy without a budget: see KL at 40% in RESULTS.md
 SMALLEST_DEFAULT = 64  # slots: below that there is nothing to gain
 CAPTURED_LENGTHS = 256  # tokens: sequences within a multiple of it get the same part of a plan that is given
 MOST_ROWS = 256  # more of them give no more tokens per second, but later results

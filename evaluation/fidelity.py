@@ -16,7 +16,7 @@ from evaluation.tasks import Row
 
 
 class Fidelity:
-    name, metric = "fidelity", "kl"
+    name, metrics = "fidelity", ("kl", "agree", "loss")
 
     def __init__(self, texts: Sequence[Sequence[int]], context: int, new: int, count: int):
         """`count` pieces: evenly spread over a single text, else one from the beginning of each that is long enough.
@@ -26,10 +26,8 @@ class Fidelity:
         self.new, size = new, context + new + 1
         usable = [text for text in texts if len(text) >= size]
         if not usable:
-            least = f"--length {context} and --read {new} need more"
-            longest = max(map(len, texts))
-            one = len(texts) == 1
-            raise UserError(f"{'the text has' if one else 'the longest text has'} {longest} tokens; {least}")
+            longest = f"the longest text has {max(map(len, texts))} tokens"
+            raise UserError(f"{longest}; --length {context} and --read {new} need more")
         if len(texts) == 1:
             starts = [n * (len(texts[0]) - size) // max(count - 1, 1) for n in range(count)]
             pieces = [list(texts[0][start : start + size]) for start in starts]
@@ -48,14 +46,12 @@ class Fidelity:
         measured = []
         for step, logits in enumerate(batch.forced(cell, ids[:, :-1])):
             measured.append(compare(self._full[step], logits.float().log_softmax(-1), ids[:, step + 1]))
-        kl, agree, loss = torch.stack(measured).mean(0).unbind()
-        return [
-            {"kl": k, "agree": a, "loss": n} for k, a, n in zip(*map(Tensor.tolist, (kl, agree, loss)), strict=True)
-        ]
+        means = torch.stack(measured).mean(0)  # [3, B]
+        return [dict(zip(self.metrics, row, strict=True)) for row in means.T.tolist()]
 
 
 def compare(full: Tensor, other: Tensor, truth: Tensor) -> Tensor:
-    """Log probabilities [B, vocab] twice, and what follows [B] -> [3, B]: KL in nats, agreement, loss in nats."""
+    """Log probabilities [B, vocab] twice, and what follows [B] -> the metrics [3, B]; KL and loss are in nats."""
     kl = (full.exp() * (full - other)).sum(-1)
     agree = full.argmax(-1) == other.argmax(-1)
     return torch.stack((kl, agree.to(kl.dtype), -other.gather(1, truth[:, None])[:, 0]))

@@ -15,10 +15,14 @@ from chat import ChatTemplate
 from errors import UserError
 from evaluation.cells import Batch, Cell
 from evaluation.tasks import Row
-from evaluation.tiny_data import KEYS
 from tokenizer import Tokenizer
 
 DIGITS = 7
+KEYS = """amber azure beige birch brass cedar cherry cobalt coral crimson ebony elm emerald fern flax frost gold granite
+gray hazel honey indigo iris ivory jade jasper khaki lava lemon lilac lime linen maple marble maroon mint mocha moss
+navy oak ocean olive onyx opal orange orchid pearl pewter pine plum poplar quartz raven rose ruby rust sable saffron
+sage salmon sand scarlet sepia sienna silver sky slate snow spruce steel stone straw tan teal thistle topaz tulip umber
+velvet violet walnut wheat willow wine zinc""".split()
 TASK = "A special magic number is hidden within the following text. Make sure to memorize it.\n"
 FACT = "One of the special magic numbers for {key} is: {number}."
 ASKED = "What is the special magic number for {key} mentioned in the provided text?"
@@ -27,7 +31,7 @@ ENDS = re.compile(r"[.!?]\s|\n")
 
 
 class Passkey:
-    metric, metrics = "digits", ("digits", "exact")
+    metrics = ("digits", "exact")
 
     def __init__(
         self,
@@ -37,18 +41,17 @@ class Passkey:
         length: int,
         count: int,
         unseen: bool = False,
-        seed: int = 2024,
     ):
         """`count` prompts of `length` tokens at most, each with a piece of one of the `texts` (token ids).
 
         unseen: the question is read when the text has been compressed.
         """
-        name, self.tokenizer, self.template, self.rows = f"passkey {length}", tokenizer, template, []
-        rng = random.Random(f"{name} {seed}")
-        self.name = f"{name} unseen" if unseen else name
-        longest = max(map(len, texts))
+        self.name, self.tokenizer, self.template, self.rows = f"passkey {length}", tokenizer, template, []
+        rng = random.Random(f"{self.name} 2024")
+        self.name += " unseen" * unseen
         usable = [text for text in texts if len(text) >= length]
         if not usable:
+            longest = max(map(len, texts))
             raise UserError(f"no text has {length} tokens to hide a number in; the longest has {longest}")
         for n in range(count):
             key, depth = rng.choice(KEYS), (n + 0.5) / count
@@ -56,8 +59,8 @@ class Passkey:
             text = usable[n % len(usable)]
             start = rng.randrange(len(text) - length + 1)
             ids, asked = self._prompt(text[start : start + length], key, number, depth, length)
-            row = Row(n, ids, number, {"length": length, "depth": round(depth, 4)})
-            self.rows.append(row.asked_later(asked) if unseen else row)
+            ids, question = (ids[:-asked], ids[-asked:]) if unseen else (ids, [])
+            self.rows.append(Row(n, ids, number, {"length": length, "depth": round(depth, 4)}, question))
         self.new = max(len(tokenizer.encode(f" {row.expected}.", special=False)) for row in self.rows)
 
     def _prompt(self, filler: Sequence[int], key: str, number: str, depth: float, length: int) -> tuple[list[int], int]:

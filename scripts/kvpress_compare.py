@@ -9,19 +9,18 @@ kvpress 0.5.5 wants an older transformers than this project, so it gets a virtua
         --lengths 1024 --budgets 0.1,0.2,0.4
     python evaluate.py --beside kvpress.jsonl ... the same --checkpoint, --text, --skip, --tasks, ...
 
-All options but --presses, --results and --within are evaluate.py's; --policies and --layers mean nothing here. Results
-are appended row by row: a second run goes on where the first one ended.
+All options but --presses and --results are evaluate.py's; --policies and --layers mean nothing here. Results are
+appended row by row: a second run goes on where the first one ended.
 
 Where evaluate.py gives a cell b slots per layer, a press keeps b pairs of the prompt in each layer and head, or as many
 in all where it divides them itself. What is read and said afterwards comes on top, since no press evicts it, so that
-kvpress holds more in the end. --within counts it: a press keeps b - (later tokens) of the prompt.
+kvpress holds more in the end.
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Sequence
+from contextlib import closing, nullcontext
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -35,20 +34,15 @@ import checkpoint  # noqa: E402
 import evaluate  # noqa: E402
 import tokenizer as tokenizers  # noqa: E402
 from commandline import Parser, guarded  # noqa: E402
-from errors import UserError, optional, place, shown  # noqa: E402
-from evaluation.fidelity import Fidelity, compare  # noqa: E402
-from evaluation.passkey import scored  # noqa: E402
-from evaluation.tasks import Row, Task  # noqa: E402
-from files import NATURAL, Lines, append, check_apart, check_output, checked, exclusive, parse_json  # noqa: E402
+from errors import UserError, optional, shown  # noqa: E402
+from evaluation.cells import FULL, Cell  # noqa: E402
+from evaluation.tasks import Log  # noqa: E402
+from files import check_apart, check_output  # noqa: E402
 
-WRAPPED = {  # presses that divide another one's budget
-    "AdaKV": ("AdaKVPress", "SnapKVPress"),
-    "AdaKV(ExpectedAttention)": ("AdaKVPress", "ExpectedAttentionPress"),
-    "CriticalKV": ("CriticalKVPress", "SnapKVPress"),
-    "CriticalAdaKV": ("CriticalAdaKVPress", "SnapKVPress"),
-}
-SINGLE = ("SnapKV", "ObservedAttention", "TOVA", "StreamingLLM", "PyramidKV", "ExpectedAttention", "KeyDiff", "Knorm")
-KEY = {"task": str, "row": NATURAL, "policy": str, "budget": float}  # by which results are told apart
+DIVIDING = ("AdaKV", "CriticalKV", "CriticalAdaKV")  # another press's budget: SnapKV's, if none is named
+PRESSES = "SnapKV ObservedAttention TOVA StreamingLLM PyramidKV ExpectedAttention KeyDiff Knorm".split()
+PRESSES += ["AdaKV(ExpectedAttention)", *DIVIDING]
+PREFIX = "kvpress "  # of the policy in a cell
 EAGER = ("ObservedAttention",)  # reads the attention of the whole prompt, which only transformers' eager form gives
 
 
@@ -58,100 +52,83 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Namespace]:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument(
-        "--presses", default=",".join([*SINGLE, *WRAPPED]), metavar="A,B", help="(default: %(default)s)"
-    )
+    parser.add_argument("--presses", default=",".join(PRESSES), metavar="A,B", help="(default: %(default)s)")
     parser.add_argument("--results", required=True, type=Path, metavar="F", help="jsonl to write and to go on from")
-    parser.add_argument("--within", action="store_true", help="count the tokens after the prompt among those kept")
     own, rest = parser.parse_known_args(argv)
     own.presses = own.presses.split(",")
-    if unknown := [name for name in own.presses if name not in (*SINGLE, *WRAPPED)]:
-        raise UserError(f"unknown press {shown(unknown[0])}; known: {', '.join([*SINGLE, *WRAPPED])}")
-    args = evaluate.parse(rest)
-    if args.files or set(args.tasks) - {"fidelity", "passkey"}:
-        raise UserError("only --tasks fidelity,passkey are compared here")
-    return own, args
+    if unknown := [name for name in own.presses if name not in PRESSES]:
+        raise UserError(f"unknown press {shown(unknown[0])}; known: {', '.join(PRESSES)}")
+    return own, evaluate.parse(rest)
 
 
 def run(own: argparse.Namespace, args: argparse.Namespace) -> int:
-    kvpress, transformers = optional("kvpress"), optional("transformers")
+    optional("kvpress")
+    transformers = optional("transformers")
     folder = checkpoint.resolve(args.checkpoint)
     check_output(own.results, "--results")
-    check_apart({"--results": own.results}, {"--checkpoint": folder} | ({"--text": args.text} if args.text else {}))
-    tokenizer = tokenizers.load(folder)
-    tasks = evaluate.make_tasks(args, folder, tokenizer, limit=0)
-    done = set()
-    for number, raw, *_ in Lines(own.results) if own.results.exists() else []:
-        where = f"{place(own.results)} line {number} is no result; take it out, or give another --results"
-        done.add(key(checked(parse_json(raw or b"", where), KEY, where)))
+    check_apart({"--results": own.results}, evaluate.inputs(args, folder))
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    cells = [(name, budget) for name in own.presses for budget in args.budgets]
-    work = [(task, row) for task in tasks for row in task.rows]
-    with exclusive(own.results) as file, torch.inference_mode():
-        for task, row in work:
-            full = None
-            for name, budget in cells:
-                plan = "pyramid" if name == "PyramidKV" else "uniform"
-                record = {"task": task.name, "row": row.number, "policy": f"kvpress {name}", "layers": plan}
-                record |= {"p": None, "budget": budget}
-                if key(record) in done:
-                    continue
-                if full is None and isinstance(task, Fidelity):
-                    full = following(model, row, None, "sdpa")
-                found = result(kvpress, model, tokenizer, task, row, name, budget, own.within, full)
-                append(file, json.dumps(record | row.about | found).encode() + b"\n", own.results)
-            print(task.name, row.number, flush=True)
+    tasks = evaluate.make_tasks(args, folder, tokenizers.load(folder), model.config.max_position_embeddings)
+    cells = [
+        Cell(f"{PREFIX}{name}", "pyramid" if name == "PyramidKV" else "uniform", None, budget)
+        for name in own.presses
+        for budget in args.budgets
+    ]
+    with closing(Log(own.results, evaluate.settings(args, folder), True, tasks)) as log, torch.inference_mode():
+        evaluate.run(model, tasks, cells, log, 1, batch_of=Presses)
     return 0
 
 
-def key(record: dict) -> tuple:
-    return tuple(record[name] for name in KEY)
+class Presses:
+    """One row under presses, each named by a cell's policy, with what tasks ask of evaluation.cells.Batch."""
+
+    def __init__(self, model: Any, cells: Sequence[Cell], rows: Sequence[list[int]], new: int, compile: bool = False):
+        self.model, self.new, self.plan, [self.ids] = model, new, [], rows
+        self.lengths = torch.tensor([len(self.ids)])
+
+    def start(self, cell: Cell) -> "Cache":
+        if cell == FULL:
+            return Cache(self.model, self.ids)
+        name, kept = cell.policy.removeprefix(PREFIX), pairs(len(self.ids), self.new, cell.budget)
+        self.kv_share = (kept + self.new) / (len(self.ids) + self.new)
+        press = made(optional("kvpress"), name, 1 - (kept + 0.5) / len(self.ids)) if kept < len(self.ids) else None
+        return Cache(self.model, self.ids, press, "eager" if name in EAGER else "sdpa")
+
+    def forced(self, cell: Cell, following: Tensor) -> Sequence[Tensor]:
+        """Logits [1, vocab] after each of following [1, T], which follow whatever the model would say."""
+        return self.start(cell).feed(following[0].tolist()).split(1)
+
+    def greedy(
+        self, cell: Cell, eos_ids: Collection[int] = (), questions: Sequence[list[int]] = ([],)
+    ) -> list[list[int]]:
+        """The most likely continuation, read behind a question: `new` tokens with it, or up to an end of sequence."""
+        cache, [question], said = self.start(cell), questions, []
+        logits = cache.feed(question)[-1] if question else cache.logits
+        while len(question) + len(said) < self.new and (token := int(logits.argmax())) not in eos_ids:
+            said.append(token)
+            logits = cache.feed([token])[-1]
+        return [said]
 
 
-def result(
-    kvpress: Any,
-    model: Any,
-    tokenizer: tokenizers.Tokenizer,
-    task: Task,
-    row: Row,
-    name: str,
-    budget: float,
-    within: bool,
-    full: Tensor | None,
-) -> dict:
-    """What a press makes of one row. full [T, vocab]: of fidelity, log probabilities under the full cache."""
-    later = len(row.question) + task.new
-    length = len(row.ids) + later
-    slots = int(Fraction(str(budget)) * length) if budget <= 1 else int(budget)
-    kept = min(slots - later * within, len(row.ids))
-    if kept < 1:
-        raise UserError(
-            f"budget {budget:g} is {slots} pairs, and --within leaves none of the prompt: {later} come later"
-        )
-    press = made(kvpress, name, 1 - (kept + 0.5) / len(row.ids)) if kept < len(row.ids) else None
-    attention = "eager" if name in EAGER else "sdpa"
-    if full is not None:
-        other = following(model, row, press, attention)
-        kl, agree, loss = compare(full, other, torch.tensor(row.expected[1:])).mean(1).tolist()
-        found = {"kl": kl, "agree": agree, "loss": loss}
-    else:
-        found = scored(tokenizer.decode(list(greedy(model, row, task.new, press, attention))), row.expected)
-    return found | {"kv_share": (kept + later) / length}
+def pairs(length: int, new: int, budget: float) -> int:
+    """How many pairs of a prompt of `length` tokens a press keeps: as many as a cell has slots."""
+    slots = int(Fraction(str(budget)) * (length + new)) if budget <= 1 else int(budget)
+    return min(max(slots, 1), length)
 
 
 def made(kvpress: Any, name: str, ratio: float) -> Any:
     """ratio: what a press takes away, such that k_len * (1 - ratio) rounded down is what it is to keep."""
-    if name in WRAPPED:
-        outer, inner = WRAPPED[name]
-        return getattr(kvpress, outer)(getattr(kvpress, inner)(compression_ratio=ratio))
+    name, _, inner = name.rstrip(")").partition("(")
+    if name in DIVIDING:
+        return getattr(kvpress, f"{name}Press")(made(kvpress, inner or "SnapKV", ratio))
     return getattr(kvpress, f"{name}Press")(compression_ratio=ratio)
 
 
 class Cache:
     """A prompt that a press has compressed, and what is read behind it at the positions where it stands."""
 
-    def __init__(self, model: Any, ids: Sequence[int], press: Any, attention: str):
+    def __init__(self, model: Any, ids: Sequence[int], press: Any = None, attention: str = "sdpa"):
         self.model, self.seen = model, len(ids)
         model.set_attn_implementation(attention)
         for module in model.modules():
@@ -178,21 +155,6 @@ class Cache:
             parts.append(self.model(part, position_ids=positions, past_key_values=self.past, use_cache=True).logits[0])
             self.seen += part.shape[1]
         return torch.cat(parts)
-
-
-def following(model: Any, row: Row, press: Any, attention: str) -> Tensor:
-    """Log probabilities [T, vocab] after each token that follows the prompt."""
-    return Cache(model, row.ids, press, attention).feed(row.expected[:-1]).float().log_softmax(-1)
-
-
-def greedy(model: Any, row: Row, new: int, press: Any, attention: str) -> Iterator[int]:
-    cache = Cache(model, row.ids, press, attention)
-    logits = cache.feed(row.question)[-1] if row.question else cache.logits
-    for step in range(new):
-        token = int(logits.argmax())
-        yield token
-        if step < new - 1:
-            logits = cache.feed([token])[-1]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
-import train_tiny
 from conftest import quick
 
 import batch
@@ -28,7 +27,7 @@ import files
 import generate
 from errors import UserError
 
-COMMANDS = {m.__name__: m for m in (generate, evaluate, bench, train_tiny)}
+COMMANDS = {m.__name__: m for m in (generate, evaluate, bench)}
 PROGRAMS = dict(COMMANDS)
 TEXT = "It was a dark and stormy night. " * 40
 
@@ -51,7 +50,6 @@ def unloaded(monkeypatch):
 
     monkeypatch.setattr(generate.checkpoint, "load", reached)
     monkeypatch.setattr(bench.roofline, "copy_rate", reached)
-    monkeypatch.setattr(train_tiny, "run", reached)
 
 
 def refusal(capsys, program: str, *args: str | Path) -> str | None:
@@ -182,7 +180,6 @@ def checkpoint_folder() -> str:
 
 
 JOB = ["--input", "in", "--output", "out"]
-WRITTEN = ("predictions.jsonl", "summary.json", "table.md", "leaderboard.md")  # of evaluate.py, with its pictures
 SAME = {  # one path twice, each as the second argument of its flag; {} is another spelling of it
     "generate": [
         ["--prompt-file", "in", "--save-plan", "{in}"],
@@ -199,8 +196,7 @@ SAME = {  # one path twice, each as the second argument of its flag; {} is anoth
         ["--checkpoint", "model", *JOB[:2], "--output", "{new}", "--save-plan", "{new}"],
     ],
     "evaluate": [
-        *(["--text", f"o/{name}", "--out", "{o}"] for name in WRITTEN),
-        *(["--text", f"o/{name}.png", "--out", "{o}"] for name in evaluate.PICTURES),
+        *(["--text", f"o/{name}", "--out", "{o}"] for name in evaluate.OUTPUTS),
         ["--files", "o/predictions.jsonl", "--out", "{o}"],
         ["--files", "o", "--out", "{o}"],
     ],
@@ -210,7 +206,6 @@ SAME = {  # one path twice, each as the second argument of its flag; {} is anoth
         ["--stage", "throughput", "--shape", "config.json", "--plot", "{config.json}"],
         ["--stage", "decode", "--out", str(generate.EMBEDDED / "config.json")],
     ],
-    "train_tiny": [["--run", "o", "--out", "{o}"]],
 }
 
 
@@ -220,7 +215,7 @@ def test_no_path_that_a_run_writes_is_another_path_of_it(capsys, unloaded, progr
     config = (generate.EMBEDDED / "config.json").read_text()
     write("in", '{"prompt": "a"}\n'), write("x.job.json", '{"prompt": "a"}\n'), write("plan", json.dumps([64] * 8))
     write("config.json", config), checkpoint_folder()
-    for name in (*WRITTEN[1:], *(f"{name}.png" for name in evaluate.PICTURES)):
+    for name in evaluate.OUTPUTS[1:]:
         write(f"o/{name}")
     if program == "evaluate":
         write("o/config.json", config), os.symlink(generate.EMBEDDED / "tokenizer.json", "o/tokenizer.json")

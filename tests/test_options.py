@@ -67,7 +67,7 @@ def test_generate_refuses(capsys, args, words):
     ("args", "words"),
     [
         ("--policies snapkv:recent=x", "recent must be a whole number, not 'x'"),
-        ("--layers squeeze:p=0.2 --p 0.3", "'squeeze:p=0.2' gives p, and so does --p"),
+        ("--layers squeeze:p=2", "p must be in (0, 1]"),
         ("--layers squeeze:p=0.2,uniform;squeeze:q=1", "has no option 'q'"),
     ],
 )

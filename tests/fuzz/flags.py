@@ -9,10 +9,10 @@ from unittest.mock import patch
 
 from .bases import TEXT, VOCAB, copied, text
 from .jobs import EVALUATE, LINES, write_lines
-from .odd import SCRIPTS, TEXTS, Input, program, shortened
+from .odd import TEXTS, Input, program, shortened
 
-NAMES = ("generate", "generate", "job", "talk", "evaluate", "evaluate", "checkpoint", "bench", *SCRIPTS)
-WITHOUT = {"--compile", "--help", "--export-only", "--run"}  # take minutes, or write into the project
+NAMES = ("generate", "generate", "job", "talk", "evaluate", "evaluate", "checkpoint", "bench")
+WITHOUT = {"--compile", "--help"}  # take minutes
 PROMPT = ["--prompt", "Once upon a time"]
 BRING = {"--prompt", "--prompt-file", "--prompt-ids", "--interactive", "--input"}  # flags that bring other prompts
 WITHOUT_PAIRS = 0.7  # share of the inputs that have one odd flag
@@ -36,10 +36,8 @@ def plain(name: str, folder: Path) -> Input:
         return Input("evaluate.py", [*argv, *EVALUATE], VOCAB, outputs=("out",))
     if name == "checkpoint":
         return Input("checkpoint.py", ["model"], VOCAB)
-    if name == "bench":
-        argv = "--stage decode --shape tiny --prompt 8 --new 4 --rounds 1 --peer eager".split()
-        return Input("bench.py", argv, VOCAB, outputs=("out.json",))
-    return Input(f"{name}.py", "--run run --out exported".split() if name == "train_tiny" else [], VOCAB)
+    argv = "--stage decode --shape tiny --prompt 8 --new 4 --rounds 1 --peer eager".split()
+    return Input("bench.py", argv, VOCAB, outputs=("out.json",))
 
 
 def mutate(rng: random.Random, name: str, given: Input, folder: Path, done: Path) -> Input:
@@ -51,8 +49,6 @@ def mutate(rng: random.Random, name: str, given: Input, folder: Path, done: Path
         odd.append(rng.choice(option.option_strings))
         if option.nargs != 0:
             values = [*TEXTS, *(str(each) for each in option.choices or [])]
-            if option.dest == "out" and given.program == "evaluate.py":
-                values.remove("")  # which is the default, a folder of the project
             value = rng.choice([*values, *USUAL.get(option.dest, []) * 4])
             odd = [*odd[:-1], f"{odd[-1]}={value}"] if rng.random() < 0.3 else [*odd, value]
     argv = given.argv

@@ -23,8 +23,8 @@ STANDARD = {
     "dataset": "hotpotqa",
     "all_classes": None,
 }
-EVALUATE = """--policies streaming --layers squeeze --budgets 0.5 --p 0.4 --batch 2 --length 32 --lengths 32 --read 4
---texts 2 --questions 2 --needles 2 --out out --dtype fp32""".split()
+EVALUATE = """--policies streaming --layers squeeze --budgets 0.5 --batch 2 --length 32 --lengths 32 --read 4
+--texts 2 --needles 2 --out out --dtype fp32""".split()
 
 
 def plain(name: str, folder: Path) -> Input:
@@ -69,40 +69,9 @@ def mutate(rng: random.Random, name: str, given: Input, folder: Path, done: Path
     elif name == "results":
         about = odd_line(rng, folder / "output.jsonl", None, ["id", "text", "tokens"])
     elif name == "plan":
-        path = folder / "plan.json"
-        plans = [
-            [9, 14],
-            [9],
-            [9, 14, 3],
-            [1, 1],
-            [2, 2],
-            [5, 5],
-            [9, 10**19],
-            [9, 10**400],
-            [0, 0],
-            [True, 9],
-            [9.0, 9],
-        ]
-        odd = rng.choice([*plans, [10**6, 10**6], ["9", 9], [[9], 9], [9, rng.choice(VALUES)], *VALUES])
-        if rng.random() < 0.7:
-            path.write_bytes(dumped(rng.choice([odd, {"plan": odd}])).encode("utf-8", "surrogatepass"))
-            about = shortened(dumped(odd))
-        else:
-            data, about = changed_json(rng, json.loads(path.read_text()))
-            path.write_bytes(data)
+        about = odd_plan(rng, folder / "plan.json")
     elif name == "prompt":
-        odd = [b"", b"\n", b"\0", b"\xff\xfe", "\ud800".encode("utf-8", "surrogatepass"), b"x" * 10**4, b"\x80" * 99]
-        odd += ["\U0010ffff\u202e\u200d".encode() * 20, "\ufeffx".encode(), "\ufdd0\ufdd1".encode(), b"<s></s>" * 9]
-        odd += [b" " * 300, changed_bytes(rng, stdin)[0], b"\x1b[2J" * 10, "e\u0301".encode() * 60]
-        ids = ["", ",", "1", "1,2", "-1", "2047", "2048", "99999999999999999999", "9" * 5000, "1.5", "1,,2", "x", "nan"]
-        ids += [" 1 , 2 ", "1_0,2", "\u0665", "+1", "1;2", "[1,2]", "0x10", "1," * 600, ",".join("9" * 2000), "\x00"]
-        if rng.random() < 0.6:
-            stdin = rng.choice(odd)
-            about = f"{len(stdin)} bytes {shortened(repr(stdin))}"
-        else:
-            at = argv.index("--prompt")
-            argv = [*argv[:at], "--prompt-ids", rng.choice(ids)]
-            about = shortened(argv[-1])
+        argv, stdin, about = odd_prompt(rng, argv, stdin)
     elif name == "standard":
         fields = [*STANDARD, "outputs", "document", "summary", "answer_prefix", "article", "highlights"]
         about = odd_line(rng, folder / "hotpotqa.jsonl", None, fields)
@@ -123,6 +92,42 @@ def mutate(rng: random.Random, name: str, given: Input, folder: Path, done: Path
         data, about = changed_json(rng, said, ["stages"])
         path.write_bytes(data)
     return replace(given, argv=argv, stdin=stdin, about=f"{name}: {about}")
+
+
+def odd_plan(rng: random.Random, path: Path) -> str:
+    plans = [
+        [9, 14],
+        [9],
+        [9, 14, 3],
+        [1, 1],
+        [2, 2],
+        [5, 5],
+        [9, 10**19],
+        [9, 10**400],
+        [0, 0],
+        [True, 9],
+        [9.0, 9],
+    ]
+    odd = rng.choice([*plans, [10**6, 10**6], ["9", 9], [[9], 9], [9, rng.choice(VALUES)], *VALUES])
+    if rng.random() < 0.7:
+        path.write_bytes(dumped(rng.choice([odd, {"plan": odd}])).encode("utf-8", "surrogatepass"))
+        return shortened(dumped(odd))
+    data, about = changed_json(rng, json.loads(path.read_text()))
+    path.write_bytes(data)
+    return about
+
+
+def odd_prompt(rng: random.Random, argv: list[str], stdin: bytes) -> tuple[list[str], bytes, str]:
+    odd = [b"", b"\n", b"\0", b"\xff\xfe", "\ud800".encode("utf-8", "surrogatepass"), b"x" * 10**4, b"\x80" * 99]
+    odd += ["\U0010ffff\u202e\u200d".encode() * 20, "\ufeffx".encode(), "\ufdd0\ufdd1".encode(), b"<s></s>" * 9]
+    odd += [b" " * 300, changed_bytes(rng, stdin)[0], b"\x1b[2J" * 10, "e\u0301".encode() * 60]
+    ids = ["", ",", "1", "1,2", "-1", "2047", "2048", "99999999999999999999", "9" * 5000, "1.5", "1,,2", "x", "nan"]
+    ids += [" 1 , 2 ", "1_0,2", "\u0665", "+1", "1;2", "[1,2]", "0x10", "1," * 600, ",".join("9" * 2000), "\x00"]
+    if rng.random() < 0.6:
+        stdin = rng.choice(odd)
+        return argv, stdin, f"{len(stdin)} bytes {shortened(repr(stdin))}"
+    argv = [*argv[: argv.index("--prompt")], "--prompt-ids", rng.choice(ids)]
+    return argv, stdin, shortened(argv[-1])
 
 
 RESUMED = {"state": "output.jsonl", "results": "output.jsonl", "log": "out/predictions.jsonl", "bench": "out.json"}

@@ -27,9 +27,6 @@ class Input:
     about: str = "nothing"
 
 
-SCRIPTS = ("train_tiny",)  # those that have flags
-
-
 def program(name: str) -> ModuleType:
     """The module of a command line."""
     return importlib.import_module(name.removesuffix(".py"))

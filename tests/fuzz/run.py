@@ -46,7 +46,7 @@ ROOT = TESTS.parent
 if __name__ == "__main__":
     sys.path[:1] = map(str, (ROOT, TESTS))  # not this folder: its modules belong to the package
 
-from fuzz.odd import SCRIPTS, Input, program  # noqa: E402
+from fuzz.odd import Input, program  # noqa: E402
 
 COUNTS = {"configs": 3200, "weights": 1500, "texts": 1500, "jobs": 1500, "flags": 1500}
 SECONDS = 10  # of processor time in one input; the clock may show three times as much on a busy machine
@@ -111,16 +111,12 @@ class Workshop:
         module, code, error = program(given.program), None, ""
         with ExitStack() as stack:
             stack.enter_context(patch.object(sys, "argv", [given.program, *given.argv]))
-            if module.__name__ in SCRIPTS:
-                stack.enter_context(_arguments_only(module))
             stack.enter_context(_streams(streams))
             os.chdir(folder)
             self.outside.clear()
             self.running = True
             try:
                 code = module.main() or 0
-            except Reached:
-                code = 0
             except SystemExit as left:
                 code = left.code if isinstance(left.code, int) else int(left.code is not None)
             except BaseException:  # of any kind: that is what is looked for
@@ -166,8 +162,6 @@ class Workshop:
         if found := [line for line in lines if "Traceback (most" in line or "panicked at" in line]:
             return "traceback", f"{found[0]}\n{ran.err[-2000:]}"
         if ran.code == 2 and lines:
-            if lines[0].startswith("usage: ") and given.program.removesuffix(".py") in SCRIPTS:
-                lines = lines[-1:]  # argparse's own form
             own = [line for line in lines if line.startswith(f"{given.program}: error: ")]
             many = "--input" in given.argv or "--interactive" in given.argv
             if len(own) != len([line for line in lines if not line.startswith("[turn ")]) or not own:
@@ -209,20 +203,6 @@ class Workshop:
             if not place.startswith((str(self.root), "/dev/", "/proc/")):
                 self.outside.append(f"{event} {place}")
                 raise PermissionError(f"a test may not write to {place}")
-
-
-class Reached(BaseException):
-    """A script's arguments were taken, and its work would begin."""
-
-
-@contextmanager
-def _arguments_only(module: Any) -> Iterator[None]:
-    def reached(*_, **__):
-        raise Reached
-
-    owner, name = (module, "load_tokenizer") if hasattr(module, "load_tokenizer") else (module.checkpoint, "load")
-    with patch.object(owner, name, reached):
-        yield
 
 
 @contextmanager
