@@ -107,7 +107,7 @@ def listed(kind: Callable[[str], Any]) -> Callable[[str], list]:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    cells = grid(args.policies, args.layers, [None], args.budgets)
+    cells = grid(args.policies, args.layers, args.budgets)
     folder = checkpoint.resolve(args.checkpoint)
     tokenizer = tokenizers.load(folder)
     if tokenizer is None:

@@ -12,6 +12,7 @@ import torch
 
 from errors import optional, place
 from files import checked, parse_json, read_bytes, write_json
+from machine import device_name
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,14 +68,3 @@ class Log:
         self.stages[stage]["seconds"] = round(time.perf_counter() - self.began, 1)
         if self.path is not None:
             write_json(self.path, {"stages": self.stages}, indent=1)
-
-
-def device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    vector = next((flag for flag in ("avx512f", "avx2", "avx") if flag in flags), "no AVX")
-    threads = torch.get_num_threads()
-    return f"{model}, {threads} core{'s'[: threads > 1]}, {vector}"

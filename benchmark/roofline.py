@@ -1,12 +1,10 @@
 """What a step must do at least, and what the machine could do at most."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 
-import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
+from machine import copy_rate, matmul_rate
 from model import Transformer
 
 
@@ -61,29 +59,3 @@ def prefill_operations(model: Transformer, batch: int, prompt: int) -> float:
     head = config.vocab_size * config.dim
     pairs = prompt * (prompt + 1) / 2 * config.n_layers * config.n_heads * config.head_dim
     return 2 * batch * (prompt * (matrix_elements(model) - head) + head) + 4 * batch * pairs
-
-
-def seconds(statement: str, **operands: Tensor) -> float:
-    """Of the statement, the median of many."""
-    timer = Timer(statement, globals=operands, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=0.3).median
-
-
-@lru_cache
-def copy_rate(device: str) -> float:
-    """Bytes read plus bytes written per second by a copy that no processor cache holds."""
-    source = torch.ones(2**30 if device == "cuda" else 2**28, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / seconds("target.copy_(source)", source=source, target=target)
-
-
-@lru_cache
-def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """Operations per second of a large matrix product (a multiply and an add each).
-
-    At least that of float32: where a processor has no fast product in half precision, a step may compute in float32.
-    """
-    size = 8192 if device == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    rate = 2 * size**3 / seconds("a @ b", a=a, b=b)
-    return rate if dtype == torch.float32 or device == "cuda" else max(rate, matmul_rate(device, torch.float32))

@@ -8,19 +8,19 @@ cell. What is decoded goes through the engine's own steps, with real evictions.
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from decoder import Decoder
 from engine import Engine
-from errors import UserError, shown
+from errors import UserError
 from model import Transformer
 from policies import layers as layer_policies
 from policies import tokens as token_policies
-from policies.layers import LAYER_POLICIES, LayerPolicy
+from policies.layers import LayerPolicy
 from policies.layers.base import Attended
-from policies.options import options_of
 from policies.tokens import TokenPolicy
 from prefill import Part, Prompt, Prompts, finished, read
 from sampling import GREEDY, NOT_FINITE, not_finite
@@ -29,53 +29,35 @@ from sizing import check_budget
 
 @dataclass(frozen=True)
 class Cell:
-    """One cache: a token policy, a layer policy (with p, if it has one) and a budget. The default is the full cache.
+    """One cache: a token policy, a layer policy and a budget. The default is the full cache.
 
     The policies are words of a command line, with their options: see policies/options.py.
     """
 
     policy: str = "full"
     layers: str = "uniform"
-    p: float | None = None
     budget: float | None = None
 
     def token_policy(self) -> TokenPolicy:
         return token_policies.make(self.policy)
 
     def layer_policy(self) -> LayerPolicy:
-        return layer_policies.make(self.layers, **({} if self.p is None else {"p": self.p}))
+        return layer_policies.make(self.layers)
 
 
 FULL = Cell()
 LOGITS = 2**24  # of tokens that were fed together, the most that are computed at once
 
 
-def grid(
-    policies: Sequence[str],
-    layers: Sequence[str],
-    ps: Sequence[float],
-    budgets: Sequence[float],
-    ps_given: bool = False,
-) -> list[Cell]:
-    """The full cache, then every combination; p only where the layer policy has one that its word does not set.
-
-    UserError for what does not exist, and for a p in a word if `ps_given`: the user has asked for others.
-    """
+def grid(policies: Sequence[str], layers: Sequence[str], budgets: Sequence[float]) -> list[Cell]:
+    """The full cache, then every combination. UserError for what does not exist."""
     for budget in budgets:
         check_budget(budget)
-    cells = [FULL]
-    for policy in dict.fromkeys(policies):
-        if token_policies.make(policy).bounded:
-            for word in dict.fromkeys(layers):
-                layer_policies.make(word)
-                has, sets = options_of(LAYER_POLICIES, word)
-                if "p" in sets and ps_given:
-                    raise UserError(f"layer policy {shown(word)} gives p, and so does --p; give one of them")
-                own = ps if "p" in has - sets else [None]
-                cells += [Cell(policy, word, p, budget) for budget in budgets for p in own]
+    bounded = [word for word in dict.fromkeys(policies) if token_policies.make(word).bounded]
+    cells = [Cell(*own) for own in product(bounded, dict.fromkeys(layers), budgets)]
     for cell in cells:
         cell.layer_policy()
-    return cells
+    return [FULL, *cells]
 
 
 def check(model: Transformer, cell: Cell, ids: Sequence[int], new: int) -> None:

@@ -13,7 +13,7 @@ from evaluation.cells import Batch, Cell, check
 from files import MOST_BYTES, NATURAL, POSITIVE, Lines, append, checked, exclusive, parse_json
 from model import Transformer
 
-CELL = {"policy": str, "layers": str, "p": (None, float), "budget": (None, float)}
+CELL = {"policy": str, "layers": str, "budget": (None, float)}
 RESULT = {"task": str, "row": NATURAL, **CELL, "kv_share": float}  # what every line says
 
 

@@ -56,12 +56,6 @@ def words(text: str) -> list[str]:
     return found
 
 
-def options_of(known: Mapping[str, type], word: str) -> tuple[set[str], set[str]]:
-    """The options that the policy of this word has, and those that the word sets."""
-    name, _, text = word.partition(":")
-    return {field.name for field in fields(known[name])}, {part.partition("=")[0].strip() for part in text.split(",")}
-
-
 def _check_name(kind: str, name: str, option: str, types: Mapping[str, Any]) -> None:
     if option not in types:
         has = ", ".join(types) or "none"

@@ -71,7 +71,7 @@ def run(own: argparse.Namespace, args: argparse.Namespace) -> int:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tasks = evaluate.make_tasks(args, folder, tokenizers.load(folder), model.config.max_position_embeddings)
     cells = [
-        Cell(f"{PREFIX}{name}", "pyramid" if name == "PyramidKV" else "uniform", None, budget)
+        Cell(f"{PREFIX}{name}", "pyramid" if name == "PyramidKV" else "uniform", budget)
         for name in own.presses
         for budget in args.budgets
     ]

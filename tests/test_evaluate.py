@@ -56,7 +56,7 @@ def test_fidelity_equals_the_naive_cache(model, policy):
     """KL, agreement and loss of single rows, from lists that evict token by token."""
     task = Fidelity([random_ids(60)], context=20, new=12, count=2)
     assert [row.ids + row.expected for row in task.rows] == [random_ids(60)[:33], random_ids(60)[27:]]
-    cell = Cell(policy, "squeeze", 0.5, 0.4)
+    cell = Cell(policy, "squeeze:p=0.5", 0.4)
     for row in task.rows:
         [got] = task.results(batch := Batch(model, [cell], [row.ids], 12), cell, [row])
         assert sum(batch.plan) <= 4 * 12 and len(set(batch.plan)) > 1
@@ -76,13 +76,12 @@ def test_fidelity_equals_the_naive_cache(model, policy):
 
 @pytest.mark.parametrize(
     "cell",
-    [FULL, Cell("h2o", "squeeze", 0.3, 0.3), Cell("streaming", "pyramid", None, 12)]
-    + [Cell("snapkv", "perturbation", None, 15)],
+    [FULL, Cell("h2o", "squeeze", 0.3), Cell("streaming", "pyramid", 12)] + [Cell("snapkv", "perturbation", 15)],
 )
 def test_greedy_equals_the_engine(model, cell):
     """One prefill, then cells one after the other: each as the engine would do it from the start, ragged rows."""
     rows, eos = [random_ids(n, seed=n) for n in (30, 41, 35)], frozenset(range(0, 97, 7))
-    others = [other for other in grid([cell.policy], ["uniform"], [], [0.5]) if other.policy == cell.policy]
+    others = [other for other in grid([cell.policy], ["uniform"], [0.5]) if other.policy == cell.policy]
     batch = Batch(model, [*others, cell], rows, 10)
     for other in others:
         batch.greedy(other)
@@ -102,7 +101,7 @@ def test_compiled_equals_eager(model, policy):
     torch._dynamo.reset()  # else graphs of other tests may serve
     before = compiled_graphs()
     rows, following = [random_ids(30), random_ids(30, seed=2)], torch.tensor([random_ids(6), random_ids(6, seed=3)])
-    cells = [Cell(policy, "uniform", None, 0.5), Cell(policy, "perturbation", None, 0.3)]
+    cells = [Cell(policy, "uniform", 0.5), Cell(policy, "perturbation", 0.3)]
     one, other = Batch(model, cells, rows, 6), Batch(model, cells, rows, 6, compile=True)
     for cell in cells:
         for a, b in zip(one.forced(cell, following), other.forced(cell, following), strict=True):
@@ -203,7 +202,10 @@ WRONG = {  # what a line of results may say instead, and what is told
     "a list": ("[]", "not a JSON object"),
     "torn inside": ('{"task": "fid', "not JSON"),
     "deep": ("[" * 9999, "deep"),
-    **{f"no {name}": ({name: ...}, f"'{name}' is missing") for name in ("task", "row", "p", "kv_share", "kl", "loss")},
+    **{
+        f"no {name}": ({name: ...}, f"'{name}' is missing")
+        for name in ("task", "row", "budget", "kv_share", "kl", "loss")
+    },
     **{
         f"odd {name}": ({name: [1]}, f"'{name}' must be") for name in ("task", "row", "policy", "budget", "kl", "agree")
     },
@@ -223,7 +225,6 @@ def test_every_line_of_a_log_is_checked(tmp_path, name):
         "row": 0,
         "policy": "h2o",
         "layers": "uniform",
-        "p": None,
         "budget": 0.5,
         "kv_share": 0.5,
     }
@@ -283,7 +284,7 @@ def test_interrupt(tmp_path, capsys, monkeypatch):
 def test_differences_are_paired():
     """b is a with 5 of 200 lost: far less than the spread of either shows, and the interval excludes 0."""
     task = types.SimpleNamespace(name="fake", metrics=("exact",), rows=[Row(n, [0], None) for n in range(200)])
-    one, other, results = Cell("h2o", budget=0.3), Cell("h2o", "squeeze", None, 0.3), Results([task])
+    one, other, results = Cell("h2o", budget=0.3), Cell("h2o", "squeeze", 0.3), Results([task])
     for row in task.rows:
         hits = {FULL: True, one: bool(row.number % 2), other: row.number % 2 and row.number >= 10}
         for cell, hit in hits.items():
@@ -447,7 +448,7 @@ def test_one_prefill_equals_one_for_each_policy(model, changes):
     """Plans and tokens of every cell, in an order that changes between sinks and none; ragged rows, windows."""
     model = random_model(**changes) if changes else model
     rows = [random_ids(n, seed=n) for n in (30, 41, 35)]
-    cells = [Cell(word, plan, None, 0.4) for plan in ("squeeze", "perturbation") for word in POLICY_WORDS[1:]]
+    cells = [Cell(word, plan, 0.4) for plan in ("squeeze", "perturbation") for word in POLICY_WORDS[1:]]
     together = Batch(model, cells, rows, 6)
     for cell in [*cells, FULL]:
         alone = Batch(model, [cell], rows, 6)
@@ -463,7 +464,7 @@ def test_one_prefill_equals_one_for_each_policy(model, changes):
 def test_a_later_question_equals_a_conversations_second_turn(model, policy):
     """Under the same plan: the context as a first turn whose answer is an end-of-sequence token at once."""
     contexts, questions = [random_ids(n, seed=n) for n in (40, 33)], [random_ids(7, seed=n) for n in (8, 9)]
-    cell = FULL if policy == "full" else Cell(policy, "squeeze", 0.3, 0.4)
+    cell = FULL if policy == "full" else Cell(policy, "squeeze", 0.4)
     batch = Batch(model, [cell], contexts, 7 + 9)
     got = batch.greedy(cell, questions=questions)
     assert sum(batch.plan) < 0.5 * 4 * 56 or cell == FULL
@@ -568,7 +569,7 @@ def test_documents(tmp_path):
 
 def row_of(policy: str, layers: str, budget: float | None, kl: list[float], digits: list[float]) -> dict:
     scores = {"fidelity": {"kl": kl}, "passkey 9": {"digits": digits}}
-    return {"policy": policy, "layers": layers, "p": None, "budget": budget, "scores": scores}
+    return {"policy": policy, "layers": layers, "budget": budget, "scores": scores}
 
 
 def test_tables():
@@ -623,7 +624,7 @@ def test_a_run_on_documents_beside_another_program(tmp_path, capsys, monkeypatch
     args = f"--text {path} --skip 1 --tasks fidelity,passkey --unseen --length 96 --lengths 160 --texts 2 --read 4"
     args += " --needles 3 --batch 2 --policies streaming:sinks=2,h2o --budgets 0.5"
     args = [*args.split(), "--layers", "uniform;perturbation:where=last,queries=8", "--out", str(tmp_path / "out")]
-    other = {"layers": "uniform", "p": None, "budget": 0.5, "kv_share": 0.5}
+    other = {"layers": "uniform", "budget": 0.5, "kv_share": 0.5}
     lines = [
         {"task": "fidelity", "row": n, "policy": "X", **other, "kl": 0.0, "agree": 1.0, "loss": 2.0} for n in (0, 1)
     ]
@@ -660,7 +661,7 @@ def harness(monkeypatch):
 
 def test_lm_eval_model(tiny, harness):
     model, tokenizer, text = tiny
-    cell = Cell("streaming", "squeeze", 0.3, 24)
+    cell = Cell("streaming", "squeeze", 24)
     lm = harness(model, tokenizer, frozenset([7]), cell, size=2)
     pairs = [(text[:40], text[40:44]), (text[:39], text[39:40]), (text[100:200], text[200:203])]
     got = lm._loglikelihood_tokens([(("", ""), *pair) for pair in pairs])

@@ -76,12 +76,9 @@ def test_evaluate_refuses(capsys, args, words):
     assert words in capsys.readouterr().err
 
 
-def test_p_only_where_the_word_does_not_set_it():
-    cells = grid(["h2o:corrected=true"], ["squeeze:p=0.2", "mix:share=0.5", "pyramid:beta=5"], [0.3, 0.4], [0.5])
-    kinds = [("squeeze:p=0.2", None), ("mix:share=0.5", 0.3), ("mix:share=0.5", 0.4), ("pyramid:beta=5", None)]
-    assert cells[0] == FULL and [(cell.layers, cell.p) for cell in cells[1:]] == kinds
-    made = [(cell.layer_policy(), cell.token_policy()) for cell in cells[1:]]
-    h2o = tokens.H2O(corrected=True)
-    assert made == [
-        (own, h2o) for own in (layers.Squeeze(0.2), layers.Mix(0.3, 0.5), layers.Mix(0.4, 0.5), layers.Pyramid(5))
-    ]
+def test_words_of_a_grid():
+    cells = grid(["h2o:corrected=true", "full"], ["squeeze:p=0.2", "mix:share=0.5", "pyramid:beta=5"], [0.5, 8])
+    assert cells[0] == FULL and [cell.budget for cell in cells[1:]] == [0.5, 8] * 3
+    plans = [layers.Squeeze(0.2), layers.Mix(share=0.5), layers.Pyramid(5)]
+    assert [cell.layer_policy() for cell in cells[1::2]] == plans
+    assert {cell.token_policy() for cell in cells[1:]} == {tokens.H2O(corrected=True)}
