@@ -1,10 +1,11 @@
-"""Calls that go past Dynamo. All that reaches into PyTorch's private parts stands here.
+"""Calls that go past Dynamo, and what else reaches into PyTorch's private parts: all of it stands here.
 
-It is written for the releases from FIRST to LAST. In another one a bound call is a plain call of the compiled function:
-the same results, more time for each call.
+`Bound` is written for the releases from FIRST to LAST. In another one it is a plain call of the compiled function: the
+same results, more time for each call.
 """
 
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -80,3 +81,14 @@ def _heard() -> Iterator[list[tuple[Callable, list, Sequence]]]:
             yield calls
         finally:
             CompiledFxGraph.__call__ = call
+
+
+def mark_dynamic(tensor: Tensor, dim: int) -> None:
+    """Let one graph serve all lengths of this dimension from the start."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def compiled_graphs() -> int:
+    """How many graphs this process has compiled so far."""
+    dynamo = sys.modules.get("torch._dynamo")  # importing it takes seconds, and without it nothing was compiled
+    return dynamo.utils.counters["stats"]["unique_graphs"] if dynamo else 0

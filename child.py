@@ -39,14 +39,14 @@ class Child:
 
     def __init__(self, function: str, seconds: int, mib: int):
         self.function, self.seconds, self.mib = function, seconds, mib
-        self._lock, self._process = Lock(), None
+        self._lock, self.process = Lock(), None
 
     def ask(self, request: Any) -> Any:
         """The function's answer. Overrun if there is none."""
         with self._lock:
-            if self._process is None:
-                self._process = self._started()
-            process = self._process
+            if self.process is None:
+                self.process = self._started()
+            process = self.process
             late = Event()
             timer = Timer(PATIENCE * self.seconds, lambda: (late.set(), process.kill()))
             timer.daemon = True
@@ -80,7 +80,7 @@ class Child:
         return process
 
     def _end(self) -> int:
-        process, self._process = self._process, None
+        process, self.process = self.process, None
         self._finalizer.detach()
         return _reap(process)
 

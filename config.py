@@ -565,18 +565,24 @@ def _rope(conf: dict[str, Any], given: dict[str, Any], rotary_dim: int, family: 
             low, high = rope["low_freq_factor"], rope["high_freq_factor"]
             raise UserError(f"config.json: high_freq_factor {high} must be above low_freq_factor {low}")
     if kind == "longrope":
-        for name in ("short_factor", "long_factor"):
-            rope[name] = take(name)
-            if len(rope[name]) != rotary_dim // 2:
-                raise UserError(f"config.json: {name} must be a list of {rotary_dim // 2}, not of {len(rope[name])}")
-        factor = conf["max_position_embeddings"] / trained
-        if given.get("factor") is not None:
-            factor = take("factor")
-        scale = take("attention_factor")
-        if scale is None and factor > 1 and trained == 1:
-            raise UserError("config.json: original_max_position_embeddings must be at least 2, not 1")
-        rope["attention_factor"] = scale or (math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0)
+        rope |= _longrope(conf, given, rotary_dim, trained, take)
     return rope
+
+
+def _longrope(
+    conf: dict[str, Any], given: dict[str, Any], rotary_dim: int, trained: int, take: Callable[[str], Any]
+) -> dict[str, Any]:
+    """The factors of longrope, and what it multiplies attention's logits with, by how far it goes beyond `trained`."""
+    rope = {name: take(name) for name in ("short_factor", "long_factor")}
+    for name, factors in rope.items():
+        if len(factors) != rotary_dim // 2:
+            raise UserError(f"config.json: {name} must be a list of {rotary_dim // 2}, not of {len(factors)}")
+    factor = conf["max_position_embeddings"] / trained if given.get("factor") is None else take("factor")
+    scale = take("attention_factor")
+    if scale is None and factor > 1 and trained == 1:
+        raise UserError("config.json: original_max_position_embeddings must be at least 2, not 1")
+    scale = scale or (math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0)
+    return rope | {"attention_factor": scale}
 
 
 def parameters(c: ModelConfig) -> int:

@@ -9,6 +9,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from bound import mark_dynamic
 from graphs import Code
 from kvcache import KVCache, Memory
 from model import Slots, Transformer
@@ -46,7 +47,7 @@ class Decoder:
         if code.compiled and len(set(cache.plan)) > 1:
             # One graph for all lengths from the start. Where all are equal a static one is faster.
             for arena in (arena for layer in cache.layers for arena in layer.parts()):
-                torch._dynamo.maybe_mark_dynamic(arena, 2)
+                mark_dynamic(arena, 2)
         started = time.perf_counter()
         self.replay = code.capture(self._step) if code.capture else self._step
         self.capture_s = time.perf_counter() - started if code.capture else 0.0

@@ -22,9 +22,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from bound import compiled_graphs
 from decoder import Decoder, Store
 from errors import UserError, shown, whole
-from graphs import Code, compiled_graphs
+from graphs import Code
 from kvcache import KVCache, Memory
 from model import Transformer
 from policies import layers as layer_policies

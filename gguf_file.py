@@ -523,11 +523,11 @@ def _header(path: Path) -> Header:
     """What a file and its further shards hold; read once for all who ask."""
     with _parsing(path):
         stat = path.stat()
-    return _read_header(path, stat.st_mtime_ns, stat.st_size)
+    return read_header(path, stat.st_mtime_ns, stat.st_size)
 
 
 @lru_cache(maxsize=1)
-def _read_header(path: Path, time: int, size: int) -> Header:
+def read_header(path: Path, time: int, size: int) -> Header:
     metadata, tensors = _read_file(path)
     shards, number = metadata.get("split.count", 1), metadata.get("split.no", 0)
     if type(shards) is not int or type(number) is not int or not 0 <= number < max(shards, 1):

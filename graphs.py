@@ -1,6 +1,5 @@
 """How the code of a step runs: as it stands or compiled, its calls bound to their graphs, the whole step captured."""
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -50,9 +49,3 @@ class CudaGraphs:
 def compiled(function: Callable) -> Callable:
     """The function through Inductor, as one graph for each kind of input; where it cannot be one, an error."""
     return torch.compile(function, fullgraph=True)
-
-
-def compiled_graphs() -> int:
-    """How many graphs this process has compiled so far."""
-    dynamo = sys.modules.get("torch._dynamo")  # importing it takes seconds, and without it nothing was compiled
-    return dynamo.utils.counters["stats"]["unique_graphs"] if dynamo else 0

@@ -43,8 +43,8 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_QWEN_WORDS = _WORDS % ""  # digits one by one
-_LLAMA3_WORDS = _WORDS % "{1,3}"
+QWEN_WORDS = _WORDS % ""  # digits one by one
+LLAMA3_WORDS = _WORDS % "{1,3}"
 
 # Llama 3 has 256 special tokens after its ranks; those it does not name are reserved.
 _LLAMA3_NAMED = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
@@ -201,7 +201,7 @@ def _load_json(path: Path, settings: dict[str, Any], tried: bool = False) -> Tok
     import tokenizers
 
     data = files.read_bytes(path, MOST_BYTES)
-    if not tried and _risky(path, data):
+    if not tried and risky(path, data):
         _try(path)
     backend = _safely(path, tokenizers.Tokenizer.from_buffer, data)
     return _completed(backend, path, path.parent, settings)
@@ -241,7 +241,7 @@ _PARTS_OF = {
 }
 
 
-def _risky(path: Path, data: bytes) -> bool:
+def risky(path: Path, data: bytes) -> bool:
     """Whether something in a tokenizer.json may end or hang a process that loads it. UserError for what surely would.
 
     The vocabulary, which comes last and is nearly all of the file, is not looked at.
@@ -354,7 +354,7 @@ def _load_vocab_merges(folder: Path, settings: dict[str, Any]) -> Tokenizer:
     letters = pre_tokenizers.ByteLevel(bool(settings.get("add_prefix_space")), use_regex=not qwen)
     if qwen:
         backend.normalizer = normalizers.NFC()
-        letters = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_QWEN_WORDS), "isolated"), letters])
+        letters = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated"), letters])
     backend.pre_tokenizer = letters
     backend.decoder = decoders.ByteLevel()
     named = _named(settings, tokens)
@@ -489,7 +489,7 @@ def _load_tiktoken(path: Path, data: bytes, settings: dict[str, Any]) -> Tokeniz
             f"{place(path)}: ranks must be 0 to {len(ranks) - 1}, once each, and cover the 256 single bytes"
         )
     special = {f"<|{name}|>": len(ranks) + n for n, name in _LLAMA3_SPECIAL.items()}
-    coder = tiktoken.Encoding(path.name, pat_str=_LLAMA3_WORDS, mergeable_ranks=ranks, special_tokens=special)
+    coder = tiktoken.Encoding(path.name, pat_str=LLAMA3_WORDS, mergeable_ranks=ranks, special_tokens=special)
     settings = {"add_bos_token": True} | settings
     named = _named(settings, {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"})
     return Tokenizer(

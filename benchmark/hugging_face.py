@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 
 import checkpoint
 from benchmark.race import Run
+from bound import compiled_graphs
 from engine import Request
-from graphs import compiled_graphs
 from model import Transformer
 
 

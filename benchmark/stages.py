@@ -14,10 +14,10 @@ from benchmark import roofline
 from benchmark.peers import PEERS
 from benchmark.race import OUT_OF_MEMORY, Contestant, Row, Run, Sizes, race
 from benchmark.subjects import Subject
+from bound import compiled_graphs
 from conversation import Conversation
 from engine import Engine
 from errors import UserError
-from graphs import compiled_graphs
 from request import Completion, Request
 
 SWITCHES = 20  # random plans of the stage `switch`

@@ -40,7 +40,7 @@ class EngineLM(TemplateLM):
         return self.tokenizer.encode(string, special=add_special_tokens is not False)
 
     @torch.inference_mode()
-    def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
+    def loglikelihood_tokens(self, requests: list, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
         """Of each (texts, context ids, continuation ids): its log-likelihood, and whether greedy decoding gives it."""
         rows = [Row(n, ids[len(more) - self.limit :], more) for n, (_, ids, more) in enumerate(requests)]
         answers: list[Any] = [None] * len(rows)
@@ -56,6 +56,8 @@ class EngineLM(TemplateLM):
                 found = own.gather(1, told[:, None]).sum().item(), bool((own.argmax(-1) == told).all())
                 answers[row.number] = found
         return answers
+
+    _loglikelihood_tokens = loglikelihood_tokens  # what lm-eval calls it
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         raise NotImplementedError("for perplexity through a small cache run: python evaluate.py --tasks fidelity")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from model import Transformer
+from model import Attention, Transformer
 
 EVICTING = ("h2o", "h2o-mean", "tova")  # they score all the time
 FROZEN = ("snapkv", "dropkv", "knorm", "keydiff")  # they score the prompt once; then a ring runs over half the slots
@@ -68,6 +68,20 @@ def rotate(x: Tensor, position: Tensor, frequencies: Tensor, scale: float = 1.0)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     turned = torch.cat((first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()), -1)
     return torch.cat((scale * turned, rest), -1)
+
+
+def attended(query: Tensor, keys: Tensor, values: Tensor, entries: list[Entry], attention: Attention) -> Tensor:
+    """What a query reads; each entry's account of what it received, and of the error that its loss would make."""
+    scores = keys @ query * attention.scale
+    if attention.softcap:
+        scores = attention.softcap * (scores / attention.softcap).tanh()
+    probs = scores.softmax(0)
+    out = probs @ values
+    for entry, prob in zip(entries, probs.tolist(), strict=True):
+        entry.received[-1] += prob
+        error = (entry.v - out).square().sum().item()
+        entry.missed[-1] += (prob / max(1 - prob, 1e-6)) ** 2 * error
+    return out
 
 
 class NaiveCache:
@@ -155,6 +169,16 @@ class NaiveCache:
         """The logits [vocab] after one more token."""
         return self._feed(token, evicting=True)
 
+    def _make_room(self, layer: int, kv_head: int, evicting: bool) -> None:
+        """What has left the window goes, and then what the policy evicts if the slots are full."""
+        policy, slots, entries = self.policies[layer], self.plan[layer], self.lists[layer][kv_head]
+        entries[:] = [entry for entry in entries if self.seen - entry.position < self.windows[layer]]
+        if evicting and len(entries) == slots and policy in FROZEN:
+            doomed = self.doomed[layer][kv_head]
+            entries.remove(doomed.pop(0) if doomed else entries[-max(slots // 2, 1)])
+        elif evicting and len(entries) == slots and policy != "full":
+            entries.remove(victim(entries, policy, slots, self.seen, self.sinks))
+
     def _feed(self, token: int, evicting: bool) -> Tensor:
         model, t = self.model, self.seen
         x = model.embedded(torch.tensor([[token]]), torch.tensor([[t]]))
@@ -165,12 +189,7 @@ class NaiveCache:
             q, k, v = (part[0, :, 0] for part in attention.project(normed))
             out = []
             for kv_head, entries in enumerate(self.lists[layer]):
-                entries[:] = [entry for entry in entries if t - entry.position < self.windows[layer]]
-                if evicting and len(entries) == slots and policy in FROZEN:
-                    doomed = self.doomed[layer][kv_head]
-                    entries.remove(doomed.pop(0) if doomed else entries[-max(slots // 2, 1)])
-                elif evicting and len(entries) == slots and policy != "full":
-                    entries.remove(victim(entries, policy, slots, t, self.sinks))
+                self._make_room(layer, kv_head, evicting)
                 entries.append(Entry(t, k[kv_head], v[kv_head]))
                 inside = policy == "streaming" and evicting
                 if self.storing:  # what is stored rotated stays so; then the sinks move towards it
@@ -188,15 +207,8 @@ class NaiveCache:
                     entry.missed.append(0.0)
                 for query in q.view(len(k), -1, q.shape[-1])[kv_head]:
                     place = torch.tensor(t) if self.storing else places[-1]
-                    scores = keys @ rotate(query, place, frequencies, scale) * attention.scale
-                    if attention.softcap:
-                        scores = attention.softcap * (scores / attention.softcap).tanh()
-                    probs = scores.softmax(0)
-                    out.append(probs @ values)
-                    for entry, prob in zip(entries, probs.tolist(), strict=True):
-                        entry.received[-1] += prob
-                        error = (entry.v - out[-1]).square().sum().item()
-                        entry.missed[-1] += (prob / max(1 - prob, 1e-6)) ** 2 * error
+                    query = rotate(query, place, frequencies, scale)
+                    out.append(attended(query, keys, values, entries, attention))
             if policy == "tova":  # every head keeps the same positions
                 for same in zip(*self.lists[layer], strict=True):
                     for entry in same:

@@ -454,10 +454,10 @@ def test_template_goes_on_after_an_overrun(
         "{% if messages[0].content == 'x' %}{{ 9**(9**(8 + messages | length)) }}{% endif %}{{ messages[0].content }}"
     )
     template = chat.load(write(tmp_path, "chat_template.jinja", source), bare)
-    first = template.child._process
+    first = template.child.process
     one_line_error(lambda: template.prompt(talk("x")), "the chat template runs for more than 1 seconds")
     assert bare.decode(template.prompt(talk("hello"))) == "hello"
-    second = template.child._process
+    second = template.child.process
     assert first.returncode is not None and second.pid != first.pid
     template = None
     gc.collect()
@@ -485,7 +485,7 @@ class Bare:
     def encode(self, text, **_): return [ord(c) for c in text]
 template = chat.load(Path(sys.argv[1]), Bare())
 ids = template.prompt([{"role": "user", "content": "hello"}])
-Path(sys.argv[1], "said").write_text(f"{template.child._process.pid} {bytes(ids).decode()}")
+Path(sys.argv[1], "said").write_text(f"{template.child.process.pid} {bytes(ids).decode()}")
 time.sleep(float(sys.argv[2]))
 """
     for seconds, code in ((0, 0), (100, -signal.SIGKILL)):

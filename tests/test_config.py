@@ -72,6 +72,16 @@ def their_rotary(config) -> dict[str, Any]:
     return found
 
 
+def their_windows(c) -> list[int | None]:
+    if c.model_type in ("mistral", "mixtral", "phi3"):
+        return [c.sliding_window] * c.num_hidden_layers
+    if c.model_type not in ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text"):
+        return [None] * c.num_hidden_layers
+    if "sliding_attention" in c.layer_types and c.sliding_window is None:
+        raise Nothing
+    return [c.sliding_window if each == "sliding_attention" else None for each in c.layer_types]
+
+
 def meaning(config) -> dict[str, Any]:
     """What transformers' modeling code reads from a config, in our terms."""
     c, kind = config, config.model_type
@@ -89,13 +99,6 @@ def meaning(config) -> dict[str, Any]:
     bias = {"falcon": "bias", "opt": "enable_bias"}.get(kind, "attention_bias")
     without = kind in ("mistral", "mixtral", "phi3", "qwen2")
     ffn_bias = getattr(c, {"falcon": "bias", "opt": "enable_bias"}.get(kind, "mlp_bias"), False)
-    windows = [None] * c.num_hidden_layers
-    if kind in ("mistral", "mixtral", "phi3"):
-        windows = [c.sliding_window] * c.num_hidden_layers
-    elif kind in ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text"):
-        windows = [c.sliding_window if each == "sliding_attention" else None for each in c.layer_types]
-        if "sliding_attention" in c.layer_types and c.sliding_window is None:
-            raise Nothing
     if kind == "mixtral" and c.num_local_experts is None:
         raise Nothing
     gemma = kind.startswith("gemma")
@@ -115,7 +118,7 @@ def meaning(config) -> dict[str, Any]:
         qkv_bias=kind == "qwen2" or not without and bool(getattr(c, bias)),
         output_bias=not without and bool(getattr(c, bias)),
         ffn_bias=kind == "gpt_neox" or kind in ("llama", "smollm3", "granite", "falcon", "opt") and bool(ffn_bias),
-        windows=windows,
+        windows=their_windows(c),
         embed_scale=c.hidden_size**0.5 if gemma else c.embedding_multiplier if kind == "granite" else None,
         attention_scale=c.query_pre_attn_scalar**-0.5
         if gemma

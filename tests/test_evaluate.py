@@ -664,7 +664,7 @@ def test_lm_eval_model(tiny, harness):
     cell = Cell("streaming", "squeeze", 24)
     lm = harness(model, tokenizer, frozenset([7]), cell, size=2)
     pairs = [(text[:40], text[40:44]), (text[:39], text[39:40]), (text[100:200], text[200:203])]
-    got = lm._loglikelihood_tokens([(("", ""), *pair) for pair in pairs])
+    got = lm.loglikelihood_tokens([(("", ""), *pair) for pair in pairs])
     for (context, more), (score, greedy) in zip(pairs[2:], got[2:], strict=True):  # alone in its batch
         batch = Batch(model, [cell], [context], len(more))
         logits = [batch.logits, *batch.forced(cell, torch.tensor([more[:-1]]))]
@@ -672,7 +672,7 @@ def test_lm_eval_model(tiny, harness):
         assert score == pytest.approx(want, rel=1e-5)
         assert greedy == (torch.cat(logits).argmax(-1).tolist() == more)
     full = harness(model, tokenizer, frozenset([7]), FULL, size=2)
-    for (context, more), (score, _) in zip(pairs, full._loglikelihood_tokens([(0, *p) for p in pairs]), strict=True):
+    for (context, more), (score, _) in zip(pairs, full.loglikelihood_tokens([(0, *p) for p in pairs]), strict=True):
         logits = model(torch.tensor([context + more]))[0, len(context) - 1 : -1]
         want = logits.log_softmax(-1)[range(len(more)), more].sum().item()
         assert score == pytest.approx(want, rel=1e-4)

@@ -342,7 +342,7 @@ def test_shards(name: str, written, tmp_path):
     assert "in 3 file(s)" in checkpoint.report(paths[0])
     one_line_error(lambda: checkpoint.load(paths[1]), "shard 2 of 3", "-00001-of-00003.gguf")
     paths[2].unlink()
-    gguf_file._read_header.cache_clear()
+    gguf_file.read_header.cache_clear()
     one_line_error(lambda: checkpoint.load(paths[0]), "model-00003-of-00003.gguf")
 
 
@@ -403,8 +403,8 @@ def pieces() -> bytes:
 SPLITS = {
     "gpt-2": ([], True),
     "smollm": ([pre_tokenizers.Split(Regex(r"\p{N}"), "isolated")], True),  # llama.cpp: each digit, then GPT-2's
-    "llama-bpe": ([pre_tokenizers.Split(Regex(tokenizer._LLAMA3_WORDS), "isolated")], False),
-    "qwen2": ([pre_tokenizers.Split(Regex(tokenizer._QWEN_WORDS), "isolated")], False),
+    "llama-bpe": ([pre_tokenizers.Split(Regex(tokenizer.LLAMA3_WORDS), "isolated")], False),
+    "qwen2": ([pre_tokenizers.Split(Regex(tokenizer.QWEN_WORDS), "isolated")], False),
 }
 
 

@@ -111,12 +111,12 @@ REGEXES = ["backtracking normalizer", "empty match"]
 @pytest.mark.parametrize("name", [*TRIED, *REGEXES, "no chunks", "template", "stripping decoder", "part that is none"])
 def test_risky_files_are_tried(tmp_path: Path, name: str) -> None:
     """What such a file does to the process depends on the memory that is free."""
-    assert tokenizer._risky(tmp_path, json.dumps(data_of(train_bytes()) | BAD[name]).encode())
+    assert tokenizer.risky(tmp_path, json.dumps(data_of(train_bytes()) | BAD[name]).encode())
 
 
 def test_what_is_tried_is_loaded(tmp_path: Path) -> None:
     data = data_of(train_bytes()) | {"normalizer": {"type": "Nmt"}}
-    assert tokenizer._risky(tmp_path, json.dumps(data).encode())
+    assert tokenizer.risky(tmp_path, json.dumps(data).encode())
     made = load(write(tmp_path, "tokenizer.json", data))
     assert made.decode(made.encode("Hello")) == "Hello"
 

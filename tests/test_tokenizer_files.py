@@ -88,8 +88,8 @@ def token(rng: random.Random, name: str) -> dict[str, Any]:
     return {"content": name} | {flag: rng.random() < (0.7 if flag == "special" else 0.25) for flag in FLAGS}
 
 
-def settings(rng: random.Random, first: int | None) -> tuple[dict, dict | None, dict | None]:
-    """tokenizer_config.json, special_tokens_map.json, added_tokens.json. Listed ids begin with `first`."""
+def named(rng: random.Random) -> dict[str, Any]:
+    """What tokenizer_config.json calls the special tokens."""
     config: dict[str, Any] = {}
     for part in ("bos_token", "eos_token", "unk_token", "pad_token", "image_token"):
         if (choice := rng.randrange(4)) == 1 and part != "image_token":
@@ -98,6 +98,12 @@ def settings(rng: random.Random, first: int | None) -> tuple[dict, dict | None, 
             config[part] = rng.choice(NAMES)
             if choice == 3 and part in ("bos_token", "eos_token"):
                 config[part] = {"__type": "AddedToken"} | token(rng, config[part])
+    return config
+
+
+def settings(rng: random.Random, first: int | None) -> tuple[dict, dict | None, dict | None]:
+    """tokenizer_config.json, special_tokens_map.json, added_tokens.json. Listed ids begin with `first`."""
+    config = named(rng)
     for side in ("bos", "eos"):
         if (choice := rng.randrange(3)) < 2:
             config[f"add_{side}_token"] = bool(choice)

@@ -162,17 +162,7 @@ class Workshop:
         if found := [line for line in lines if "Traceback (most" in line or "panicked at" in line]:
             return "traceback", f"{found[0]}\n{ran.err[-2000:]}"
         if ran.code == 2 and lines:
-            own = [line for line in lines if line.startswith(f"{given.program}: error: ")]
-            many = "--input" in given.argv or "--interactive" in given.argv
-            if len(own) != len([line for line in lines if not line.startswith("[turn ")]) or not own:
-                return "untidy", f"not lines of its own: {ran.err[-1500:]}"
-            if long := [line for line in own if len(line) > LONGEST_LINE or not line.isprintable()]:
-                return "untidy", f"{len(long[0])} characters: {long[0]!r}"
-            if not many and (len(own) > 1 or ran.out):
-                return "untidy", f"{len(own)} lines, {len(ran.out)} characters on standard output: {last}"
-            if many and ran.out and (fault := _nonsense(given, folder, ran)):
-                return fault
-            return "one line", last
+            return _refused(given, folder, ran, lines)
         if ran.code != 0:
             return "untidy", f"exit code {ran.code}: {ran.err[-1500:]}"
         if fault := _nonsense(given, folder, ran):
@@ -292,6 +282,21 @@ def _timeless(value: Any) -> Any:
     if isinstance(value, list):
         return [_timeless(each) for each in value]
     return round(value, 4) if isinstance(value, float) else value
+
+
+def _refused(given: Input, folder: Path, ran: Ran, lines: list[str]) -> tuple[str, str]:
+    """Exit code 2: one line, or in a job or a conversation some of them, in our own form."""
+    own = [line for line in lines if line.startswith(f"{given.program}: error: ")]
+    many = "--input" in given.argv or "--interactive" in given.argv
+    if len(own) != len([line for line in lines if not line.startswith("[turn ")]) or not own:
+        return "untidy", f"not lines of its own: {ran.err[-1500:]}"
+    if long := [line for line in own if len(line) > LONGEST_LINE or not line.isprintable()]:
+        return "untidy", f"{len(long[0])} characters: {long[0]!r}"
+    if not many and (len(own) > 1 or ran.out):
+        return "untidy", f"{len(own)} lines, {len(ran.out)} characters on standard output: {lines[-1]}"
+    if many and ran.out and (fault := _nonsense(given, folder, ran)):
+        return fault
+    return "one line", lines[-1]
 
 
 def _nonsense(given: Input, folder: Path, ran: Ran) -> tuple[str, str] | None:

@@ -9,6 +9,7 @@ import struct
 import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -186,12 +187,9 @@ class Runs:
         return self.call
 
 
-def objects(rng: random.Random, file: Path, older: bool) -> str:
-    """torch.save of something else than a dict of plain tensors, or of the dict with an odd tensor in it."""
-    tensors = torch.load(file)
-    name = rng.choice(list(tensors))
-    t = tensors[name]
-    values = {
+def odd_values(rng: random.Random, t: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """What may stand where a tensor should."""
+    return {
         "a parameter": lambda: nn.Parameter(t),
         "with gradient": lambda: t.clone().requires_grad_(),
         "turned twice": lambda: t.T.contiguous().T if t.ndim == 2 else t[None][0],
@@ -217,6 +215,14 @@ def objects(rng: random.Random, file: Path, older: bool) -> str:
         "code by name": lambda: Runs(eval, f"open({CANARY!r}, 'w')"),
         "a file": lambda: Runs(open, CANARY, "w"),
     }
+
+
+def objects(rng: random.Random, file: Path, older: bool) -> str:
+    """torch.save of something else than a dict of plain tensors, or of the dict with an odd tensor in it."""
+    tensors = torch.load(file)
+    name = rng.choice(list(tensors))
+    t = tensors[name]
+    values = odd_values(rng, t)
     keys = {"5": 5, "None": None, "tuple": (name,), "bytes": name.encode(), "dot": f".{name}", "surrogate": "\ud800"}
     wholes = {
         "ordered": lambda: OrderedDict(tensors),
