@@ -7,9 +7,7 @@
         ...
     print(stream.completion.figures.plan)
 
-A prompt is read layer by layer (prefill.py), which yields each layer's evidence; the layer policy turns that into slots
-per layer; the token policy says which prompt tokens stay, and they are copied into the cache (kvcache.py); then one
-token a step is computed (decoder.py), overwriting the token policy's victims. `Batch` does all this for many rows.
+What happens to a request, step by step: README.md, "One request". `Batch` does it for many rows.
 """
 
 import math

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import decoded
+
 FORMATS = ("dense", "int8")
 SCALE = torch.bfloat16  # as wide as float32, and as precise as a scale needs to be
 
@@ -33,6 +35,14 @@ class Stored(NamedTuple):
     def each(self, change: Callable[..., Tensor], *others: "Stored") -> "Stored":
         """change(part, the same part of the others) for all parts that there are."""
         return Stored(*(None if own is None else change(own, *rest) for own, *rest in zip(self, *others, strict=True)))
+
+    @property
+    def format(self) -> str:
+        return "dense" if self.k_scale is None else "int8"
+
+    def leading_keys(self, count: int, dtype: torch.dtype) -> Tensor:
+        """The keys [..., count, D] of the first slots, as numbers of this dtype."""
+        return decoded(self.k[..., :count, :], None if self.k_scale is None else self.k_scale[..., :count], dtype)
 
     def parts(self) -> list[Tensor]:
         return [part for part in self if part is not None]

@@ -56,6 +56,7 @@ from files import (
 )
 from formats import FORMATS
 from machine import size
+from needs import Needs
 from policies import layers as layer_policies
 from policies import tokens as token_policies
 from request import Completion, Figures, Request, Stream
@@ -176,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
     length = dry.model.config.max_positions if args.interactive else len(ids) + args.max_new_tokens
     if not args.interactive:
         dry.sizing.check(ids, args.max_new_tokens)
-    needs = dry.sizing.needs(length)
+    needs = Needs.of(dry.sizing, length)
     if args.max_memory is not None or needs.row > limit:  # the rest is an upper bound, the cache is allocated at once
         needs.check(1, limit)
     with needs.explained(1, limit), commandline.compiling():
@@ -233,11 +234,11 @@ def run_job(
     def check(line: Request) -> None:  # one that asks for far too much must not make the cache of all too large
         prompt, length = len(line.ids), len(line.ids) + line.max_new_tokens
         if length > dry.model.config.max_positions:
-            dry.sizing.needs(length, prompt, apart=True).check(1, limit)
+            Needs.of(dry.sizing, length, prompt, apart=True).check(1, limit)
 
     survey = job.survey(dry, args.max_length, bad, check)
     length = job.state.get("max_length") or args.max_length or survey.longest
-    needs = dry.sizing.needs(length, survey.longest_prompt, apart=True)
+    needs = Needs.of(dry.sizing, length, survey.longest_prompt, apart=True)
     share = 1 if args.max_memory is not None else machine.SHARE
     rows = args.batch_size or job.state.get("batch_size") or needs.rows(survey.count, int(share * limit))
     needs.check(rows, limit)

@@ -58,3 +58,8 @@ def decoded(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
         return x
     wide = torch.promote_types(dtype, torch.float32)
     return (x.to(wide) * scale.to(wide)[..., None]).to(dtype)
+
+
+def softcapped(x: Tensor, cap: float | None) -> Tensor:
+    """x held softly within [-cap, cap]; None: as it is."""
+    return x if cap is None else cap * torch.tanh(x / cap)

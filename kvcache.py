@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from formats import Stored, arenas
-from kernels import decoded, dot, mix
+from kernels import decoded, dot, mix, softcapped
 
 
 class LayerCache(NamedTuple):
@@ -32,21 +32,12 @@ class LayerCache(NamedTuple):
     def parts(self) -> list[Tensor]:
         return [*self.stored.parts(), *(part for part in (self.score, self.position) if part is not None)]
 
-    @property
-    def format(self) -> str:
-        return "dense" if self.stored.k_scale is None else "int8"
-
     def write(self, slot: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k, v [B, K, 1, D] in `slot` [B, 1 or K] of each row and head."""
         rows, heads = self.stored.k.shape[:2]
         at = (torch.arange(rows, device=slot.device)[:, None], torch.arange(heads, device=slot.device), slot)
-        for part, new in zip(self.stored.parts(), Stored.of(k, v, self.format).parts(), strict=True):
+        for part, new in zip(self.stored.parts(), Stored.of(k, v, self.stored.format).parts(), strict=True):
             part.index_put_(at, new[:, :, 0])
-
-    def leading_keys(self, count: int, dtype: torch.dtype) -> Tensor:
-        """The keys [B, K, count, D] of the first slots."""
-        k, scale = self.stored.k[:, :, :count], self.stored.k_scale
-        return decoded(k, None if scale is None else scale[:, :, :count], dtype)
 
     def attend(
         self, q: Tensor, valid: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None
@@ -69,7 +60,7 @@ class LayerCache(NamedTuple):
 
     def followed_by(self, k: Tensor, v: Tensor) -> Stored:
         """What the slots hold and behind it k, v [B, K, T, D], as they will be stored."""
-        return self.stored.each(lambda own, new: torch.cat((own, new), dim=2), Stored.of(k, v, self.format))
+        return self.stored.each(lambda own, new: torch.cat((own, new), dim=2), Stored.of(k, v, self.stored.format))
 
     def look(
         self, q: Tensor, both: Stored, visible: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
@@ -169,8 +160,3 @@ class KVCache:
     @property
     def state_bytes(self) -> int:
         return sum(self.arenas[name].nbytes for name in self.state)
-
-
-def softcapped(x: Tensor, cap: float | None) -> Tensor:
-    """x held softly within [-cap, cap]; None: as it is."""
-    return x if cap is None else cap * torch.tanh(x / cap)

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ACTIVATIONS, ModelConfig
-from kernels import Linear, matvec
-from kvcache import LayerCache, softcapped
+from kernels import Linear, matvec, softcapped
+from kvcache import LayerCache
 
 PROMPT_CHUNK = 512  # prompt queries whose attention rows exist at the same time, where they have to
 FEED_CHUNK = 2048  # tokens of a prompt that go through a feed-forward part at once: more take memory, not less time
@@ -290,7 +290,9 @@ class Attention(nn.Module):
             return None
         gap = (positions + 1 - layer.slots).clamp(min=0)
         turned = gap[:, None, :, None] + torch.arange(count, device=positions.device)
-        keys = layer.leading_keys(count, self.wqkv.weight.dtype)[:, :, None].expand(-1, -1, positions.shape[1], -1, -1)
+        keys = layer.stored.leading_keys(count, self.wqkv.weight.dtype)[:, :, None].expand(
+            -1, -1, positions.shape[1], -1, -1
+        )
         return self.turn(keys, turned, rotary.unsqueeze(-2))
 
 

@@ -1,34 +1,29 @@
-"""How large a cache is, and what a run needs, for sequences of some length: pure arithmetic, without a model.
+"""How large a cache is for sequences of some length: pure arithmetic, without a model.
 
 A length is the most tokens that a prompt and its answer have together. `Sizing.at` says once all that follows from it.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from config import ModelConfig, parameters
+from config import ModelConfig
 from errors import UserError, integers, shown
 from formats import FORMATS, slot_bytes
-from machine import explained, size
-from model import FEED_CHUNK, PROMPT_CHUNK
 from policies.layers import LayerPolicy, Plan
 from policies.layers.base import total_slots
 from policies.tokens import TokenPolicy
 from request import longest, refusal
 
-NO_SCORES = TokenPolicy.score_prompt
 READ_TOKENS = 16384  # of all prompts of a batch, that go through a block at once: more take memory, not less time
 DEFAULT_BUDGET = 0.4  # of the sequence, for a bounded policy without a budget: see KL at 40% in RESULTS.md
 SMALLEST_DEFAULT = 64  # slots: below that there is nothing to gain
 CAPTURED_LENGTHS = 256  # tokens: sequences within a multiple of it get the same part of a plan that is given
-MOST_ROWS = 256  # more of them give no more tokens per second, but later results
 
 
 @dataclass(frozen=True)
@@ -64,53 +59,6 @@ class Sizes:
     def total(self) -> int:
         """Slots of all layers, at the most."""
         return sum(self.plan.slots) if self.plan else total_slots(self.budget_slots, self.caps, self.floor)
-
-    @property
-    def waiting(self) -> int:
-        """The most slots, of all layers, that one prompt holds while it is read."""
-        if self.plan:
-            return self.total
-        return self.layer_policy.most_waiting(self.budget_slots, self.caps, self.floor)
-
-
-class Needs(NamedTuple):
-    """Bytes: the weights; a row of the cache, and of the full one; a row in a step; a prompt while it goes through a
-    block, `at_once` of them together; and what is held of each row's prompt meanwhile.
-    """
-
-    weights: int
-    row: int
-    row_full: int
-    step: int
-    prefill: int
-    held: int = 0
-    at_once: int = 1
-
-    def total(self, rows: int) -> int:
-        """At the most: steps go on while a prompt is read."""
-        return self.weights + rows * (self.row + self.step + self.held) + min(rows, self.at_once) * self.prefill
-
-    def rows(self, most: int, limit: int) -> int:
-        """The largest batch that fits, at least 1 and at most `most`."""
-        return max((rows for rows in range(1, min(most, MOST_ROWS) + 1) if self.total(rows) <= limit), default=1)
-
-    def check(self, rows: int, limit: int) -> None:
-        """UserError if `rows` rows do not fit."""
-        if self.total(rows) > limit:
-            raise UserError(self.refusal(rows, limit))
-
-    def refusal(self, rows: int, limit: int) -> str:
-        work = self.total(rows) - self.weights - rows * self.row
-        smaller = "--batch-size, --budget" if rows > 1 else "--budget"
-        return (
-            f"out of memory: weights {size(self.weights)}, cache of {rows} row{'s'[: rows > 1]} {size(rows * self.row)}"
-            f", work beside them up to {size(work)}, limit {size(limit)}; use a smaller {smaller}, prompt, "
-            f"--max-new-tokens or --dtype"
-        )
-
-    def explained(self, rows: int, limit: int) -> AbstractContextManager[None]:
-        """UserError with these numbers when memory runs out nevertheless."""
-        return explained(lambda: self.refusal(rows, limit))
 
 
 class Sizing:
@@ -236,41 +184,6 @@ class Sizing:
     def full_bytes(self, length: int) -> int:
         """K and V of a full cache as the model has them, in one row: what a small cache is compared with."""
         return self.slot_bytes("dense") * sum(self.caps(length))
-
-    def needs(self, length: int, longest_prompt: int | None = None, apart: bool = False) -> Needs:
-        """Bytes of rows of `length` tokens, before anything is allocated. apart: prompts are read one by one."""
-        sizes, c, item = self.at(length), self.config, self.dtype.itemsize
-        wide, heads, groups = max(4, item), c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-        prompt, widest, planned = longest_prompt or length, max(sizes.caps), sizes.plan is not None
-        rows = 1 if apart else rows_at_once(prompt)
-        # Of a prompt in one layer: the normed copies of the residual stream, what is projected and turned, what the
-        # feed-forward holds, what a policy that scores looks at, and what gives the evidence.
-        queries = max(self.policy.queries, self.layer_policy.queries, PROMPT_CHUNK * (c.attention_softcap is not None))
-        read = prompt * 2 * (item + wide) * (c.dim + heads + 2 * groups)
-        read += min(prompt, FEED_CHUNK) * 3 * item * max(1, c.experts_per_token) * c.ffn_dim
-        read += 4 * wide * c.n_heads * min(prompt, queries) * prompt
-        if not planned:
-            own = (sizes.budget_slots, widest, sizes.floor, c.n_heads, c.head_dim)
-            read += wide * self.layer_policy.work(rows, *own) // rows
-        # Meanwhile: the residual stream and its logits; a layer's keys and values, and once more while they are cut;
-        # what is held of the layers before, with positions and scores.
-        scores = prompt * (1 if planned else len(sizes.caps)) * (self.policy.score_prompt.__func__ is not NO_SCORES)
-        held = prompt * item * (c.dim + 4 * groups) + c.vocab_size * (item + wide)
-        held += sizes.waiting * (self.slot_bytes() + 8 * c.n_kv_heads) + wide * c.n_kv_heads * scores
-        # In a step: the logits with what sampling sorts, and one layer's scores and probabilities.
-        step = c.vocab_size * (item + 5 * wide) + 4 * wide * c.n_heads * widest
-        if self.format != "dense":  # where no generated loop reads them, a layer's keys and values are decoded
-            step += 2 * wide * groups * widest
-            held += 4 * wide * groups * prompt  # and while a prompt is encoded
-        return Needs(
-            weights=parameters(c) * item,
-            row=sizes.total * (self.slot_bytes() + c.n_kv_heads * (wide + 8) * self.policy.scored),
-            row_full=self.full_bytes(length),
-            step=step,
-            prefill=read + held * planned,  # with a plan nothing is held of a prompt but while its group is read
-            held=held * (not planned),
-            at_once=rows,
-        )
 
 
 def rows_at_once(prompt: int) -> int:

@@ -18,6 +18,7 @@ from bound import compiled_graphs
 from conversation import Conversation
 from engine import Engine
 from errors import UserError
+from needs import Needs
 from request import Completion, Request
 
 SWITCHES = 20  # random plans of the stage `switch`
@@ -147,7 +148,7 @@ def alike(subject: Subject, batch: int, sizes: Sizes) -> list[Request]:
 
 def most_rows(subject: Subject, cache: tuple, sizes: Sizes) -> int:
     """The largest batch that should fit into `sizes.memory`."""
-    needs = Engine(subject.model, *cache, compile=True).sizing.needs(sizes.prompt + sizes.new, sizes.prompt)
+    needs = Needs.of(Engine(subject.model, *cache, compile=True).sizing, sizes.prompt + sizes.new, sizes.prompt)
     return bisect_right(range(1, 10**6), sizes.memory, key=needs.total)
 
 

@@ -13,6 +13,7 @@ import generate
 from conversation import Conversation
 from engine import Completion, Engine, Request
 from errors import UserError, shown
+from needs import Needs
 from policies import layers as layer_policies
 from policies import tokens as token_policies
 from request import MOST_TOKENS
@@ -176,7 +177,7 @@ def test_one_request_that_asks_for_too_much(policy, learned):
         assert words in refused(engine.batch(1, 50).add, request)
         assert words in refused(Conversation(engine).stream, request.ids, request.max_new_tokens)
     assert words in refused(next, engine.generate(iter([good]), 1, HUGE))
-    assert words in refused(engine.sizing.needs, 10**12)
+    assert words in refused(Needs.of, engine.sizing, 10**12)
     assert engine.refusal(Request([1] * 10, 4096 - 10)) is None
     if policy != "full" and not learned:
         assert engine.sizing.refusal([1] * 10, MOST_TOKENS - 10, seen=10**9) is None
@@ -213,7 +214,7 @@ def test_a_plan_longer_than_the_sequence(policy, form):
     assert figures.kv_bytes == sum(longest) * 2 * 2 * 12 * 8 == figures.kv_bytes_full
     done: list[Completion] = list(engine.generate([Request(ids, 6), Request(ids[:3], 5)], batch_size=1))
     assert [c.tokens for c in done if c.request.ids is ids] == [want] and done[0].figures.plan == longest
-    assert engine.sizing.needs(26).row == few.sizing.needs(26).row
+    assert Needs.of(engine.sizing, 26).row == Needs.of(few.sizing, 26).row
     talk = Conversation(Engine(random_model(max_positions=64, **form), policy, plan=[10**9] * 4))
     stream = talk.stream(ids, 6)
     assert list(stream) == want and max(stream.completion.figures.plan) == 64

@@ -16,10 +16,10 @@ from conftest import begun, random_ids, random_model
 import batch
 import generate
 import machine
-import sizing
 from batch import Job
 from engine import Batch, Engine, Request
 from files import Lines
+from needs import MOST_ROWS, Needs
 from prefill import plan_for
 from sampling import Sampling
 
@@ -348,7 +348,7 @@ def test_short_requests_of_a_batch_use_its_budget(model):
 def test_needs_are_what_is_allocated(policy):
     model = random_model(torch.float32)
     engine = Engine(model, policy, "squeeze", None if policy == "full" else 16)
-    needs = Engine(model.to("meta"), policy, "squeeze", engine.sizing.budget).sizing.needs(70)
+    needs = Needs.of(Engine(model.to("meta"), policy, "squeeze", engine.sizing.budget).sizing, 70)
     figures = next(
         Engine(random_model(torch.float32), policy, "squeeze", engine.sizing.budget).generate(
             [Request(random_ids(60), 10)] * 3
@@ -360,11 +360,11 @@ def test_needs_are_what_is_allocated(policy):
 
 
 def test_rows_that_fit():
-    needs = sizing.Needs(weights=100, row=10, row_full=40, step=1, prefill=30)
+    needs = Needs(weights=100, row=10, row_full=40, step=1, prefill=30)
     assert [needs.total(rows) for rows in (1, 3, 40)] == [141, 163, 570]
     assert [needs._replace(held=20, at_once=2).total(rows) for rows in (1, 3)] == [161, 253]
     assert needs.rows(1000, 162) == 2 and needs.rows(1000, 163) == 3 and needs.rows(2, 163) == 2
-    assert needs.rows(1000, 10**9) == sizing.MOST_ROWS and needs.rows(9, 1) == 1
+    assert needs.rows(1000, 10**9) == MOST_ROWS and needs.rows(9, 1) == 1
     assert machine.free(torch.device("cpu")) > 2**20
 
 

@@ -21,6 +21,7 @@ from config import ModelConfig
 from engine import Engine, Request
 from kvcache import LayerCache
 from model import Transformer
+from needs import Needs
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = {  # as published with the checkpoints
@@ -217,7 +218,7 @@ def test_late_turns_take_the_same_memory(capsys, uncompiled):
 def test_throughput_marks_what_does_not_fit(tiny, monkeypatch, tmp_path):
     """Memory as on a GPU: a little less is usable than there is."""
     monkeypatch.setattr("gc.collect", lambda: None)  # takes seconds beside transformers
-    real, needs = stages.generated, Engine(tiny.model).sizing.needs(46, 40)
+    real, needs = stages.generated, Needs.of(Engine(tiny.model).sizing, 46, 40)
     monkeypatch.setattr(stages, "Engine", lambda *args, compile=False: Engine(*args))
 
     def generated(engine, wanted) -> Run:

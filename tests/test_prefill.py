@@ -15,6 +15,7 @@ import prefill as prefill_module
 from engine import Engine, Request
 from formats import FORMATS, Stored
 from kvcache import Memory
+from needs import Needs
 from policies.layers import LayerPolicy, make
 from policies.layers.perturbation import Perturbation, sizes_of
 from policies.layers.squeeze import Squeeze
@@ -292,7 +293,7 @@ def test_keys_and_values_stay_under_the_bound(deep, whole, p, order):
     assert BUDGET * 0.99 < cut < bound(p)
     assert sum(counted) > 0
     engine = Engine(deep, "window", Squeeze(p), SHARE)
-    needs = engine.sizing.needs(LONG + 2, LONG)
+    needs = Needs.of(engine.sizing, LONG + 2, LONG)
     assert cut < needs.row + needs.held
     assert whole > DEEP * LAYER_BYTES > 1.7 * cut
 
@@ -313,7 +314,7 @@ def test_what_waits_for_perturbation_is_one_budget(deep, no_attention, order):
     assert len(set(stream.completion.figures.plan)) > 5 and sum(counted) > 0
     assert BUDGET * 0.99 < ledger.peak < 2 * LAYER_BYTES + 2 * BUDGET
     assert ledger.read < 2 * LAYER_BYTES + BUDGET
-    needs = engine.sizing.needs(LONG + 2, LONG)
+    needs = Needs.of(engine.sizing, LONG + 2, LONG)
     assert ledger.peak < needs.row + needs.held
 
 

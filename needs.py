@@ -1,0 +1,93 @@
+"""What a run needs, in bytes: computed before anything is allocated."""
+
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+from config import parameters
+from errors import UserError
+from machine import explained, size
+from model import FEED_CHUNK, PROMPT_CHUNK
+from policies.tokens import TokenPolicy
+from sizing import Sizing, rows_at_once
+
+MOST_ROWS = 256  # more of them give no more tokens per second, but later results
+
+
+class Needs(NamedTuple):
+    """Bytes: the weights; a row of the cache, and of the full one; a row in a step; a prompt while it goes through a
+    block, `at_once` of them together; and what is held of each row's prompt meanwhile.
+    """
+
+    weights: int
+    row: int
+    row_full: int
+    step: int
+    prefill: int
+    held: int = 0
+    at_once: int = 1
+
+    @staticmethod
+    def of(sizing: Sizing, length: int, longest_prompt: int | None = None, apart: bool = False) -> "Needs":
+        """Bytes of rows of `length` tokens, before anything is allocated. apart: prompts are read one by one."""
+        sizes, c, item = sizing.at(length), sizing.config, sizing.dtype.itemsize
+        policy, layers = sizing.policy, sizing.layer_policy
+        wide, heads, groups = max(4, item), c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+        prompt, widest, planned = longest_prompt or length, max(sizes.caps), sizes.plan is not None
+        rows, waiting, scores = 1 if apart else rows_at_once(prompt), sizes.total, prompt
+        # Of a prompt in one layer: the normed copies of the residual stream, what is projected and turned, what the
+        # feed-forward holds, what a policy that scores looks at, and what gives the evidence.
+        queries = max(policy.queries, layers.queries, PROMPT_CHUNK if c.attention_softcap is not None else 0)
+        read = prompt * (item + wide) * (3 * c.dim + 2 * heads + 4 * groups)
+        read += min(prompt, FEED_CHUNK) * 4 * item * max(1, c.experts_per_token) * c.ffn_dim
+        read += 4 * wide * c.n_heads * min(prompt, queries) * prompt
+        if not planned:
+            work = layers.work(rows, sizes.budget_slots, widest, sizes.floor, c.n_heads, c.head_dim)
+            read += wide * work // rows
+            waiting = layers.most_waiting(sizes.budget_slots, sizes.caps, sizes.floor)
+            scores *= len(sizes.caps)
+        # Meanwhile: the residual stream and its logits; a layer's keys and values, and once more while they are cut;
+        # what is held of the layers before, with positions and scores.
+        held = prompt * item * (c.dim + 4 * groups) + c.vocab_size * (item + wide)
+        held += waiting * (sizing.slot_bytes() + 8 * c.n_kv_heads)
+        if type(policy).score_prompt is not TokenPolicy.score_prompt:
+            held += wide * c.n_kv_heads * scores
+        # In a step: the logits with what sampling sorts, and one layer's scores and probabilities.
+        step = c.vocab_size * (item + 10 * wide) + 4 * wide * c.n_heads * widest
+        if sizing.format != "dense":  # where no generated loop reads them, a layer's keys and values are decoded
+            step += 2 * wide * groups * widest
+            held += 4 * wide * groups * prompt  # and while a prompt is encoded
+        return Needs(
+            weights=parameters(c) * item,
+            row=sizes.total * (sizing.slot_bytes() + c.n_kv_heads * (wide + 8) * policy.scored),
+            row_full=sizing.full_bytes(length),
+            step=step,
+            prefill=read + held if planned else read,  # with a plan all is gone when a group has been read
+            held=0 if planned else held,
+            at_once=rows,
+        )
+
+    def total(self, rows: int) -> int:
+        """At the most: steps go on while a prompt is read."""
+        return self.weights + rows * (self.row + self.step + self.held) + min(rows, self.at_once) * self.prefill
+
+    def rows(self, most: int, limit: int) -> int:
+        """The largest batch that fits, at least 1 and at most `most`."""
+        return max((rows for rows in range(1, min(most, MOST_ROWS) + 1) if self.total(rows) <= limit), default=1)
+
+    def check(self, rows: int, limit: int) -> None:
+        """UserError if `rows` rows do not fit."""
+        if self.total(rows) > limit:
+            raise UserError(self.refusal(rows, limit))
+
+    def refusal(self, rows: int, limit: int) -> str:
+        work = self.total(rows) - self.weights - rows * self.row
+        smaller = "--batch-size, --budget" if rows > 1 else "--budget"
+        return (
+            f"out of memory: weights {size(self.weights)}, cache of {rows} row{'s'[: rows > 1]} {size(rows * self.row)}"
+            f", work beside them up to {size(work)}, limit {size(limit)}; use a smaller {smaller}, prompt, "
+            f"--max-new-tokens or --dtype"
+        )
+
+    def explained(self, rows: int, limit: int) -> AbstractContextManager[None]:
+        """UserError with these numbers when memory runs out nevertheless."""
+        return explained(lambda: self.refusal(rows, limit))
