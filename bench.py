@@ -19,6 +19,9 @@ its operations over the rate of a large matrix product, both measured in the sam
 Weights that fit into a processor's cache can exceed 1.
 """
 
+from commandline import Parser, guarded, number, positive  # first: Ctrl-C is one line from here on
+
+# isort: split
 import argparse
 import gc
 import json
@@ -41,7 +44,6 @@ from benchmark.record import Log, origin
 from benchmark.stages import STAGES
 from benchmark.subjects import SHAPES, make, published
 from checkpoint import DTYPES, EMBEDDED
-from commandline import Parser, guarded, number, positive
 from config import ModelConfig
 from errors import UserError, cut, place
 from files import check_apart, check_output

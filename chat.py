@@ -15,6 +15,7 @@ and so are the ids. The one difference is meant: the name of a special token in 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class ChatTemplate:
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a whole conversation, BOS and the beginning of the assistant's answer included."""
-        return self._encode(self._render(self._shown(messages)))
+        return self._encode(self.render(self._shown(messages)))
 
     def next_turn(self, messages: Sequence[Message]) -> list[int]:
         """Ids that follow the latest answer, messages[-2]: what ends it, the new message, the next answer's beginning.
@@ -54,7 +55,7 @@ class ChatTemplate:
         shown = self._shown(messages)
         assert shown[-2]["role"] == "assistant"
         shown[-2]["content"] = _ANSWER
-        text = self._render(shown)
+        text = self.render(shown)
         if _ANSWER not in text:
             raise UserError("the chat template does not show earlier answers, so a conversation cannot go on with it")
         return self._encode(text.rpartition(_ANSWER)[2], continues=True)
@@ -66,7 +67,7 @@ class ChatTemplate:
         plain = [message | {"content": re.sub(f"[{_SEAM}{_ANSWER}]", "", message["content"])} for message in messages]
         return [message | {"content": first_letter.sub(rf"\1{_SEAM}", message["content"])} for message in plain]
 
-    def _render(self, messages: list[Message] | None) -> str:
+    def render(self, messages: list[Message] | None) -> str:
         """The text of these messages; with None only check the template."""
         try:
             answer = self.child.ask({"source": self.source, "variables": self.variables, "messages": messages})
@@ -86,15 +87,37 @@ class ChatTemplate:
         return [i for n, piece in enumerate(pieces) for i in self._encode_piece(piece, continues or n > 0)]
 
     def _encode_piece(self, text: str, continues: bool) -> list[int]:
-        def encode(text: str) -> list[int]:
-            return self.tokenizer.encode(text, special=False, parse_special=True)
-
+        encode = partial(self.tokenizer.encode, special=False, parse_special=True)
         if continues and self.tokenizer.drops_space:
             # Sentencepiece would put a space before the text, were it not for a line break, which joins with nothing.
             start, ids = encode("\n"), encode("\n" + text)
             if ids[: len(start)] == start:
                 return ids[len(start) :]
         return encode(text)
+
+
+class Turns:
+    """A conversation so far, and the ids of its next turn: through the chat template, or as it stands."""
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None, system: str | None = None):
+        self.tokenizer, self.template = tokenizer, template
+        self.messages = [] if system is None else [{"role": "system", "content": system}]
+        self.begun = False
+
+    def ids(self, text: str, rendered: bool = False) -> list[int]:
+        """What the user says next, which a chat template may have rendered. Nothing is kept of it before `add`."""
+        if rendered:
+            if self.template is not None:
+                raise UserError("what is rendered already does not go with --chat")
+            return self.tokenizer.encode(text, special=False, parse_special=True)
+        if self.template is None:
+            return self.tokenizer.encode("\n" + text, special=False) if self.begun else self.tokenizer.encode(text)
+        messages = [*self.messages, {"role": "user", "content": text}]
+        return self.template.next_turn(messages) if self.begun else self.template.prompt(messages)
+
+    def add(self, text: str, answer: str) -> None:
+        self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        self.begun = True
 
 
 def load(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -109,7 +132,7 @@ def load(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
         raise UserError(f"{place(path)}: chat_template must be a text or a list with one named 'default'")
     template = ChatTemplate(source, tokenizer, special_tokens(folder))
     try:
-        template._render(None)
+        template.render(None)
     except UserError as error:
         raise UserError(f"{place(path)}: {error}") from None
     return template

@@ -11,6 +11,9 @@ our parameters. Files are memory-mapped. Each tensor is read into the parameter 
 the model and at most one more tensor. Nothing is guessed: every tensor is used, ignored by name, or an error.
 """
 
+from commandline import Parser, guarded  # first: Ctrl-C is one line from here on
+
+# isort: split
 import json
 import os
 import re
@@ -30,7 +33,6 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import gguf_file
-from commandline import Parser, guarded
 from config import ModelConfig, parameters
 from errors import UserError, cut, place, reason, shown
 from files import accessing, read_json
@@ -192,10 +194,9 @@ def load(
     return model.eval(), config
 
 
-def skeleton(path: str | Path, dtype: str | torch.dtype = "auto") -> Transformer:
-    """The model without its weights, on the meta device: what `load` would give, and the same UserErrors."""
-    model, _ = _matched(resolve(path), dtype)
-    return model.to(model.config.dtype)
+def read_config(path: str | Path, dtype: str | torch.dtype = "auto") -> ModelConfig:
+    """The config of what `load` would give, and the same UserErrors, without its weights."""
+    return _matched(resolve(path), dtype)[0].config
 
 
 def report(path: str | Path, dtype: str = "auto", tokens: int = 4096, memory: float = 24, budget: float = 0.2) -> str:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from tqdm import tqdm
@@ -109,6 +110,18 @@ def guarded(program: str, call: Callable[[], int], interrupted: str = "interrupt
         except KeyboardInterrupt:
             print(f"{program}: {interrupted}", file=sys.stderr)
             return 130
+
+
+def excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """What becomes of Ctrl-C before `guarded` has begun: importing PyTorch takes seconds."""
+    if kind is not KeyboardInterrupt:
+        return sys.__excepthook__(kind, error, trace)
+    print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+    sys.exit(130)
+
+
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # in other programs it is not ours to say
+    sys.excepthook = excepthook
 
 
 def complain(program: str, error: Exception | str) -> None:

@@ -23,6 +23,9 @@ on where an earlier run was cut off. --beside puts results of another program in
 (scripts/kvpress_compare.py).
 """
 
+from commandline import Parser, compiling, guarded, number, positive  # first: Ctrl-C is one line from here on
+
+# isort: split
 import argparse
 import sys
 from collections.abc import Callable
@@ -37,7 +40,6 @@ import checkpoint
 import tokenizer as tokenizers
 from benchmark.record import origin, portable
 from checkpoint import EMBEDDED
-from commandline import Parser, compiling, guarded, number, positive
 from errors import UserError, cut, optional, place, shown
 from evaluation import standard, summary, tables, texts
 from evaluation.cells import Batch, Cell, grid

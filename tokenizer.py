@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NoReturn
 
 import files
 import gguf_file
@@ -85,6 +85,13 @@ class Tokenizer:
         return text.removeprefix(" ") if self.drops_space else text
 
 
+def _no_text(text: str, parse_special: bool) -> NoReturn:
+    raise UserError("the checkpoint has no tokenizer; give prompt_ids")
+
+
+NONE = Tokenizer(_no_text, lambda token: b"", 0, False, (), (), {})  # where there is none: no id has any text
+
+
 class TextStream:
     """Text of a growing sequence of ids, up to the first stop string.
 
@@ -101,7 +108,9 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), continues: bool = False):
         if isinstance(stops, str) or "" in stops:
             raise UserError(f"stop strings must be a list of non-empty strings, not {shown(stops)}")
-        self.stopped = False
+        if stops and tokenizer is NONE:
+            raise UserError("--stop needs a tokenizer, and the checkpoint has none")
+        self.text, self.stopped = "", False  # text: all that has been returned
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
         # What special tokens write here, which is never shown: surrogates, since no UTF-8 gives them.
@@ -119,15 +128,22 @@ class TextStream:
         """Take the next id, return the text to print."""
         if self.stopped:
             return ""
-        if token in self._marks:
-            return self._release(self._marks[token])
-        return self._release(self._utf8.decode(self._tokenizer.token_bytes(token)))
+        mark = self._marks.get(token)
+        new = self._release(self._utf8.decode(self._tokenizer.token_bytes(token)) if mark is None else mark)
+        self.text += new
+        return new
+
+    def ends(self, tokens: Sequence[int]) -> bool:
+        """Take the last of the ids; whether a stop string is complete: what a `Request` asks."""
+        self.push(tokens[-1])
+        return self.stopped
 
     def flush(self) -> str:
         """Return the text still held back; the sequence has ended."""
-        text = "" if self.stopped else self._release(self._utf8.decode(b"", final=True))
-        rest, self._held = self._held, ""
-        return text + self._shown(rest)
+        new = "" if self.stopped else self._release(self._utf8.decode(b"", final=True))
+        new, self._held = new + self._shown(self._held), ""
+        self.text += new
+        return new
 
     def _release(self, text: str) -> str:
         if self._drop_space and self._shown(text):

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import get_model  # noqa: E402
 
+import arguments  # noqa: E402
 import generate  # noqa: E402
 from commandline import Parser, guarded  # noqa: E402
 from files import read_text  # noqa: E402
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def embedded() -> int:
-    prompt = read_text(generate.DEMO_PROMPT)
+    prompt = read_text(arguments.DEMO_PROMPT)
     lines = prompt.splitlines()
     place = next(i for i, line in enumerate(lines) if line.startswith("# define"))
     print(f"[... {place} lines of Python ...]\n{lines[place]}")
@@ -50,7 +51,7 @@ def real(name: str) -> int:
         asked = ["--chat", "--prompt", f"{article}\n{QUESTION}"]
     else:  # no chat model: it continues what it reads
         asked = ["--prompt", f"{article}\nQuestion: {QUESTION}\nAnswer:", "--stop", "\n"]
-    return answers(generate.SQUEEZE_POLICY, ["--checkpoint", str(path), *asked])
+    return answers(arguments.SQUEEZE_POLICY, ["--checkpoint", str(path), *asked])
 
 
 def runs(policy: str) -> dict[str, list[str]]:

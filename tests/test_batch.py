@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import begun, random_ids, random_model
 
-import batch
+import files
 import generate
 import machine
 from batch import Job
@@ -22,6 +22,7 @@ from files import Lines
 from needs import MOST_ROWS, Needs
 from prefill import plan_for
 from sampling import Sampling
+from tokenizer import NONE, TextStream
 
 ROOT = Path(__file__).resolve().parent.parent
 SQUEEZE = ("--policy", "h2o", "--layers", "squeeze", "--budget", "0.4", "--ignore-eos", "--batch-size", 3)
@@ -215,7 +216,7 @@ def test_an_input_that_changes_meanwhile_is_noticed(capsys, tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         if moment == "run":
-            patch.setattr("batch.append", changing(batch.append))
+            patch.setattr(files, "append", changing(files.append))
         else:
             patch.setattr(Job, moment, changing(getattr(Job, moment)))
         code, out, err = call(capsys, source, output, *args)
@@ -344,21 +345,6 @@ def test_short_requests_of_a_batch_use_its_budget(model):
     assert [completion.finish_reason for completion in done] == ["length", "length"]
 
 
-@pytest.mark.parametrize("policy", ["full", "streaming", "h2o"])
-def test_needs_are_what_is_allocated(policy):
-    model = random_model(torch.float32)
-    engine = Engine(model, policy, "squeeze", None if policy == "full" else 16)
-    needs = Needs.of(Engine(model.to("meta"), policy, "squeeze", engine.sizing.budget).sizing, 70)
-    figures = next(
-        Engine(random_model(torch.float32), policy, "squeeze", engine.sizing.budget).generate(
-            [Request(random_ids(60), 10)] * 3
-        )
-    ).figures
-    assert needs.weights == sum(parameter.nbytes for parameter in model.parameters())
-    assert 3 * needs.row == figures.kv_bytes + figures.state_bytes
-    assert 3 * needs.row_full == figures.kv_bytes_full
-
-
 def test_rows_that_fit():
     needs = Needs(weights=100, row=10, row_full=40, step=1, prefill=30)
     assert [needs.total(rows) for rows in (1, 3, 40)] == [141, 163, 570]
@@ -391,11 +377,11 @@ def test_max_memory(capsys, tmp_path, monkeypatch):
 
 def test_seeds_come_from_the_job_and_the_id(tmp_path):
     source = write(tmp_path / "in", [{"id": n, "prompt_ids": [1]} for n in ("a", "b", 1, "1")])
-    engine = Engine(random_model())
+    sizing = Engine(random_model()).sizing
 
     def seeds(seed: int) -> list[int]:
         default = Request((), 4, Sampling(1.0, seed=seed))
-        job = Job(source, tmp_path / "out", {}, default, lambda _: [1], lambda: generate.TextSoFar(None, []))
-        return [line.sampling.seed for _, line in job.lines(engine)]
+        job = Job(source, tmp_path / "out", sizing, {}, default, lambda *_: [1], lambda: TextStream(NONE))
+        return [line.sampling.seed for line in job.requests(job.survey())]
 
     assert seeds(1) == seeds(1) and len({*seeds(1), *seeds(2)}) == 8

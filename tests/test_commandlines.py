@@ -48,7 +48,7 @@ def unloaded(monkeypatch):
     def reached(*args, **options):
         raise Reached
 
-    monkeypatch.setattr(generate.checkpoint, "load", reached)
+    monkeypatch.setattr(evaluate.checkpoint, "load", reached)
     monkeypatch.setattr(bench.roofline, "copy_rate", reached)
 
 
@@ -158,6 +158,14 @@ def test_a_missing_compiler_is_named(capsys, monkeypatch):
 
     monkeypatch.setattr(engine.Batch, "step", fails)
     assert "--no-compile does without" in refusal(capsys, "generate", "--prompt", "a")
+
+
+@pytest.mark.parametrize("program", ["generate", "evaluate", "bench", "checkpoint"])
+def test_an_interrupt_during_the_imports_is_one_line(program):
+    Path("torch.py").write_text("raise KeyboardInterrupt")
+    command = [sys.executable, str(Path(commandline.__file__).parent / f"{program}.py")]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.getcwd()}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{program}.py: interrupted\n")
 
 
 # ---- paths
@@ -432,7 +440,7 @@ MODEL = {"asked": {}, "input": "0", "seed": 1, "max_length": 9, "plan": [8], "gr
 
 
 def job(resume: bool = True) -> batch.Job:
-    return batch.Job(Path("in"), Path("out"), {}, generate.Request(()), list, lambda: None, resume)
+    return batch.Job(Path("in"), Path("out"), None, {}, generate.Request(()), list, lambda: None, resume)
 
 
 def test_every_field_of_a_job_s_state_is_checked():

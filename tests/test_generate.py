@@ -10,8 +10,13 @@ from pathlib import Path
 
 import pytest
 
+import chat
+import checkpoint
 import generate
+import tokenizer as tokenizers
 from conversation import Conversation
+from engine import Engine
+from tokenizer import TextStream
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = """tokens text finish_reason prompt_tokens max_new_tokens policy layers budget budget_slots plan importance
@@ -65,6 +70,7 @@ def test_squeeze_json(capsys, tmp_path):
     for given in ("--squeeze", "--policy", policy), ("--policy", policy):
         again = run_json(capsys, *given, "--plan", plan, *args)
         assert again["tokens"] == result["tokens"] and again["plan"] == result["plan"]
+        assert f"cache    {policy} x the plan in " in run(capsys, *given, "--plan", plan, *args)
     written = tmp_path / "result.json"
     written.write_text(json.dumps(result))
     assert run_json(capsys, "--policy", policy, "--plan", written, *args)["tokens"] == result["tokens"]
@@ -211,6 +217,12 @@ def test_a_folder_without_tokenizer(capsys, tmp_path):
     result = run_json(capsys, "--checkpoint", tmp_path, "--prompt-ids", "5,6,7", "--max-new-tokens", 4)
     assert result["text"] == "" and len(result["tokens"]) == 4
     assert "no tokenizer" in refused(capsys, "--checkpoint", tmp_path, "--prompt", "a")
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [{"prompt_ids": [5, 6, 7]}, {"prompt": "a"}, {"prompt": "a", "rendered": True}]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    job = ["--checkpoint", str(tmp_path), "--input", str(source), "--output", str(output), "--max-new-tokens", "4"]
+    assert generate.main(job) == 2 and json.loads(output.read_text())["id"] == 1
+    assert capsys.readouterr().err.count("the checkpoint has no tokenizer; give prompt_ids") == 2
     assert "--stop needs a tokenizer" in refused(capsys, "--checkpoint", tmp_path, "--prompt-ids", "5", "--stop", "x")
 
 
@@ -232,14 +244,14 @@ def test_interrupt_ends_with_what_was_generated():
 
 
 def test_interrupted_json(capsys, monkeypatch):
-    push = generate.TextSoFar.push
+    ends = TextStream.ends
 
     def interrupted(self, tokens):
         if len(tokens) == 6:
             raise KeyboardInterrupt
-        return push(self, tokens)
+        return ends(self, tokens)
 
-    monkeypatch.setattr(generate.TextSoFar, "push", interrupted)
+    monkeypatch.setattr(TextStream, "ends", interrupted)
     result = run_json(capsys, "--squeeze", "--prompt", "import os")
     assert result["finish_reason"] == "interrupted" and len(result["tokens"]) == 6
     assert len(result["plan"]) == len(result["importance"]) == 8 and result["decode_tokens_per_s"] > 0
@@ -249,7 +261,7 @@ def test_interrupt_before_the_first_token(capsys, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate.checkpoint, "load", interrupted)
+    monkeypatch.setattr(checkpoint, "load", interrupted)
     assert generate.main(["--prompt", "import os"]) == 130
     assert capsys.readouterr() == ("", "generate.py: interrupted\n")
 
@@ -301,10 +313,10 @@ def test_interactive(capsys, tmp_path, monkeypatch, template):
     assert len(reports := err.splitlines()) == 3 and len({line.split("; ")[1].split(",")[0] for line in reports}) == 1
     assert [f"[turn {n}: " in line and "tokens/s]" in line for n, line in enumerate(reports, 1)] == [True] * 3
 
-    model, _ = generate.checkpoint.load(folder)
-    tokenizer = generate.tokenizers.load(folder)
-    turns = generate.Turns(tokenizer, template and generate.chat.load(folder, tokenizer))
-    conversation = Conversation(generate.Engine(model, "streaming", "squeeze", 48))
+    model, _ = checkpoint.load(folder)
+    tokenizer = tokenizers.load(folder)
+    turns = chat.Turns(tokenizer, template and chat.load(folder, tokenizer))
+    conversation = Conversation(Engine(model, "streaming", "squeeze", 48))
     expected = ""
     for text in said:
         answer = tokenizer.decode(list(conversation.stream(turns.ids(text), max_new_tokens=12)))

@@ -13,6 +13,7 @@ FLOORS = {
     "generate": 4,
     "benchmark": 3.5,
     "evaluation": 3.5,
+    "arguments": 3.5,
     "batch": 3.5,
     "engine": 3,
     "checkpoint": 2,

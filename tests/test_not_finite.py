@@ -11,6 +11,7 @@ from simulated import moved, simulated
 from test_graphs import FORMS
 from test_simulated import steps_do_not_wait
 
+import checkpoint
 import generate
 from conversation import Conversation
 from engine import Engine, Request
@@ -230,7 +231,7 @@ def test_no_figure_comes_of_them(model, bad_token):
 @pytest.fixture
 def broken_checkpoint(monkeypatch):
     """The embedded checkpoint, in which what a function does to it is broken."""
-    load = generate.checkpoint.load
+    load = checkpoint.load
 
     def breaking(change):
         def loaded(*args):
@@ -238,7 +239,7 @@ def broken_checkpoint(monkeypatch):
             change(model)
             return model, config
 
-        monkeypatch.setattr(generate.checkpoint, "load", loaded)
+        monkeypatch.setattr(checkpoint, "load", loaded)
 
     return breaking
 

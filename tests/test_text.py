@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,14 @@ from pathlib import Path
 import pytest
 from test_generate import TEMPLATE, converse, linked, refused, run_json
 
+import checkpoint
 import generate
+import tokenizer as tokenizers
+from arguments import Asked
 from conversation import Conversation
+from engine import Engine
 from errors import UserError
+from tokenizer import TextStream
 
 SAID = "import os"
 WILD = ("--temperature", "1.3", "--seed", "5")  # greedy answers repeat themselves
@@ -34,7 +40,7 @@ def piece(token: int) -> str:
 
 def first_new(tokens: list[int], least: int) -> int:
     """The first place from `least` on whose token has not been there before, and is a word of its own."""
-    known = generate.tokenizers.load(generate.EMBEDDED)
+    known = tokenizers.load(generate.EMBEDDED)
     words = [n for n, token in enumerate(tokens) if n >= least and token not in tokens[:n]]
     return next(n for n in words if known.token_bytes(tokens[n])[:1] == b" ")
 
@@ -48,7 +54,7 @@ def test_stop_at_a_special_token(capsys, tmp_path):
     at = first_new(plain["tokens"], 5)
     name = piece(plain["tokens"][at])
     folder = named(tmp_path, extra_special_tokens=[name])
-    before = generate.tokenizers.load(folder).decode(plain["tokens"][:at])
+    before = tokenizers.load(folder).decode(plain["tokens"][:at])
     for stop, text in ((name, before), (before[-3:] + name, before[:-3])):
         args = ("--checkpoint", folder, "--max-new-tokens", 40, "--stop", "absent" + name, "--stop", stop)
         result = run_json(capsys, *args, *WILD, "--prompt", SAID)
@@ -81,7 +87,7 @@ def test_a_special_stop_is_closed_by_the_next_turn(capsys, tmp_path, monkeypatch
         capsys, monkeypatch, f"{SAID}\nb\n", "--checkpoint", folder, "--stop", piece(plain["tokens"][at]), "--no-chat",
         "--max-new-tokens", 40, *WILD,
     )  # fmt: skip
-    tokenizer = generate.tokenizers.load(folder)
+    tokenizer = tokenizers.load(folder)
     assert code == 0 and out.startswith(tokenizer.decode(plain["tokens"][:at]) + "\n")
     assert fed[1] == tokenizer.encode("\nb", special=False)
 
@@ -126,7 +132,7 @@ def bos(folder: Path) -> Path:
 def test_rendered_prompts(capsys, tmp_path):
     """Names of special tokens are the tokens, and none is added. A job says it by line or for all lines."""
     folder = bos(linked(tmp_path, TEMPLATE))
-    tokenizer = generate.tokenizers.load(folder)
+    tokenizer = tokenizers.load(folder)
     text = f"<|endoftext|>{SAID}<|endoftext|>"
     parsed, plain = tokenizer.encode(text, False, True), tokenizer.encode(text)
     assert parsed[0] == parsed[-1] == plain[0] == 0 and len(plain) > len(parsed) + 4
@@ -180,9 +186,9 @@ def test_a_line_that_is_not_utf8(capsys, monkeypatch):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_stdout_that_cannot_show_a_character(monkeypatch, capsys, encoding):
-    load = generate.tokenizers.load
+    load = tokenizers.load
     monkeypatch.setattr(
-        generate.tokenizers, "load", lambda folder: replace(load(folder), token_bytes=lambda _: "é\u4f60".encode())
+        tokenizers, "load", lambda folder: replace(load(folder), token_bytes=lambda _: "é\u4f60".encode())
     )
     stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     with monkeypatch.context() as patch:
@@ -212,40 +218,36 @@ def watched(monkeypatch) -> list[list[int]]:
 
 def turns_of(error: BaseException | None, where: str, template: str | None, folder: Path, monkeypatch) -> list:
     """The ids fed and the messages of three turns. In the second one, `error` comes at its third token."""
-    args = generate.parse(["--interactive", "--max-new-tokens", "3" if error is None else "9", "--ignore-eos"])
-    args.save_plan = None
-    tokenizer = generate.tokenizers.load(folder)
-    turns = generate.Turns(tokenizer, generate.chat.load(folder, tokenizer) if template else None)
-    conversation = Conversation(generate.Engine(generate.checkpoint.load(folder)[0], "streaming", budget=64))
+    asked = Asked(
+        generate.parse(["--checkpoint", str(folder), "--interactive", "--ignore-eos", *["--no-chat"] * (not template)])
+    )
+    conversation = Conversation(Engine(checkpoint.load(folder)[0], "streaming", budget=64))
     with monkeypatch.context() as patch:
-        fed, made = watched(patch), generate.TextSoFar
+        fed = watched(patch)
         for number, said in enumerate((SAID, "def f():", "b")):
-            args.max_new_tokens = 3 if number != 1 or error is None else 9
+            asked.args.max_new_tokens = 3 if number != 1 or error is None else 9
+            pushed = []
 
-            class Failing(made):
-                count = 0
+            def fail(here: str) -> None:
+                if here == where and len(pushed[-1]) == 3 and number == 1 and error is not None:  # noqa: B023
+                    raise error
 
-                def fail(self, here: str) -> None:
-                    if here == where and len(self.pushed) == 3 and number == 1 and error is not None:  # noqa: B023
-                        raise error
+            def ends(self, tokens: list[int], own=TextStream.ends) -> bool:
+                pushed.append(tokens)  # noqa: B023
+                result = own(self, tokens)
+                fail("push")  # noqa: B023
+                return result
 
-                def push(self, tokens: list[int]) -> bool:
-                    self.pushed = tokens
-                    result = super().push(tokens)
-                    self.fail("push")
-                    return result
-
-                def print(self, last: bool = False) -> None:
-                    self.fail("print")
-
-            patch.setattr(generate, "TextSoFar", Failing)
-            try:
-                generate.answer(args, conversation, turns, said, frozenset())
-            except type(error) as caught:
-                assert caught is error
-            else:
-                assert error is None or number != 1
-    return [fed, turns.messages, conversation.seen]
+            with patch.context() as inner:
+                inner.setattr(TextStream, "ends", ends)
+                inner.setattr(generate, "print", lambda *_, **__: fail("print"), raising=False)  # noqa: B023
+                try:
+                    generate.answer(asked, conversation, said)
+                except type(error) as caught:
+                    assert caught is error
+                else:
+                    assert error is None or number != 1
+    return [fed, asked.turns.messages, conversation.seen]
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE], ids=["plain", "chat"])
@@ -267,18 +269,18 @@ def test_a_plan_that_cannot_be_saved_leaves_the_turn(tmp_path, monkeypatch, caps
     def full(*_) -> None:
         raise UserError("No space left on device")
 
-    monkeypatch.setattr(generate, "save_plan", full)
+    monkeypatch.setattr(Asked, "save_plan", full)
     code, out, err = converse(capsys, monkeypatch, f"{SAID}\nb\n")
     assert code == 2 and out == whole[1] and "No space left" in err and fed[2:] == before
 
 
 def test_ctrl_c_twice_ends_the_conversation(tmp_path, monkeypatch, capsys):
-    push = generate.TextSoFar.push
+    ends = TextStream.ends
 
     def pressing(self, tokens):
         for _ in range(2):
-            generate.signal.raise_signal(generate.signal.SIGINT)
-        return push(self, tokens)
+            signal.raise_signal(signal.SIGINT)
+        return ends(self, tokens)
 
-    monkeypatch.setattr(generate.TextSoFar, "push", pressing)
+    monkeypatch.setattr(TextStream, "ends", pressing)
     assert converse(capsys, monkeypatch, f"{SAID}\nb\n")[0] == 130

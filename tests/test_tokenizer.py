@@ -491,7 +491,7 @@ def test_stops_equal_naive_search(tokenizer: Tokenizer) -> None:
         for i in ids:
             text += stream.push(i)
             assert wanted.startswith(text)
-        assert text + stream.flush() == wanted and stream.stopped == stopped
+        assert text + stream.flush() == wanted == stream.text and stream.stopped == stopped
         hits += stopped
     assert 100 < hits < 300
 

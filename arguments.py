@@ -1,0 +1,226 @@
+"""The arguments of generate.py, and what they ask for: checked as far as possible before weights are loaded."""
+
+import argparse
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+import chat
+import checkpoint
+import machine
+import tokenizer as tokenizers
+from checkpoint import EMBEDDED
+from commandline import Parser, compiling, number, positive
+from engine import Engine
+from errors import UserError, cut, place, shown
+from files import POSITIVE, check_apart, check_output, decoded, is_a, read_json, write_json
+from formats import FORMATS
+from needs import Needs
+from policies import layers as layer_policies
+from policies import tokens as token_policies
+from sampling import Sampling
+from sizing import Sizing, check_budget
+from tokenizer import TextStream
+
+SQUEEZE_LAYERS, SQUEEZE_POLICY = "perturbation", "dropkv"  # what a bare --squeeze is (RESULTS.md, choices)
+TALK_POLICY = "streaming"  # in a conversation, where no first turn says what will be asked, and the latest counts
+SOURCES, TALKS = ("prompt", "prompt_file", "prompt_ids"), ("chat", "interactive")
+APART = (  # an argument, those that do not go with it, and why
+    ("prompt_ids", TALKS, "--prompt-ids are taken as they are; {} needs text"),
+    ("input", (*SOURCES, "interactive"), "--input brings the prompts; it does not go with {}"),
+    ("rendered", (*TALKS, "prompt_ids"), "--rendered is for a prompt that needs no template; it does not go with {}"),
+    ("interactive", ("json",), "--interactive prints text as it comes; it has no {}"),
+)
+
+
+def parse(argv: list[str] | None, manual: str = "") -> argparse.Namespace:
+    parser = Parser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_off = argparse.BooleanOptionalAction
+    add = parser.add_argument_group("the prompt").add_argument
+    add("--checkpoint", default=str(EMBEDDED), help="Hugging Face folder, .gguf file or hub id (default: embedded)")
+    add("--prompt", metavar="TEXT|-", help="the prompt; - reads standard input")
+    add("--prompt-file", metavar="F", help="a UTF-8 file with the prompt")
+    add("--prompt-ids", metavar="1,2,3", help="token ids, taken as they are")
+    add("--chat", action=on_off, help="use the checkpoint's chat template (--interactive: if any)")
+    rendered = (
+        "the prompt is a chat already rendered: names of special tokens in it are those tokens, and none is added"
+    )
+    rendered += " (one that lacks the tokenizer's BOS runs without it)"
+    add("--rendered", action="store_true", default=None, help=rendered)
+    add("--system", metavar="TEXT", help="the system message of a chat")
+    add("--interactive", action="store_true", help="go on, a turn a line, over one cache that keeps its size")
+    add("--input", metavar="F", help="a file of prompts, a JSON object a line")
+    add("--output", metavar="F", help="where the results go, a line each when it is done")
+    add("--resume", action="store_true", help="go on with what is in --output, if anything is")
+    add("--strict", action="store_true", help="end at the first bad line of --input (default: report it and go on)")
+    add("--batch-size", type=rows, metavar="N|auto", help="rows at a time (default auto: what fits into memory)")
+    add("--max-length", type=positive, metavar="N", help="tokens of prompt and answer (default: the longest line)")
+    add = parser.add_argument_group("the cache").add_argument
+    word = {"metavar": "NAME[:opt=value,...]"}
+    add("--policy", **word, help=f"tokens a layer keeps: {', '.join(token_policies.TOKEN_POLICIES)} (default: full)")
+    add("--layers", **word, help=f"slots per layer: {', '.join(layer_policies.LAYER_POLICIES)} (default: uniform)")
+    add("--squeeze", action="store_true", help="--layers perturbation, with good defaults for what is not given")
+    add("--budget", type=number, help="slots per layer, or the share of prompt + new tokens in (0, 1]")
+    add("--p", type=float, help="squeeze, mix: share of the budget that unimportant layers keep, in (0, 1]")
+    add("--sinks", type=int, help="streaming: how many first tokens stay for good (default: 4)")
+    add("--cache-format", choices=FORMATS, default="dense", help="numbers in slots: the model's (default) or of 8 bits")
+    add("--plan", metavar="FILE", help="slots per layer from a file (a JSON list, or what --save-plan or --json wrote)")
+    add("--save-plan", metavar="FILE", help="write the plan that was used")
+    add = parser.add_argument_group("the new tokens").add_argument
+    add("--max-new-tokens", type=int, default=128, metavar="N")
+    add("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    add("--top-k", type=int)
+    add("--top-p", type=float, default=1.0)
+    add("--seed", type=int, help="equal seeds give equal text (default: a new one each time)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be repeated")
+    add("--ignore-eos", action="store_true", help="do not stop at end-of-sequence")
+    add = parser.add_argument_group("where and how it runs").add_argument
+    add("--max-memory", type=float, metavar="GIB", help="refuse what may need more (default: what is free)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", default="auto", help="auto (the config's), bf16, fp16, fp32 or float64")
+    add("--compile", action=on_off, help="compile decode (default: on for CUDA)")
+    add("--json", action="store_true", help="print one JSON object instead of text")
+    return parser.parse_args(argv)
+
+
+def rows(text: str) -> int | None:
+    """None for auto."""
+    try:
+        return None if text == "auto" else positive(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor auto") from None
+
+
+def check_together(args: argparse.Namespace) -> None:
+    """UserError for arguments that do not go together."""
+
+    def given(*names: str) -> list[str]:
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, False)]
+
+    if len(sources := given(*SOURCES)) > 1:
+        raise UserError(f"give one of {' and '.join(sources)}, not both")
+    for name, others, line in APART:
+        if given(name) and (wrong := given(*others)):
+            raise UserError(line.format(wrong[0]))
+    if (args.input is None) != (args.output is None):
+        raise UserError("--input and --output go together")
+    if args.input is None and (only := given("resume", "strict", "batch_size", "max_length")):
+        raise UserError(f"{only[0]} is for a file of prompts; give --input and --output")
+    if args.interactive and args.prompt == "-":
+        raise UserError("--interactive reads its turns from standard input; the first one can be a --prompt-file")
+    if args.max_memory is not None and not 0 < args.max_memory * 2**30 < math.inf:
+        raise UserError(f"--max-memory must be a positive number of GiB, not {args.max_memory}")
+
+
+def choose_policies(args: argparse.Namespace) -> tuple[token_policies.TokenPolicy, layer_policies.LayerPolicy]:
+    if args.squeeze:  # written down for a job, whose results depend on what was chosen
+        suits = TALK_POLICY if args.interactive or args.sinks is not None else SQUEEZE_POLICY  # only that one has sinks
+        args.policy, args.layers = args.policy or suits, args.layers or SQUEEZE_LAYERS
+        means = f"--squeeze means --layers {SQUEEZE_LAYERS}"
+        if args.layers.partition(":")[0] != SQUEEZE_LAYERS:
+            raise UserError(f"{means}; give one of it and --layers {cut(args.layers)}")
+        if args.p is not None:
+            raise UserError(f"{means}, which has no p; give --layers squeeze --p instead")
+        if args.policy == "full":
+            raise UserError("--squeeze has nothing to squeeze with --policy full; use another, such as streaming")
+    sinks = {} if args.sinks is None else {"sinks": args.sinks}
+    p = {} if args.p is None else {"p": args.p}
+    return token_policies.make(args.policy or "full", **sinks), layer_policies.make(args.layers or "uniform", **p)
+
+
+def read_plan(path: str) -> list[int]:
+    plan = read_json(path, (dict, list))
+    plan = plan.get("plan") if isinstance(plan, dict) else plan
+    if plan == [] or not is_a(plan, [POSITIVE]):
+        a_plan = "a plan is a list of positive integers, slots per layer, or an object that has one"
+        raise UserError(f"{place(path)}: {a_plan}; not {shown(plan)}")
+    return plan
+
+
+def check_paths(args: argparse.Namespace, folder: Path) -> None:
+    """UserError unless every output can be written and is no other path of the run."""
+    state = None if args.output is None else f"{args.output}.job.json"
+    outputs = {"--output": args.output, "--save-plan": args.save_plan, "the state of --output": state}
+    inputs = {"--input": args.input, "--prompt-file": args.prompt_file, "--plan": args.plan, "--checkpoint": folder}
+    outputs, inputs = ({flag: path for flag, path in paths.items() if path is not None} for paths in (outputs, inputs))
+    for flag, path in outputs.items():
+        check_output(path, flag)
+    check_apart(outputs, inputs)
+
+
+def text_of(given: str, name: str) -> str:
+    """An argument or a line as the text that its bytes are. UserError if they are none."""
+    try:
+        return decoded(given.encode("utf-8", "surrogateescape"), name)
+    except UnicodeEncodeError:
+        raise UserError(f"{name} holds half of a surrogate pair, which is no character") from None
+
+
+class Asked:
+    """What the arguments ask for."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        check_together(args)
+        policies = choose_policies(args)
+        for stop in args.stop:
+            text_of(stop, "--stop")
+        self.sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+        plan = None if args.plan is None else read_plan(args.plan)
+        if args.budget is not None:
+            check_budget(args.budget)
+        self.folder = checkpoint.resolve(args.checkpoint)
+        check_paths(args, self.folder)
+        tokenizer = tokenizers.load(self.folder)
+        if tokenizer is None and args.prompt_ids is None and args.input is None:
+            raise UserError(f"{place(args.checkpoint)} has no tokenizer; give the prompt as --prompt-ids")
+        self.tokenizer = tokenizer or tokenizers.NONE
+        self.turns = chat.Turns(self.tokenizer, self._template(), args.system)
+        self.text()  # or the stop strings make none
+        talk = bool(args.chat or args.interactive)
+        self.eos_ids = frozenset() if args.ignore_eos else tokenizers.eos_ids(self.folder, tokenizer, talk)
+        self.device = checkpoint.find_device(args.device)
+        self.limit = machine.free(self.device) if args.max_memory is None else int(args.max_memory * 2**30)
+        config = checkpoint.read_config(self.folder, args.dtype)
+        self.sizing = Sizing(config, *policies, args.budget, plan, format=args.cache_format)
+
+    def _template(self) -> chat.ChatTemplate | None:
+        args = self.args
+        wanted = args.chat or args.interactive and args.chat is None
+        template = chat.load(self.folder, self.tokenizer) if wanted else None
+        if args.chat and template is None:
+            without = "without --chat the prompt is continued as it stands"
+            raise UserError(f"{place(args.checkpoint)} has no chat template; {without}")
+        if args.system is not None and template is None:
+            raise UserError("--system is a part of a chat; give --chat and a checkpoint that has a chat template")
+        return template
+
+    def text(self) -> TextStream:
+        """The text of an answer, nothing yet."""
+        return TextStream(self.tokenizer, self.args.stop, continues=True)
+
+    def ids(self, prompt: str, rendered: bool | None = None) -> list[int]:
+        """Of a prompt; its line in a job may say whether it is rendered."""
+        return self.turns.ids(prompt, bool(self.args.rendered) if rendered is None else rendered)
+
+    def engine(self) -> Engine:
+        model, _ = checkpoint.load(self.folder, self.device, self.args.dtype)
+        sizing, compiled = self.sizing, self.device.type == "cuda" if self.args.compile is None else self.args.compile
+        return Engine(model, sizing.policy, sizing.layer_policy, sizing.budget, sizing.given, compiled, sizing.format)
+
+    @contextmanager
+    def engine_for(self, length: int) -> Iterator[Engine]:
+        """The engine, to be used within, for one sequence of `length` tokens. UserError for want of memory."""
+        needs = Needs.of(self.sizing, length)
+        if self.args.max_memory is not None or needs.row > self.limit:  # only the cache is allocated at once
+            needs.check(1, self.limit)
+        with needs.explained(1, self.limit), compiling():
+            yield self.engine()
+
+    def save_plan(self, plan: list[int]) -> None:
+        if self.args.save_plan is not None:
+            names = {"policy": self.sizing.policy.name, "layers": self.sizing.layer_policy.name}
+            write_json(self.args.save_plan, {"plan": plan, **names})
