@@ -135,8 +135,11 @@ class Engine:
             judged = list(judged)
             able = [request for request, refusal in judged if not refusal]
             samplings = [*(samplings or ()), *(request.sampling for request in able)]
-            batch_size = min(batch_size or len(able), len(able)) or 1
-            max_length = max_length or max((request.length for request in able), default=None) or self.policy.floor
+            if not able:
+                yield from (Completion.refused(*refused) for refused in judged)
+                return
+            batch_size = min(batch_size or len(able), len(able))
+            max_length = max_length or max(request.length for request in able)
         if batch_size is None or max_length is None:
             raise UserError("requests that are not a sequence need a batch_size and a max_length")
         queue = iter(judged)

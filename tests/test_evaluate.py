@@ -20,6 +20,7 @@ import checkpoint
 import evaluate
 import tokenizer as tokenizers
 from benchmark.record import portable
+from bound import compiled_graphs
 from conversation import Conversation
 from engine import Engine, Request
 from errors import UserError
@@ -29,7 +30,6 @@ from evaluation.fidelity import Fidelity
 from evaluation.passkey import Passkey, scored
 from evaluation.summary import Scores, wilson, with_interval
 from evaluation.tasks import Log, Results, Row, batches
-from graphs import compiled_graphs
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = Path(argparse.__file__)
