@@ -1,8 +1,7 @@
 """The KV cache: one arena, of which each layer owns its slots, and attention of new tokens over them.
 
-Shapes as in model.py. Keys and values are stored once per key-value head. The filled slots of a row are always a
-prefix, `min(seen, slots)` of them, so evicting a token means that the next one overwrites it and a full layer needs no
-mask.
+Shapes as in model.py. Keys and values are stored once per key-value head. The filled slots of a row are always its first
+`min(seen, slots)`: a new token overwrites the one that is evicted, and a full layer needs no mask.
 """
 
 import math
@@ -17,9 +16,7 @@ from kernels import decoded, dot, mix, softcapped
 
 
 class LayerCache(NamedTuple):
-    """One layer's views into the arenas: what its slots hold [B, K, N, ...]; score, position [B, K, N] for policies
-    that keep them.
-    """
+    """One layer's views of the arenas: what its slots hold [B, K, N, ...]; score, position [B, K, N] if they are kept."""
 
     stored: Stored
     score: Tensor | None = None
