@@ -1,6 +1,6 @@
 """The KV cache: one arena, of which each layer owns its slots, and attention of new tokens over them.
 
-Shapes as in model.py. Keys and values are stored once per key-value head. The filled slots of a row are always its first
+Shapes as in model.py. Keys and values are stored once per key-value head. A row's filled slots are always its first
 `min(seen, slots)`: a new token overwrites the one that is evicted, and a full layer needs no mask.
 """
 
@@ -16,7 +16,7 @@ from kernels import decoded, dot, mix, softcapped
 
 
 class LayerCache(NamedTuple):
-    """One layer's views of the arenas: what its slots hold [B, K, N, ...]; score, position [B, K, N] if they are kept."""
+    """One layer's views of the arenas: what its slots hold [B, K, N, ...]; scores, positions if they are kept."""
 
     stored: Stored
     score: Tensor | None = None
@@ -133,7 +133,7 @@ class KVCache:
         memory: Memory | None = None,
         format: str = "dense",
     ):
-        self.plan, self.batch, self.device, self.format = list(plan), batch, device, format
+        self.plan, self.batch, self.device = list(plan), batch, device
         memory, wide = memory or Memory(), torch.promote_types(dtype, torch.float32)
         self.kv, self.state = arenas(format, dtype, head_dim), {}
         if scored:
