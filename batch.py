@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import files
 from engine import Engine
-from errors import UserError, cut, place, shown
+from errors import UserError, cut, in_bytes, place, shown
 from files import NATURAL, POSITIVE, Lines
 from needs import Needs
 from prefill import plan_for
@@ -159,7 +159,7 @@ class Job:
                 continue
             try:
                 if raw is None:
-                    raise UserError(f"{size / 2**20:,.0f} MiB long; {files.amount(file.most)} is the most for a line")
+                    raise UserError(f"{size / 2**20:,.0f} MiB long; {in_bytes(file.most)} is the most for a line")
                 line = self._line(number, raw)
                 self._check(line)
             except UserError as error:

@@ -32,6 +32,16 @@ def cut(text: str, most: int = LONGEST) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
+def in_bytes(amount: float) -> str:
+    """An amount of bytes in the unit that suits it."""
+    amount = min(amount, 1e100)  # an integer may be too large for a division
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.4g} {unit}"
+        amount /= 1024
+    return f"{amount:.4g} GiB"
+
+
 def place(path: Any) -> str:
     """The last 80 characters of a path, which say more than its first ones."""
     text = visible(str(path))

@@ -19,7 +19,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
-from errors import UserError, cut, place, reason, shown
+from errors import UserError, cut, in_bytes, place, reason, shown
 
 MIB = 1 << 20
 MOST_BYTES = 256 * MIB  # of an input that is read as a whole
@@ -64,12 +64,8 @@ def read_stream(file: BinaryIO, where: str, most: int = MOST_BYTES) -> bytes:
     """All bytes of an open file. UserError, which begins with `where`, if they are more than `most`."""
     data = file.read(most + 1)
     if len(data) > most:
-        raise UserError(f"{where} holds more than {amount(most)}, the most that is read; shorten it")
+        raise UserError(f"{where} holds more than {in_bytes(most)}, the most that is read; shorten it")
     return data
-
-
-def amount(most: int) -> str:
-    return f"{most // MIB} MiB" if most >= MIB else f"{most} bytes"
 
 
 class RawLine(NamedTuple):

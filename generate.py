@@ -35,9 +35,8 @@ from arguments import Asked, parse, text_of
 from batch import Job, Summary
 from checkpoint import EMBEDDED
 from conversation import Conversation
-from errors import UserError, place, shown
-from files import PROMPT_BYTES, accessing, amount, decoded, exclusive, read_stream, read_text
-from machine import size
+from errors import UserError, in_bytes, place, shown
+from files import PROMPT_BYTES, accessing, decoded, exclusive, read_stream, read_text
 from needs import Needs
 from request import Completion, Figures, Request, Stream
 from tokenizer import TextStream
@@ -89,8 +88,8 @@ def report(asked: Asked, result: dict[str, Any], of: str) -> list[str]:
         *lines,
         "",
         f"cache    {result['policy']} x {layers}, {result['budget_slots']} slots per layer{chosen}{of}",
-        f"KV       {size(kv)} of {size(full)} ({kv / full:.0%} of the full cache), {sizing.format}, "
-        f"policy state {size(result['state_bytes'])}",
+        f"KV       {in_bytes(kv)} of {in_bytes(full)} ({kv / full:.0%} of the full cache), {sizing.format}, "
+        f"policy state {in_bytes(result['state_bytes'])}",
     ]
 
 
@@ -180,8 +179,8 @@ def interact(asked: Asked) -> int:
                 code = 2
             else:
                 print(
-                    f"[turn {turn}: {conversation.seen:,} tokens so far; KV {size(figures.kv_bytes)}, "
-                    f"{size(figures.kv_bytes_full)} in full; {figures.decode_tokens_per_s:,.1f} tokens/s]",
+                    f"[turn {turn}: {conversation.seen:,} tokens so far; KV {in_bytes(figures.kv_bytes)}, "
+                    f"{in_bytes(figures.kv_bytes_full)} in full; {figures.decode_tokens_per_s:,.1f} tokens/s]",
                     file=sys.stderr,
                 )
     return code
@@ -223,7 +222,7 @@ def lines(args: argparse.Namespace) -> Iterator[str]:
         if not (line or typed):  # the end
             return
         if len(line) > PROMPT_BYTES:
-            raise UserError(f"a line of standard input holds more than {amount(PROMPT_BYTES)}; shorten it")
+            raise UserError(f"a line of standard input holds more than {in_bytes(PROMPT_BYTES)}; shorten it")
         if line := line.removesuffix("\n"):
             yield line
 

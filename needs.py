@@ -4,8 +4,8 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from config import parameters
-from errors import UserError
-from machine import explained, size
+from errors import UserError, in_bytes
+from machine import explained
 from model import FEED_CHUNK, PROMPT_CHUNK
 from policies.tokens import TokenPolicy
 from sizing import Sizing, rows_at_once
@@ -80,11 +80,11 @@ class Needs(NamedTuple):
             raise UserError(self.refusal(rows, limit))
 
     def refusal(self, rows: int, limit: int) -> str:
-        work = self.total(rows) - self.weights - rows * self.row
-        smaller = "--batch-size, --budget" if rows > 1 else "--budget"
+        cache, smaller = rows * self.row, "--batch-size, --budget" if rows > 1 else "--budget"
+        work = self.total(rows) - self.weights - cache
         return (
-            f"out of memory: weights {size(self.weights)}, cache of {rows} row{'s'[: rows > 1]} {size(rows * self.row)}"
-            f", work beside them up to {size(work)}, limit {size(limit)}; use a smaller {smaller}, prompt, "
+            f"out of memory: weights {in_bytes(self.weights)}, cache of {rows} row{'s'[: rows > 1]} {in_bytes(cache)}, "
+            f"work beside them up to {in_bytes(work)}, limit {in_bytes(limit)}; use a smaller {smaller}, prompt, "
             f"--max-new-tokens or --dtype"
         )
 
