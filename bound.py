@@ -8,7 +8,8 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 FIRST, LAST = (2, 11), (2, 13)
 # Every policy, and every kind of model, adds its own graphs to the same code; Dynamo's default allows 8 in all.
 RECOMPILE_LIMIT = 128
+# Releases that let a function have its own limit get it so (`compiled` in graphs.py), in others each call sets it.
+LIMITED = {"recompile_limit": RECOMPILE_LIMIT} if "recompile_limit" in signature(torch.compile).parameters else {}
 
 
 def known(version: str) -> bool:
@@ -40,8 +43,7 @@ class Bound:
     def __call__(self, x: Tensor) -> Tensor:
         if self.code:
             return self.code([*self.before, x, *self.after])[0]
-        limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
-        with torch._dynamo.config.patch(recompile_limit=limit), _heard() as calls:
+        with nullcontext() if LIMITED else _limited(), _heard() as calls:
             out = self.function(self.first, x, *self.rest)
         if len(calls) == 1:
             [(code, inputs, outputs)] = calls
@@ -49,6 +51,11 @@ class Bound:
             if len(at) == 1 and len(outputs) == 1 and outputs[0] is out:
                 self.code, self.before, self.after = code, inputs[: at[0]], inputs[at[0] + 1 :]
         return out
+
+
+def _limited() -> AbstractContextManager:
+    limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+    return torch._dynamo.config.patch(recompile_limit=limit)
 
 
 _listening = threading.RLock()  # held by the thread whose calls are heard

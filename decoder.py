@@ -40,9 +40,8 @@ class Decoder:
         self.tokens = torch.zeros(cache.batch, dtype=torch.int64, device=cache.device)
         self.seen = torch.zeros_like(self.tokens)
         self.slots = [Slots(layer, self.seen, policy) for layer, policy in zip(cache.layers, policies, strict=True)]
-        position = self.seen[:, None]
         blocks = zip(model.layers, rotary, self.slots, strict=True)
-        self.blocks = [code.bound(code.block, block, position, *own) for block, *own in blocks]
+        self.blocks = [code.bound(code.block, block, *own) for block, *own in blocks]
         self.head = code.bound(code.logits, model)
         if code.compiled and len(set(cache.plan)) > 1:
             # One graph for all lengths from the start. Where all are equal a static one is faster.
@@ -119,7 +118,7 @@ class Decoder:
             positions = self.seen[:, None] + torch.arange(chunk.shape[1], device=ids.device)
             x = self.model.embedded(chunk, positions)
             for block, rotary, slots in zip(self.model.layers, self.rotary, self.slots, strict=True):
-                x = block(x, positions, rotary, slots)
+                x = block(x, rotary, slots)
             self.seen += chunk.shape[1]
             ids = ids[:, chunk.shape[1] :]
             yield x

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bound import Bound
+from bound import LIMITED, Bound
 from model import Block, Transformer
 
 
@@ -48,4 +48,4 @@ class CudaGraphs:
 
 def compiled(function: Callable) -> Callable:
     """The function through Inductor, as one graph for each kind of input; where it cannot be one, an error."""
-    return torch.compile(function, fullgraph=True)
+    return torch.compile(function, fullgraph=True, **LIMITED)

@@ -68,10 +68,9 @@ class Transformer(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [B, S] -> logits [B, S, vocab], without a cache."""
-        positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        x = self.embedded(ids, positions)
+        x = self.embedded(ids, torch.arange(ids.shape[1], device=ids.device)[None])
         for block, rotary in zip(self.layers, self.rotary(ids.shape[1]), strict=True):
-            x = block(x, positions, rotary, Causal())
+            x = block(x, rotary, Causal())
         return self.logits(x)
 
     def rotary(self, length: int) -> list[Tensor]:
@@ -132,10 +131,10 @@ class Block(nn.Module):
         self.feed_forward = Experts(config) if config.experts else FeedForward(config)
         self.post_ffn_norm = make_norm(config) if post else nn.Identity()
 
-    def forward(self, x: Tensor, positions: Tensor, rotary: Tensor, cache: "Causal | Slots") -> Tensor:
-        """x [B, T, C], tokens at `positions` [B or 1, T] -> x. `cache` is what they attend to, and may keep of them."""
+    def forward(self, x: Tensor, rotary: Tensor, cache: "Causal | Slots") -> Tensor:
+        """x [B, T, C] -> x. `cache` says where the tokens are and what they attend to, and may keep some of it."""
         normed = self.attention_norm(x)
-        after = x + self.branch(self.attention(normed, positions, rotary, cache))
+        after = x + self.branch(self.attention(normed, rotary, cache))
         cache.moved(x, after)
         return self.feed(x, normed, after)
 
@@ -157,6 +156,10 @@ class Block(nn.Module):
 class Causal:
     """What the tokens of a block attend to where there is no cache: themselves and those before."""
 
+    def positions(self, x: Tensor) -> Tensor:
+        """Of tokens x [B, T, C]: [B or 1, T]."""
+        return torch.arange(x.shape[1], device=x.device)[None]
+
     def attend(self, attention: "Attention", q: Tensor, k: Tensor, v: Tensor, k_raw: Tensor, rotary: Tensor) -> Tensor:
         """What the heads read [B, H, T, D]. q, k are rotated, k_raw [B, K, T, D] are the keys before."""
         return attention.over_prompt(q, k, v)
@@ -175,12 +178,14 @@ class Slots(NamedTuple):
     seen: Tensor
     policy: Any
 
+    def positions(self, x: Tensor) -> Tensor:
+        """As of `Causal`."""
+        first = self.seen[:, None]
+        return first if x.shape[1] == 1 else first + torch.arange(x.shape[1], device=x.device)
+
     def attend(self, attention: "Attention", q: Tensor, k: Tensor, v: Tensor, k_raw: Tensor, rotary: Tensor) -> Tensor:
         """As of `Causal`. Writes the cache in place. One token a row, or several where the sinks are in the cache."""
-        layer, seen, policy = self
-        positions = seen[:, None]
-        if q.shape[2] > 1:
-            positions = positions + torch.arange(q.shape[2], device=q.device)
+        (layer, seen, policy), positions = self, self.positions(k_raw[:, 0])
         if policy.sinks:  # the first tokens are kept unrotated
             k = torch.where((positions < policy.sinks)[:, None, :, None], k_raw, k)
         if q.shape[2] > 1:
@@ -228,10 +233,11 @@ class Attention(nn.Module):
         """x [B, heads, T, D], rotated to positions that broadcast to [B, heads, T]; rotary as of `rotary_of`."""
         return rotate(x, *rotary_angles(positions, rotary, self.rope_scale))
 
-    def forward(self, x: Tensor, positions: Tensor, rotary: Tensor, cache: Causal | Slots) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, cache: Causal | Slots) -> Tensor:
         """x [B, T, C] -> output [B, T, C]."""
         q, k_raw, v = self.project(x)
-        q, k = self.turn(q, positions[:, None], rotary), self.turn(k_raw, positions[:, None], rotary)
+        positions = cache.positions(x)[:, None]
+        q, k = self.turn(q, positions, rotary), self.turn(k_raw, positions, rotary)
         return self.wo(cache.attend(self, q, k, v, k_raw, rotary).transpose(1, 2).flatten(2))
 
     def over_prompt(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

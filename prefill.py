@@ -139,10 +139,10 @@ def read(
     """
     ids, lengths, rotary = prompts
     count, length = ids.shape
-    positions, size = torch.arange(length, device=ids.device)[None], rows_at_once(length)
+    size = rows_at_once(length)
     groups = [slice(first, min(first + size, count)) for first in range(0, count, size)]
     real = [lengths[rows] if int(lengths.min()) < length else None for rows in groups]
-    x, signals = model.embedded(ids, positions), []
+    x, signals = model.embedded(ids, torch.arange(length, device=ids.device)[None]), []
     for block, frequencies, policy, measure in zip(
         model.layers, rotary, policies, measures or [None] * len(policies), strict=True
     ):
@@ -150,7 +150,7 @@ def read(
         for rows, own in zip(groups, real, strict=True):
             reading = Reading(block, policy, own, measure)
             turned = frequencies[rows] if frequencies.dim() > 1 else frequencies
-            x[rows] = block(x[rows], positions, turned, reading)
+            x[rows] = block(x[rows], turned, reading)
             done.append(reading)
             yield
         signals.append(torch.cat([each.signal for each in done]))

@@ -36,6 +36,12 @@ def test_every_policy_is_bound(policy):
 def test_another_release_runs_the_compiled_code_as_it_is(monkeypatch):
     assert known("2.11.0+cu126") and known("2.13.1") and not any(map(known, ("2.10.0", "2.14.0.dev1", "3.0", "")))
     monkeypatch.setattr(bound_module, "known", lambda version: False)
+    monkeypatch.setattr(bound_module, "LIMITED", {})  # no function has a limit of its own
+    monkeypatch.setattr("graphs.LIMITED", {})
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    torch._dynamo.reset()
+    for policy in ("window", "h2o"):
+        compiled_equals_eager(random_model(n_layers=2), policy)
     decoder = compiled_equals_eager(random_model(n_layers=2), "streaming")
     assert not any(call.code for call in (*decoder.blocks, decoder.head))
 
