@@ -38,10 +38,10 @@ def test_another_release_runs_the_compiled_code_as_it_is(monkeypatch):
     monkeypatch.setattr(bound_module, "known", lambda version: False)
     monkeypatch.setattr(bound_module, "LIMITED", {})  # no function has a limit of its own
     monkeypatch.setattr("graphs.LIMITED", {})
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     torch._dynamo.reset()
-    for policy in ("window", "h2o"):
-        compiled_equals_eager(random_model(n_layers=2), policy)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for policy in ("window", "h2o"):
+            compiled_equals_eager(random_model(n_layers=2), policy)
     decoder = compiled_equals_eager(random_model(n_layers=2), "streaming")
     assert not any(call.code for call in (*decoder.blocks, decoder.head))
 
