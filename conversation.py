@@ -1,6 +1,7 @@
 """A conversation: turns that go on from each other over one cache, which stays as large, however long it becomes."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 
 from engine import Batch, Engine
 from errors import UserError, integers
@@ -45,14 +46,7 @@ class Conversation:
             self.batch = Batch(self.engine, 1, self.engine.model.config.max_positions, [self.sampling], endless=True)
         if before:
             before.close()
-        completion = Completion(request)
-        self._stream, self._unfed = Stream(self._answer(self.batch, completion), completion), unfed
+        completion, ended = Completion(request), ExitStack()
+        ended.callback(self.batch.cancel, completion)
+        self._stream, self._unfed = Stream(self.batch, completion, within=ended), unfed
         return self._stream
-
-    @staticmethod
-    def _answer(batch: Batch, completion: Completion) -> Iterator[int]:
-        batch.admit(completion)
-        try:
-            yield from batch.tokens(completion)
-        finally:
-            batch.cancel(completion)

@@ -89,7 +89,7 @@ class Decoder:
         self.seen += 1
         return self.head(x[:, 0])
 
-    def read(self) -> Callable[[], list[int]]:
+    def ask(self) -> Callable[[], list[int]]:
         """Ask for `tokens` as they are after all that has been started. Who calls the answer waits for it."""
         if self.tokens.device.type != "cuda":
             tokens = self.tokens.tolist()

@@ -2,10 +2,8 @@
 
     model, config = checkpoint.load("checkpoints/tiny")
     engine = Engine(model, policy="h2o", layers="squeeze", budget=0.25)
-    stream = engine.stream(ids, max_new_tokens=64)
-    for token in stream:
+    for token in engine.stream(ids, max_new_tokens=64):
         ...
-    print(stream.completion.figures.plan)
 
 What happens to a request, step by step: README.md, "One request". `Batch` does it for many rows.
 """
@@ -18,7 +16,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from bound import compiled_graphs
 from decoder import Decoder, Store
@@ -33,7 +30,7 @@ from policies.layers.base import mean_finite
 from policies.tokens import TokenPolicy
 from prefill import Held, NotFinite, Prompts, read
 from request import Completion, Figures, Request, Stream
-from sampling import GREEDY, NOT_FINITE, Sampler, Sampling, not_finite
+from sampling import GREEDY, NOT_FINITE, Sampler, Sampling, kind_of, not_finite
 from sizing import Sizing, rows_at_once
 
 CHUNK = 2048  # tokens of prompts that go through all layers, or as many times more through fewer, between two steps
@@ -45,7 +42,7 @@ class Engine:
     policy, layers: a policy or its name. budget: slots per layer (an integer above 1) or the share of
     prompt + max_new_tokens in (0, 1] that a uniform plan would give; None chooses one that suits the request.
     plan: slots per layer, instead of letting `layers` and `budget` decide. compile: run decode through one compiled
-    block, used for every layer. cache_format: "dense", or "int8" for a cache of 8 bits a number (kvcache.py). UserError
+    block, used for every layer. cache_format: "dense", or "int8" for a cache of 8 bits a number (formats.py). UserError
     for what does not fit together.
     """
 
@@ -95,14 +92,8 @@ class Engine:
         """One request's tokens as they are made. UserError, before anything is allocated, for one that cannot run."""
         request = Request(ids, max_new_tokens, sampling, eos_ids, stop)
         self.sizing.check(request.ids, max_new_tokens)
-        batch, completion = self.batch(1, request.length, [sampling]), Completion(request)
-
-        def tokens() -> Iterator[int]:
-            with batch:
-                batch.admit(completion)
-                yield from batch.tokens(completion)
-
-        return Stream(tokens(), completion)
+        batch = self.batch(1, request.length, [sampling])
+        return Stream(batch, Completion(request), within=batch)
 
     def batch(
         self, rows: int, max_length: int, samplings: Collection[Sampling] | None = None, apart: bool = False
@@ -121,15 +112,13 @@ class Engine:
         """Run the requests, `batch_size` rows at a time; yields each one's completion when it ends.
 
         By default a sequence of requests is one batch, as long as the longest that can run; other iterables, which are
-        read as rows get free, need both numbers. A request that cannot run yields a completion with its `error` as soon
-        as it is read. max_length, samplings, apart: see `Batch`.
+        read as rows get free, need both numbers, and have all rows from the start. A request that cannot run yields a
+        completion with its `error` as soon as it is read. max_length, samplings, apart: see `Batch`.
         """
         if not isinstance(requests, Iterable):
             raise UserError(f"requests must be a sequence or an iterable of Request, not {shown(requests)}")
-        if batch_size is not None:
-            whole(batch_size, "batch_size", least=1)
-        if max_length is not None:
-            whole(max_length, "max_length", least=1)
+        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+            value is None or whole(value, name, least=1)
         judged = ((request, self.refusal(request)) for request in requests)
         if isinstance(requests, Sequence):
             judged = list(judged)
@@ -148,7 +137,7 @@ class Engine:
                 while queue and batch.free:
                     if (another := next(queue, None)) is None:
                         queue = None
-                    elif refusal := another[1] or batch.too_long(another[0]):
+                    elif refusal := another[1] or batch.misfit(another[0]):
                         yield Completion.refused(another[0], refusal)
                     else:
                         batch.admit(Completion(another[0]))
@@ -169,7 +158,7 @@ class Engine:
         samplings: Collection[Sampling] | None,
         lent: ExitStack | None = None,
     ) -> tuple[Decoder, bool]:
-        """A decoder of that many rows, and whether it is new: out of the store until `lent` is closed, or its own."""
+        """A decoder of that many rows, and whether it is new. The store lends it until `lent` is closed, if given."""
         c, sampler = self.model.config, Sampler([GREEDY] * rows, self.device, samplings)
 
         def make(memory: Memory) -> Decoder:
@@ -201,7 +190,7 @@ class Batch:
 
     max_length: the most tokens of a prompt and its answer; it fixes the arena. samplings: all ways in which requests
     sample, if that is known: no step computes more. apart: what a request gets must not depend on the others, not even
-    in the last bits, so prompts are read one by one. endless: the one row is a conversation's.
+    in the last bits, so prompts are read one by one. endless: there is one row, which is a conversation's.
     """
 
     def __init__(
@@ -217,6 +206,7 @@ class Batch:
             raise UserError(f"samplings must be some of Sampling, not {shown(samplings)}")
         rows, max_length = whole(rows, "rows", least=1), whole(max_length, "max_length", least=1)
         self.engine, self.max_length, self.samplings, self.endless = engine, max_length, samplings, endless
+        self._kind = kind_of(None if samplings is None else [GREEDY, *samplings])
         self.sizes = engine.sizing.at(max_length, endless)
         if apart and self.sizes.plan is None:
             raise UserError(f"requests that run apart need a plan; {engine.layer_policy.name} makes it from prompts")
@@ -229,9 +219,9 @@ class Batch:
         self._reading: Iterator[None] | None = None
         self._wanted = [0] * rows  # tokens of each row that have been asked for
         self._asked: deque[tuple[list[Completion | None], Callable[[], list[int]], bool]] = deque()
-        self._ended: list[Completion] = []  # without a token, since the last `collect`
+        self._news: dict[int, Completion] = {}  # those that got a token or ended since the last `collect`, by id
         self._step_s, self._graphs = 0.0, compiled_graphs()  # what is not in the figures yet; graphs before it
-        self._lent = ExitStack()
+        self._lent, self._left = ExitStack(), False
 
     def __enter__(self) -> "Batch":
         return self
@@ -240,7 +230,9 @@ class Batch:
         """All that is left is interrupted, and the memory can be used again."""
         for completion in [*self._waiting, *self._entering.values(), *filter(None, self._running)]:
             completion.finish_reason = completion.finish_reason or "interrupted"
-        self._waiting.clear()
+        self._left, self._waiting, self._entering, self._reading, self.decoder = True, deque(), {}, None, None
+        self._running, self._news = [None] * len(self._running), {}
+        self._asked.clear()
         self._lent.__exit__(*error)
 
     @property
@@ -251,17 +243,21 @@ class Batch:
     @property
     def busy(self) -> bool:
         """Whether anything is left to do or to collect."""
-        return bool(self._waiting or self._entering or self._asked or self._ended or any(self._running))
+        return bool(self._waiting or self._entering or self._asked or self._news or any(self._running))
 
-    def too_long(self, request: Request) -> str | None:
-        """Why the request does not fit into a row, in one line."""
-        if self.endless or request.length <= self.max_length:
-            return None
-        return f"{len(request.ids)} prompt + {request.max_new_tokens} new tokens exceed max-length {self.max_length}"
+    def misfit(self, request: Request) -> str | None:
+        """Why the request does not fit into a row of this batch, in one line."""
+        sampling, (greedy, restricted) = request.sampling, self._kind
+        if not self.endless and request.length > self.max_length:
+            new = request.max_new_tokens
+            return f"{len(request.ids)} prompt + {new} new tokens exceed max-length {self.max_length}"
+        if greedy and sampling.temperature > 0 or sampling.restricted and not restricted:
+            return f"the batch's samplings have none like {shown(sampling)}"
+        return None
 
     def add(self, request: Request) -> Completion:
         """Queue a request, which is read as soon as there is a row for it. UserError if it cannot run."""
-        if refusal := self.engine.refusal(request) or self.too_long(request):
+        if refusal := self.engine.refusal(request) or self.misfit(request):
             raise UserError(refusal)
         completion = Completion(request)
         self.admit(completion)
@@ -269,20 +265,25 @@ class Batch:
 
     def admit(self, completion: Completion) -> None:
         """Queue a request that has been checked."""
+        if self._left:
+            raise UserError("this batch has been left; make another one")
         self._waiting.append(completion)
 
     def cancel(self, completion: Completion) -> None:
-        """End it now, with the tokens that it has: its row is free for the next one. Nothing, if it has ended."""
-        if not completion.finish_reason:
-            self._waiting = deque(own for own in self._waiting if own is not completion)
+        """End one of this batch now, with the tokens that it has: its row is free. Nothing, if it has ended."""
+        own = [*self._waiting, *self._entering.values(), *self._running]
+        if completion in own and not completion.finish_reason:
+            self._waiting = deque(other for other in self._waiting if other is not completion)
             self._end(completion, "interrupted")
 
     def _end(self, completion: Completion, reason: str, error: str | None = None) -> None:
         completion.finish_reason, completion.error = reason, error
         self._running = [None if own is completion else own for own in self._running]
+        self._news[id(completion)] = completion
         if all(own.finish_reason for own in self._entering.values()):  # nobody wants what is being read
+            if self._entering and self.endless and self.decoder:  # a part of it is in the cache
+                completion.error = completion.error or "this turn was cut off while it was read"
             self._entering, self._reading = {}, None
-        self._ended.append(completion)
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -297,17 +298,10 @@ class Batch:
 
     def collect(self) -> list[Completion]:
         """The requests that got a token, or ended, since the last time. Waits for a step only if `lag` others run."""
-        news, self._ended = self._ended, []
-        while not news and self._asked and (len(self._asked) > self.lag or not self._wanting()):
-            news = self._taken(*self._asked.popleft())
+        while not self._news and self._asked and (len(self._asked) > self.lag or not self._wanting()):
+            self._take(*self._asked.popleft())
+        news, self._news = [*self._news.values()], {}
         return news
-
-    def tokens(self, completion: Completion) -> Iterator[int]:
-        """One request's tokens as they are made, while the others go on."""
-        while not completion.finish_reason:
-            self.step()
-            if completion in self.collect() and not completion.error:
-                yield completion.tokens[-1]
 
     def _wanting(self) -> list[int]:
         """Rows of which more tokens are to be asked for."""
@@ -320,28 +314,31 @@ class Batch:
         for row in rows:
             owners[row] = self._running[row]
             self._wanted[row] += 1
-        self._asked.append((owners, self.decoder.read(), stepped))
+        self._asked.append((owners, self.decoder.ask(), stepped))
 
-    def _taken(
-        self, owners: list[Completion | None], tokens: Callable[[], list[int]], stepped: bool
-    ) -> list[Completion]:
-        """Wait for tokens that were asked for and hand them to those that own the rows; these are returned."""
-        started = time.perf_counter()
+    def _take(self, owners: list[Completion | None], tokens: Callable[[], list[int]], stepped: bool) -> None:
+        """Wait for tokens that were asked for and hand them to those that own the rows."""
+        started, failed = time.perf_counter(), None
         due = [(row, own) for row, own in enumerate(owners) if own and not own.finish_reason]
         if not due:
-            return []  # the step ran ahead of their ends: nobody waits for it
+            return  # the step ran ahead of their ends: nobody waits for it
         made = tokens()
         for row, completion in due:
-            if made[row] == NOT_FINITE:
-                completion.fail(not_finite(self.engine.model.dtype))
-            else:
-                completion.append(made[row])
-            if completion.finish_reason:
+            try:
+                if made[row] == NOT_FINITE:
+                    completion.fail(not_finite(self.engine.model.dtype))
+                else:
+                    completion.append(made[row])
+            except BaseException as error:  # of its `stop`; the others get their tokens first
+                failed, completion.finish_reason = failed or error, "interrupted"
+            if completion.finish_reason and self._running[row] is completion:
                 self._running[row] = None
+            self._news[id(completion)] = completion
         seconds, self._step_s = self._step_s + time.perf_counter() - started, 0.0
         before, self._graphs = self._graphs, compiled_graphs()
         self.figures.spent(seconds, sum(not own.error for _, own in due), stepped, compiled=before != self._graphs)
-        return [completion for _, completion in due]
+        if failed:
+            raise failed
 
     def _read(self) -> None:
         """The next part of the prompts: one chunk if other rows go on meanwhile, else all that waits and has a row."""
@@ -354,11 +351,20 @@ class Batch:
             done += part
             try:
                 next(self._reading)
-            except (StopIteration, NotFinite) as end:
-                self._entered(isinstance(end, NotFinite))
+            except StopIteration:
+                self._entered()
+            except NotFinite:
+                self._end_entering("error", not_finite(self.engine.model.dtype))
+            except BaseException:
+                self._end_entering("interrupted")
+                raise
+
+    def _end_entering(self, reason: str, error: str | None = None) -> None:
+        for completion in [*self._entering.values()]:
+            self._end(completion, reason, error)
 
     def _enter(self) -> bool:
-        """Whether there are rows for some that wait, which begin to be read: together, unless that changes much."""
+        """Begin to read some that wait, if there are rows for them: together as many as a block reads at once."""
         rows = [row for row, own in enumerate(self._running) if own is None][: len(self._waiting)]
         if not rows:
             return False
@@ -372,6 +378,7 @@ class Batch:
         return True
 
     def _read_prompts(self) -> Iterator[None]:
+        """Read new prompts into their rows. The first ones make the plan, if it is not known."""
         engine, sizes = self.engine, self.sizes
         requests = [completion.request for completion in self._entering.values()]
         limits = [self.max_length if self.endless else request.length for request in requests]
@@ -379,7 +386,9 @@ class Batch:
         held = Held(prompts, sizes, engine.sizing.format)
         logits, signals = yield from read(engine.model, prompts, sizes.policies, held.keep, sizes.measures)
         if self.decoder is None:
-            self._prepare(held.plan, mean_finite(signals.T))
+            self._prepare(held.plan)
+        if self.figures.importance is None and bool((mean := mean_finite(signals.T)).isfinite().all()):
+            self.figures.importance = mean.tolist()
         rows = torch.tensor(list(self._entering), device=engine.device)
         samplings = [request.sampling for request in requests]
         self.decoder.begin(rows, prompts.lengths, held.layers, logits, samplings, prompts.rotary)
@@ -393,7 +402,7 @@ class Batch:
             yield
         decoder.tokens.copy_(decoder.sampler(self.engine.model.logits(last)))
 
-    def _prepare(self, plan: Plan, importance: Tensor) -> None:
+    def _prepare(self, plan: Plan) -> None:
         """The arena and all that a step needs, now that the plan is known."""
         self.sizes = replace(self.sizes, plan=plan)
         own = (plan.slots, len(self._running), self.sizes.policies, self.samplings)
@@ -401,24 +410,19 @@ class Batch:
         figures, cache = self.figures, self.decoder.cache
         figures.plan, figures.groups, figures.budget_slots = plan.slots, plan.groups, self.sizes.budget_slots
         figures.kv_bytes, figures.state_bytes = cache.kv_bytes, cache.state_bytes
-        figures.importance = importance.tolist() if bool(importance.isfinite().all()) else None
         if made:
             figures.compile_s = self.decoder.capture_s
             figures.prefill_s -= self.decoder.capture_s  # which comes with what is added to it
 
-    def _entered(self, failed: bool) -> None:
-        """What was being read is in its rows, with its first tokens chosen; or no plan could be made of it."""
+    def _entered(self) -> None:
+        """What was being read is in its rows, with its first tokens chosen."""
         entered = {row: own for row, own in self._entering.items() if not own.finish_reason}  # else it was cancelled
         self._entering, self._reading, figures = {}, None, self.figures
         for row, completion in entered.items():
-            if failed:
-                self._end(completion, "error", not_finite(self.engine.model.dtype))
-            else:
-                self._running[row], self._wanted[row], completion.figures = completion, 0, figures
-                figures.prefill_tokens += len(completion.request.ids)
-        if entered and not failed:
-            running = [own.request for own in self._running if own]
-            earlier = int(self.decoder.seen) - len(running[0].ids) if self.endless else 0
-            full = sum(self.engine.sizing.full_bytes(earlier + request.length) for request in running)
-            figures.kv_bytes_full = max(figures.kv_bytes_full, full)
-            self._ask(entered, stepped=False)
+            self._running[row], self._wanted[row], completion.figures = completion, 0, figures
+            figures.prefill_tokens += len(completion.request.ids)
+        running = [own.request for own in self._running if own]
+        earlier = int(self.decoder.seen) - len(running[0].ids) if self.endless else 0
+        full = sum(self.engine.sizing.full_bytes(earlier + request.length) for request in running)
+        figures.kv_bytes_full = max(figures.kv_bytes_full, full)
+        self._ask(entered, stepped=False)

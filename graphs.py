@@ -18,9 +18,7 @@ class Code:
         self.logits = compiled(Transformer.logits) if compile else Transformer.logits
         self.compiled = compile
         # step -> what runs it again with the same buffers
-        self.capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None
-        if compile and device.type == "cuda":
-            self.capture = CudaGraphs()
+        self.capture = CudaGraphs() if compile and device.type == "cuda" else None
 
     def bound(self, function: Callable[..., Tensor], first: Any, *rest: Any) -> Callable[[Tensor], Tensor]:
         """x -> function(first, x, *rest)."""

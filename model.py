@@ -1,6 +1,6 @@
 """The transformer: one file for every family, steered by the fields of `ModelConfig` (config.py).
 
-Shapes, here and in kvcache.py, engine.py and policies/tokens:
+Shapes, here and in kvcache.py, prefill.py, decoder.py and policies/tokens:
 
     B  rows of the batch           H  query heads                    D  head dimension
     S  prompt length (padded)      K  key-value heads                C  model dimension

@@ -28,11 +28,14 @@ class Needs(NamedTuple):
 
     @staticmethod
     def of(sizing: Sizing, length: int, longest_prompt: int | None = None, apart: bool = False) -> "Needs":
-        """Bytes of rows of `length` tokens, before anything is allocated. apart: prompts are read one by one."""
+        """Bytes of rows of `length` tokens, before anything is allocated.
+
+        apart: prompts are read one by one, for the plan too if it has to be made.
+        """
         sizes, c, item = sizing.at(length), sizing.config, sizing.dtype.itemsize
         policy, layers = sizing.policy, sizing.layer_policy
         wide, heads, groups = max(4, item), c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-        prompt, widest, planned = longest_prompt or length, max(sizes.caps), sizes.plan is not None
+        prompt, widest, planned = longest_prompt or length, max(sizes.caps), apart or sizes.plan is not None
         rows, waiting, scores = 1 if apart else rows_at_once(prompt), sizes.total, prompt
         # Of a prompt in one layer: the normed copies of the residual stream, what is projected and turned, what the
         # feed-forward holds, what a policy that scores looks at, and what gives the evidence.
@@ -40,11 +43,13 @@ class Needs(NamedTuple):
         read = prompt * (item + wide) * (3 * c.dim + 2 * heads + 4 * groups)
         read += min(prompt, FEED_CHUNK) * 4 * item * max(1, c.experts_per_token) * c.ffn_dim
         read += 4 * wide * c.n_heads * min(prompt, queries) * prompt
-        if not planned:
+        if sizes.plan is None:
             work = layers.work(rows, sizes.budget_slots, widest, sizes.floor, c.n_heads, c.head_dim)
             read += wide * work // rows
-            waiting = layers.most_waiting(sizes.budget_slots, sizes.caps, sizes.floor)
-            scores *= len(sizes.caps)
+        if not planned:
+            waiting, scores = layers.most_waiting(sizes.budget_slots, sizes.caps, sizes.floor), prompt * len(sizes.caps)
+        elif not apart:  # of short prompts, which are held as they are, there are more in a group
+            waiting = waiting * rows_at_once(min(prompt, max(sizes.plan.slots))) // rows
         # Meanwhile: the residual stream and its logits; a layer's keys and values, and once more while they are cut;
         # what is held of the layers before, with positions and scores.
         held = prompt * item * (c.dim + 4 * groups) + c.vocab_size * (item + wide)

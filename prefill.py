@@ -34,16 +34,18 @@ class Prompts(NamedTuple):
     ids: Tensor
     lengths: Tensor
     rotary: list[Tensor]
+    ragged: bool  # whether any is padded
 
     @staticmethod
     def of(model: Transformer, prompts: Sequence[list[int]], limits: Sequence[int]) -> "Prompts":
         """limits: the tokens of each request in all, which decide how its positions are turned."""
         lengths = [len(ids) for ids in prompts]
         ids = torch.tensor([ids + ids[-1:] * (max(lengths) - len(ids)) for ids in prompts])
-        return Prompts(ids.to(model.device), torch.tensor(lengths, device=model.device), model.rotary_of(limits))
+        tensors = ids.to(model.device), torch.tensor(lengths, device=model.device), model.rotary_of(limits)
+        return Prompts(*tensors, ragged=min(lengths) < max(lengths))
 
 
-class Prompt:
+class LayerPrompt:
     """What one layer holds of R prompts: keys and values, and scores [R, K, S] if its policy makes any.
 
     It can be cut again and again: what a token policy keeps in fewer slots is always among what it keeps in more.
@@ -88,7 +90,7 @@ class Prompt:
         )
 
 
-Part = tuple[slice, Prompt]  # some of the rows that are read together, and what a layer holds of them
+Part = tuple[slice, LayerPrompt]  # some of the rows that are read together, and what a layer holds of them
 
 
 class Reading(Causal):
@@ -96,7 +98,7 @@ class Reading(Causal):
 
     signal: Tensor  # [R], of `importance`
     evidence: Tensor | None = None  # [R, ...], what `measure` says
-    prompt: Prompt
+    prompt: LayerPrompt
 
     def __init__(self, block: Block, policy: TokenPolicy, lengths: Tensor | None, measure: Measure | None):
         self.block, self.policy, self.lengths, self.measure = block, policy, lengths, measure
@@ -121,7 +123,7 @@ class Reading(Causal):
                 )
             )
         k[:, :, : policy.sinks] = k_raw[:, :, : policy.sinks]
-        self.prompt = Prompt(k, v.contiguous(), scores)
+        self.prompt = LayerPrompt(k, v.contiguous(), scores)
 
 
 def read(
@@ -131,17 +133,17 @@ def read(
     keep: Callable[[Tensor | None, list[Part]], None],
     measures: Sequence[Measure] | None = None,
 ) -> Generator[None, None, tuple[Tensor, Tensor]]:
-    """Run prompts through the model, stopping after each layer of some of them.
+    """Run prompts through the model; a generator that stops after each layer of each group of rows.
 
     Returns the logits [R, vocab] after each row's last token, and every layer's importance [L, R]. A row of which any
     is not finite has logits of NaN. keep(evidence [R, ...], parts) is called after each layer: what it does not keep
     is gone before the next one. The evidence is what the layer's own one of `measures` says.
     """
-    ids, lengths, rotary = prompts
+    ids, lengths, rotary, ragged = prompts
     count, length = ids.shape
     size = rows_at_once(length)
     groups = [slice(first, min(first + size, count)) for first in range(0, count, size)]
-    real = [lengths[rows] if int(lengths.min()) < length else None for rows in groups]
+    real = [lengths[rows] if ragged else None for rows in groups]
     x, signals = model.embedded(ids, torch.arange(length, device=ids.device)[None]), []
     for block, frequencies, policy, measure in zip(
         model.layers, rotary, policies, measures or [None] * len(policies), strict=True
@@ -222,8 +224,8 @@ class Held:
         if self.plan is None and len(self.layers) == len(self.sizes.caps):
             self.plan = self.sizes.planned(self.evidence)
         bounds = self.plan.slots if self.plan else self.sizes.bounds(self.evidence)
-        for read, policy, slots in zip(self.layers, self.sizes.policies, bounds, strict=False):
-            for rows, prompt in read:
+        for parts, policy, slots in zip(self.layers, self.sizes.policies, bounds, strict=False):
+            for rows, prompt in parts:
                 select = partial(policy.select, self.prompts.lengths[rows], prompt.length, scores=prompt.scores)
                 if self.plan and not prompt.placed:
                     prompt.place(select(slots), policy.scored)

@@ -1,7 +1,9 @@
 """A request, what comes of it, and what it cost: what a program hands to the engine and gets back."""
 
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from config import ModelConfig
 from errors import UserError, integers, shown, whole
@@ -41,11 +43,11 @@ class Request:
 
 @dataclass
 class Figures:
-    """What a batch cost. Slots per layer, bytes, seconds. Known as soon as the first token is, but for the decoding."""
+    """What a batch cost: slots per layer, bytes, seconds. It grows with each step and each request that comes."""
 
     plan: list[int] = field(default_factory=list)
     groups: list[int] | None = None
-    importance: list[float] | None = None  # None: of none of the prompts that came first it is finite
+    importance: list[float] | None = None  # of those that were read first and have one that is finite
     budget_slots: int = 0
     kv_bytes: int = 0
     state_bytes: int = 0
@@ -108,14 +110,37 @@ class Completion:
         self.error, self.finish_reason = error, "error"
 
 
-class Stream:
-    """The tokens of one request, as they are made. `completion` grows along and holds the figures, or an error."""
+class Rows(Protocol):
+    """What a stream asks of a `Batch` (engine.py)."""
 
-    def __init__(self, steps: Generator[int], completion: Completion):
-        self._steps, self.completion = steps, completion
+    def admit(self, completion: Completion) -> None: ...
+
+    def step(self) -> None: ...
+
+    def collect(self) -> list[Completion]: ...
+
+
+class Stream:
+    """The tokens of the only request of a batch, as they are made. `completion` grows along and holds the figures.
+
+    It holds an error, too. within: entered before the first token, and left after the last one.
+    """
+
+    def __init__(self, batch: Rows, completion: Completion, within: AbstractContextManager):
+        self.completion, self._steps = completion, self._tokens(batch, completion, within)
+
+    @staticmethod
+    def _tokens(batch: Rows, completion: Completion, within: AbstractContextManager) -> Iterator[int]:
+        with within:
+            batch.admit(completion)
+            while not completion.finish_reason:
+                batch.step()
+                if completion in batch.collect() and completion.finish_reason not in ("error", "interrupted"):
+                    yield completion.tokens[-1]
 
     def __iter__(self) -> Iterator[int]:
-        yield from self._steps
+        for token in self._steps:  # noqa: UP028  whoever leaves the loop may come back
+            yield token
 
     def close(self) -> None:
         """End it here; what has been made stays in `completion`."""

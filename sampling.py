@@ -2,7 +2,7 @@
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -56,6 +56,13 @@ NOT_FINITE = -1  # stands for the token of a row whose logits are not finite
 _FLOAT32 = torch.finfo(torch.float32)
 
 
+def kind_of(samplings: Collection[Sampling] | None) -> tuple[bool, bool]:
+    """What a step has to compute for all of them (None: for any): nothing but the best token; top-k and top-p."""
+    if samplings is None:
+        return False, True
+    return all(own.temperature == 0 for own in samplings), any(own.restricted for own in samplings)
+
+
 def not_finite(dtype: torch.dtype) -> str:
     """What is said of logits that are not finite in this dtype, in one line."""
     name = str(dtype).removeprefix("torch.")
@@ -77,9 +84,7 @@ class Sampler:
         device: torch.device | str = "cpu",
         allowed: Sequence[Sampling] | None = (),
     ):
-        known = None if allowed is None else [*samplings, *allowed]
-        self.greedy = known is not None and all(sampling.temperature == 0 for sampling in known)
-        self.restricted = known is None or any(sampling.restricted for sampling in known)
+        self.greedy, self.restricted = kind_of(None if allowed is None else [*samplings, *allowed])
         rows = len(samplings)
         self.temperature = torch.zeros(rows, 1, device=device)
         self.top_p = torch.ones(rows, 1, device=device)

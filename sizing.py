@@ -66,7 +66,7 @@ class Sizing:
 
     budget: slots per layer, a share of the length, or None for one that suits it. plan: slots per layer, instead of
     what the layer policy and the budget would give. captured: what is captured is for one plan, so many lengths share
-    one. format: how slots hold keys and values (kvcache.py). UserError for a budget or a plan that makes no sense.
+    one. format: how slots hold keys and values (formats.py). UserError for a budget or a plan that makes no sense.
     """
 
     def __init__(

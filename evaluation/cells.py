@@ -22,7 +22,7 @@ from policies import tokens as token_policies
 from policies.layers import LayerPolicy
 from policies.layers.base import Attended
 from policies.tokens import TokenPolicy
-from prefill import Part, Prompt, Prompts, finished, read
+from prefill import LayerPrompt, Part, Prompts, finished, read
 from sampling import GREEDY, NOT_FINITE, not_finite
 from sizing import check_budget
 
@@ -167,7 +167,7 @@ class Batch:
             for ((rows, prompt), raw), turned, scores in zip(parts, looking.turned, looking.scores, strict=True):
                 k, v = prompt.stored[:2]
                 k[:, :, : raw.shape[2]] = torch.cat((raw[:, :, :sinks], turned[:, :, sinks:]), dim=2)
-                placed = Prompt(k, v, scores[number])
+                placed = LayerPrompt(k, v, scores[number])
                 placed.place(policy.select(self.lengths[rows], prompt.length, slots, scores[number]), policy.scored)
                 own.append((rows, placed))
             layers.append(own)

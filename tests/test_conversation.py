@@ -9,7 +9,9 @@ import decoder as decoder_module
 from conversation import Conversation
 from engine import Engine, Request
 from formats import FORMATS
+from model import Block
 from policies.tokens import TOKEN_POLICIES, make
+from prefill import Prompts, finished, read
 from sampling import Sampling
 
 BOUNDED = [name for name, policy in TOKEN_POLICIES.items() if policy.bounded]
@@ -184,3 +186,36 @@ def test_compiled_turns():
         answers.append([first, *(say(conversation, turn) for turn in TURNS[3:])])
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     assert answers[0] == answers[1]
+
+
+def test_a_turn_that_breaks_off_while_it_is_read(model, monkeypatch):
+    """A part of it is in the cache: nobody may go on from there."""
+    monkeypatch.setattr(decoder_module, "APPEND_CHUNK", 5)
+    conversation, forward, calls = Conversation(Engine(model, "window", plan=PLAN)), Block.forward, []
+    say(conversation, TURNS[1])
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return forward(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Block, "forward", failing)
+        with pytest.raises(KeyboardInterrupt):
+            say(conversation, TURNS[2])
+    with pytest.raises(ValueError, match="cut off while it was read; this conversation cannot go on"):
+        say(conversation, TURNS[3])
+
+
+@pytest.mark.parametrize("rope", BY_LENGTH, ids=lambda rope: rope["rope_type"])
+def test_a_conversation_turns_by_the_position_limit(rope):
+    """However short its first turn is."""
+    model = random_model(rope=rope, max_positions=48)
+    conversation = Conversation(Engine(model))
+    [token] = say(conversation, TURNS[1], 1)
+    want = begun(Engine(model), [Request(TURNS[1], 1)], 48, endless=True).decoder.tokens
+    prompts = Prompts.of(model, [TURNS[1]], [48])
+    logits, _ = finished(read(model, prompts, conversation.engine.sizing.policies(48), lambda *_: None))
+    assert token == want.item() == logits.argmax().item()
+    assert torch.equal(conversation.batch.decoder.rotary[0].flatten(), model.rotary(48)[0])

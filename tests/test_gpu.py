@@ -127,7 +127,7 @@ def test_no_step_waits_for_the_device(policy, compiled, sampling=SAMPLED):
             asked = []
             for _ in range(6):
                 decoder.step()
-                asked.append(decoder.read())
+                asked.append(decoder.ask())
         finally:
             torch.cuda.set_sync_debug_mode("default")
     want = list(Engine(model, policy, plan=engine.plan).generate(requests))

@@ -7,6 +7,7 @@ from test_prefill import Live
 
 from engine import Engine, Request
 from needs import Needs
+from prefill import plan_for
 from sampling import Sampling
 
 SAMPLED = Sampling(temperature=1.0, top_k=20, seed=1)
@@ -64,3 +65,26 @@ def test_rows_at_once_multiply_what_is_read():
     with Live() as live:
         list(engine.generate(requests))
     assert live.peak <= needs.total(4) - needs.weights < 2 * live.peak
+
+
+def test_short_prompts_of_a_batch_are_held_as_they_are():
+    """There are more of them in a group than of the longest ones."""
+    model = random_model(torch.float32, **SMALL | dict(n_layers=12, n_kv_heads=2, max_positions=9000))
+    engine, requests = Engine(model, "window", budget=400), [Request(random_ids(300, n), 2) for n in range(40)]
+    needs = Needs.of(engine.sizing, 8002, 8000)
+    with Live() as live:
+        list(engine.generate(requests, max_length=8002))
+    assert live.peak <= needs.total(40) - needs.weights < 3 * live.peak
+
+
+@pytest.mark.parametrize("layers", ["uniform", "squeeze", "perturbation"])
+def test_what_is_read_apart_does_not_wait(layers):
+    """A job's plan is made from prompts that are read one by one, and so are all that come under it."""
+    model = random_model(torch.float32, **SMALL | dict(n_layers=24, n_kv_heads=2))
+    engine, requests = Engine(model, "window", layers, 0.3), [Request(random_ids(600, n), 2) for n in range(12)]
+    needs = Needs.of(engine.sizing, 602, 600, apart=True)
+    with Live() as live:
+        plan, _ = plan_for(model, engine.sizing, requests, 602, 12)
+        list(Engine(model, "window", plan=plan.slots).generate(requests, apart=True))
+    assert needs.held == 0 and needs.at_once == 1
+    assert live.peak <= needs.total(12) - needs.weights < 2 * live.peak

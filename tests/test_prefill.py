@@ -20,7 +20,7 @@ from policies.layers import LayerPolicy, make
 from policies.layers.perturbation import Perturbation, sizes_of
 from policies.layers.squeeze import Squeeze
 from policies.tokens import TOKEN_POLICIES
-from prefill import Prompt, plan_for
+from prefill import LayerPrompt, plan_for
 from sizing import READ_TOKENS
 
 BOUNDED = [name for name, policy in TOKEN_POLICIES.items() if policy.bounded]
@@ -54,13 +54,13 @@ def all_at_once():
 @contextmanager
 def cuts():
     """Counts what is taken from prompts, in tokens."""
-    counted, cut = [], Prompt.cut
+    counted, cut = [], LayerPrompt.cut
 
     def counting(self, positions):
         counted.append(self.size - positions.shape[2])
         cut(self, positions)
 
-    with patch.object(Prompt, "cut", counting):
+    with patch.object(LayerPrompt, "cut", counting):
         yield counted
 
 
@@ -178,7 +178,7 @@ class Ledger:
         self.peak = max(self.peak, sum(self.known.values()))  # it only rises when something is entered
 
     def __enter__(self):
-        self.patches, init, each, arena = ExitStack(), Prompt.__init__, Stored.each, Memory.arena
+        self.patches, init, each, arena = ExitStack(), LayerPrompt.__init__, Stored.each, Memory.arena
 
         def entering_init(prompt, k, v, *scores):
             init(prompt, k, v, *scores)
@@ -196,7 +196,7 @@ class Ledger:
                 self.enter(made)
             return made
 
-        self.patches.enter_context(patch.object(Prompt, "__init__", entering_init))
+        self.patches.enter_context(patch.object(LayerPrompt, "__init__", entering_init))
         self.patches.enter_context(patch.object(Stored, "each", entering_each))
         self.patches.enter_context(patch.object(Memory, "arena", entering_arena))
         return self
@@ -232,14 +232,14 @@ def peaks(model, policy: str, order: str, p: float = P, lengths: tuple = (LONG,)
     return found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def no_attention():
     """What attention gives does not matter here and takes most of the time."""
     with patch.object(model_module.Attention, "over_prompt", lambda self, q, k, v: q):
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def whole(deep, no_attention):
     return peaks(deep, "window", "random", whole=True)[0]
 

@@ -1,7 +1,10 @@
 """Rows that come, go and are cancelled while others run: each gets what it gets alone, no prompt stops the others."""
 
+import gc
 import random
+import weakref
 from contextlib import ExitStack
+from itertools import islice
 from unittest.mock import patch
 
 import pytest
@@ -225,3 +228,130 @@ def test_each_request_is_checked_sized_and_planned_once(model):
         for _ in range(3):
             list(conversation.stream(random_ids(9), max_new_tokens=4))
         assert counts == {"at": 1, "allocate": 1, "refusal": 3, "__init__": 3}  # its decoder is its own
+
+
+def test_a_stop_that_raises_ends_its_own_row(model):
+    """The others get their token of that step, too, and go on."""
+    engine, said = engine_of(model, "h2o"), []
+
+    def stop(tokens: list[int]) -> bool:
+        said.append(len(tokens))
+        if len(tokens) == 3:
+            raise KeyError("of the caller")
+        return False
+
+    with engine.batch(3, 60) as batch:
+        first, second = batch.add(requests_of(3)[0]), batch.add(Request(random_ids(9), 20, stop=stop))
+        third = batch.add(requests_of(3)[2])
+        with pytest.raises(KeyError, match="of the caller"):
+            run(batch)
+        run(batch)
+    assert second.finish_reason == "interrupted" and len(second.tokens) == 3 and said == [1, 2, 3]
+    assert [one.tokens for one in (first, third)] == [alone(engine, one.request) for one in (first, third)]
+
+
+def test_a_stop_that_cancels_its_own_row(model):
+    with engine_of(model, "window").batch(1, 60) as batch:
+        one = batch.add(Request(random_ids(9), 20, stop=lambda tokens: batch.cancel(one)))
+        told = []
+        while batch.busy:
+            batch.step()
+            told += batch.collect()
+    assert told == [one] and len(one.tokens) == 1 and one.finish_reason == "interrupted"
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_fault_while_a_prompt_is_read(model, at):
+    """Before and after there is a plan: those that were read are interrupted, the others and the next ones go on."""
+    engine, forward, calls = engine_of(model, "h2o"), Block.forward, []
+    short, long = requests_of(2)[0], Request(random_ids(30), 8)
+
+    def failing(block, x, *rest):
+        calls.extend([1] * (x.shape[1] == 30))
+        if len(calls) == 2:
+            raise MemoryError("in the second block")
+        return forward(block, x, *rest)
+
+    with engine.batch(2, 60) as batch:
+        first = batch.add(Request(short.ids, 20))
+        for _ in range(at):
+            batch.step()
+            batch.collect()
+        failed = batch.add(long)
+        with patch.object(Block, "forward", failing), pytest.raises(MemoryError):
+            run(batch)
+        assert failed.finish_reason == "interrupted" and not failed.tokens
+        again = batch.add(long)
+        run(batch)
+    assert again.tokens == alone(engine, long)
+    assert (first.tokens == alone(engine, first.request)) == (at > 0)
+
+
+def test_a_batch_that_was_left(model, monkeypatch):
+    """It holds nothing, does nothing and takes nothing, and what it has lent is free at once."""
+    monkeypatch.setattr(engine_module, "CHUNK", 60)
+    engine, long = engine_of(model, "h2o"), Request(random_ids(200), 5)
+    with engine.batch(2, 220) as batch:
+        batch.add(requests_of(1)[0])
+        batch.step()
+        held = weakref.ref(batch.add(long))
+        batch.step()
+    gc.disable()
+    try:
+        assert not batch.busy and batch.collect() == [] and batch.decoder is None and batch.free == 2
+        assert held() is None  # no cycle keeps it
+    finally:
+        gc.enable()
+    with engine.batch(2, 220) as other:
+        one = other.add(long)
+        other.step()
+        batch.step()
+        with pytest.raises(UserError, match="has been left"):
+            batch.add(long)
+        run(other)
+    assert one.tokens == alone(engine, long)
+
+
+def test_only_its_own_are_cancelled(model):
+    engine = engine_of(model, "window")
+    with engine.batch(1, 60) as batch, engine.batch(1, 60) as other:
+        one = batch.add(Request(random_ids(9), 5))
+        batch.step()
+        other.cancel(one)
+        run(batch)
+        assert one.finish_reason == "length" and not other.busy and batch.free == 1
+
+
+def test_a_way_of_sampling_that_was_not_named(model):
+    """No step computes what it would need."""
+    for known, other in (([GREEDY], SAMPLED), ([Sampling(1.0, seed=1)], SAMPLED)):
+        with engine_of(model, "window").batch(1, 60, known) as batch:
+            with pytest.raises(UserError, match="samplings have none like"):
+                batch.add(Request([1], 4, other))
+            batch.add(Request([1], 4, known[0]))
+
+
+def test_who_leaves_a_stream_may_come_back(model):
+    stream = engine_of(model, "window").stream(random_ids(9), max_new_tokens=9)
+    some = list(islice(stream, 4))
+    assert len(some) == 4 and some + list(stream) == stream.completion.tokens and len(stream.completion.tokens) == 9
+
+
+def test_apart_reads_one_prompt_at_a_time(model):
+    rows, forward = [], Block.forward
+
+    def reading(block, x, *rest):
+        rows.extend([len(x)] * isinstance(rest[-1], Reading))
+        return forward(block, x, *rest)
+
+    with patch.object(Block, "forward", reading):
+        list(engine_of(model, "h2o").generate(requests_of(5), 3, 60, apart=True))
+    assert rows == [1] * 5 * model.config.n_layers
+
+
+def test_the_full_cache_that_is_compared_with(model):
+    """Of those that run together, at the most: requests that come later and are shorter change nothing."""
+    requests = [Request(random_ids(40), 3), Request(random_ids(30), 20), Request(random_ids(2), 2)]
+    engine = engine_of(model, "window")
+    done = list(engine.generate(requests, 2, 60))
+    assert {one.figures.kv_bytes_full for one in done} == {sum(map(engine.sizing.full_bytes, (43, 50)))}

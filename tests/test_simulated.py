@@ -34,7 +34,7 @@ def answers(engine: Engine) -> list[list[int]]:
 
 def steps_do_not_wait(device: Device):
     """While this is open, a step, and asking for its tokens, may not wait."""
-    step, read = Decoder.step, Decoder.read
+    step, ask = Decoder.step, Decoder.ask
 
     def strict(run):
         def strictly(decoder):
@@ -46,7 +46,7 @@ def steps_do_not_wait(device: Device):
 
         return strictly
 
-    return patch.multiple(Decoder, step=strict(step), read=strict(read))
+    return patch.multiple(Decoder, step=strict(step), ask=strict(ask))
 
 
 def same_as_on_the_cpu(make) -> None:
