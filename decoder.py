@@ -12,7 +12,7 @@ from torch import Tensor
 from bound import mark_dynamic
 from graphs import Code
 from kvcache import KVCache, Memory
-from model import Slots, Transformer
+from model import Chunk, Slots, Transformer
 from policies.tokens import TokenPolicy
 from prefill import Part
 from sampling import Sampler, Sampling
@@ -113,12 +113,11 @@ class Decoder:
         """
         sinks = max(slots.policy.sinks for slots in self.slots)
         while ids.shape[1]:
-            # Sinks have to be in the cache before a chunk can turn them.
-            chunk = ids[:, : 1 if int(self.seen.min()) < sinks else APPEND_CHUNK]
-            positions = self.seen[:, None] + torch.arange(chunk.shape[1], device=ids.device)
-            x = self.model.embedded(chunk, positions)
+            alone = int(self.seen.min()) < sinks  # sinks have to be in the cache before a chunk can turn them
+            chunk = ids[:, : 1 if alone else APPEND_CHUNK]
+            x = self.model.embedded(chunk, self.seen[:, None] + torch.arange(chunk.shape[1], device=ids.device))
             for block, rotary, slots in zip(self.model.layers, self.rotary, self.slots, strict=True):
-                x = block(x, rotary, slots)
+                x = block(x, rotary, slots if alone else Chunk(*slots))
             self.seen += chunk.shape[1]
             ids = ids[:, chunk.shape[1] :]
             yield x

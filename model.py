@@ -169,7 +169,7 @@ class Causal:
 
 
 class Slots(NamedTuple):
-    """One layer's cache as the next tokens attend to it: its slots, under its token policy, after `seen` [B] tokens.
+    """One layer's cache as the next token of each row attends to it: slots, token policy, and `seen` [B] tokens before.
 
     It holds nothing that has left a sliding window: the policy sees to that (`TokenPolicy.within_window`).
     """
@@ -180,30 +180,42 @@ class Slots(NamedTuple):
 
     def positions(self, x: Tensor) -> Tensor:
         """As of `Causal`."""
-        first = self.seen[:, None]
-        return first if x.shape[1] == 1 else first + torch.arange(x.shape[1], device=x.device)
+        return self.seen[:, None]
 
     def attend(self, attention: "Attention", q: Tensor, k: Tensor, v: Tensor, k_raw: Tensor, rotary: Tensor) -> Tensor:
-        """As of `Causal`. Writes the cache in place. One token a row, or several where the sinks are in the cache."""
-        (layer, seen, policy), positions = self, self.positions(k_raw[:, 0])
+        """As of `Causal`. Writes the cache in place."""
+        (layer, seen, policy), position = self, self.seen[:, None]
         if policy.sinks:  # the first tokens are kept unrotated
-            k = torch.where((positions < policy.sinks)[:, None, :, None], k_raw, k)
-        if q.shape[2] > 1:
-            behind = layer.followed_by(k, v)
-            sinks = attention.sinks(policy.sinks, layer, positions, rotary)
-            visible = policy.visible(seen, q.shape[2], layer)
-            out, probs = layer.look(q, behind, visible, attention.scale, attention.softcap, sinks)
-            layer.absorb(policy.absorb(layer, seen, probs), behind)
-            return out
+            k = torch.where((position < policy.sinks)[:, None, :, None], k_raw, k)
         slot = policy.slot(seen, layer)
         layer.write(slot, k, v)
-        sinks = attention.sinks(policy.sinks, layer, positions, rotary)
+        sinks = attention.sinks(policy.sinks, layer, position, rotary)
         out, probs = layer.attend(q, seen + 1, attention.scale, attention.softcap, sinks)
         policy.observe(layer, slot, seen, probs)
         return out
 
     def moved(self, before: Tensor, after: Tensor) -> None:
         """Nobody asks."""
+
+
+class Chunk(Slots):
+    """The same for tokens that come several at once, as those of a later turn do. Sinks have to be in the cache."""
+
+    __slots__ = ()
+
+    def positions(self, x: Tensor) -> Tensor:
+        """As of `Causal`."""
+        return self.seen[:, None] + torch.arange(x.shape[1], device=x.device)
+
+    def attend(self, attention: "Attention", q: Tensor, k: Tensor, v: Tensor, k_raw: Tensor, rotary: Tensor) -> Tensor:
+        """As of `Causal`. Policies that score decide at the end of the chunk what stays."""
+        layer, seen, policy = self
+        behind = layer.followed_by(k, v)
+        sinks = attention.sinks(policy.sinks, layer, self.positions(v[:, 0]), rotary)
+        visible = policy.visible(seen, q.shape[2], layer)
+        out, probs = layer.look(q, behind, visible, attention.scale, attention.softcap, sinks)
+        layer.absorb(policy.absorb(layer, seen, probs), behind)
+        return out
 
 
 class Attention(nn.Module):
