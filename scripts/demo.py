@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def embedded() -> int:
-    prompt = read_text(arguments.DEMO_PROMPT)
+    prompt = read_text(generate.DEMO_PROMPT)
     lines = prompt.splitlines()
     place = next(i for i, line in enumerate(lines) if line.startswith("# define"))
     print(f"[... {place} lines of Python ...]\n{lines[place]}")

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import demo
+import get_model
 import pytest
 
 import chat
@@ -355,3 +357,14 @@ def test_what_compiles_is_not_loaded_for_who_does_not():
     """Dynamo takes longer to import than the embedded model to answer."""
     run = "import sys, generate; generate.main(['--max-new-tokens', '2']); assert 'torch._dynamo' not in sys.modules"
     subprocess.run([sys.executable, "-c", run], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_the_demos_ask_for_what_they_show(monkeypatch, capsys):
+    """With and without a real model: the full cache, the squeezed one, and equal layers."""
+    asked = []
+    monkeypatch.setattr(generate, "main", lambda argv: asked.append(generate.parse(argv)) or 0)
+    monkeypatch.setattr(get_model, "get", lambda name: "model.gguf")
+    for name in ([], ["smollm2"], ["gemma3"]):
+        assert demo.main(name) == 0
+    assert [args.squeeze for args in asked] == [False, True, False] * 3
+    assert capsys.readouterr().out.count("===") == 9
