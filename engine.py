@@ -364,7 +364,7 @@ class Batch:
             self._end(completion, reason, error)
 
     def _enter(self) -> bool:
-        """Begin to read some that wait, if there are rows for them: together as many as a block reads at once."""
+        """Begin to read requests that wait, as many together as a block reads at once. Whether any have rows."""
         rows = [row for row, own in enumerate(self._running) if own is None][: len(self._waiting)]
         if not rows:
             return False
