@@ -18,11 +18,15 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, as a generated loop for a single row. In half precision the library converts faster than loops do."""
-    if x.is_cuda or x.numel() > x.shape[-1] or x.element_size() < 4 or not torch.compiler.is_compiling():
+    """F.linear, as a generated loop for a single row; in float16 the library's, which converts faster than loops do.
+
+    Numbers of bfloat16 become wide ones in the loop's registers, and the sum is rounded once.
+    """
+    if x.is_cuda or x.numel() > x.shape[-1] or x.dtype == torch.float16 or not torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    out = (x.flatten() * weight).sum(-1)
-    return (out if bias is None else out + bias).view(*x.shape[:-1], -1)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    out = (x.flatten().to(wide) * weight.to(wide)).sum(-1)
+    return (out if bias is None else out + bias.to(wide)).to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def matvec(weight: Tensor, x: Tensor) -> Tensor:

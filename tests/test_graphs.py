@@ -13,6 +13,7 @@ from bound import Bound, known
 from decoder import Decoder
 from engine import Engine, Request
 from graphs import compiled
+from kernels import linear
 from policies.tokens import TOKEN_POLICIES
 
 
@@ -205,3 +206,17 @@ def test_a_call_of_another_thread_is_not_heard():
     thread.join()
     assert torch.equal(out, product(kept, x)) and torch.equal(alien[0], out) and len(errors) == 1
     assert bound.code and bound.before == [kept][: len(bound.before)] and CompiledFxGraph.__call__ is before
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_single_row_is_as_exact_as_the_library(dtype, bias):
+    """Compiled: a loop, but for float16. The sum of many products is not rounded on its way."""
+    weight, x, more = torch.randn(64, 3000), torch.randn(1, 1, 3000), torch.randn(64) if bias else None
+    weight, x, more = (None if part is None else part.to(dtype) for part in (weight, x, more))
+    exact = linear(x.double(), weight.double(), None if more is None else more.double())
+    with torch.inference_mode():
+        ours, theirs = compiled(linear)(x, weight, more), linear(x, weight, more)
+    assert ours.dtype == dtype
+    errors = [(out.double() - exact).square().mean().sqrt().item() for out in (ours, theirs)]
+    assert errors[0] <= 1.1 * errors[1] + 1e-6
