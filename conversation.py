@@ -12,8 +12,7 @@ from sampling import GREEDY, Sampling
 class Conversation:
     """Its cache keeps the plan of the first turn. A fraction as budget is of the model's position limit.
 
-    An end-of-sequence token that ends an answer is never fed:
-    what the next turn begins with closes it.
+    An end-of-sequence token that ends an answer is never fed: what the next turn begins with closes it.
     """
 
     def __init__(self, engine: Engine, sampling: Sampling = GREEDY):

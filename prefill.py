@@ -104,10 +104,12 @@ class Reading(Causal):
         self.block, self.policy, self.lengths, self.measure = block, policy, lengths, measure
 
     def attend(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor, k_raw: Tensor, rotary: Tensor) -> Tensor:
+        """As of `Causal`."""
         self.tensors = q, k, v, k_raw
         return attention.over_prompt(q, k, v)
 
     def moved(self, before: Tensor, after: Tensor) -> None:
+        """Look at the layer while its tensors are there: signal, evidence, and what the prompt leaves behind."""
         (q, k, v, k_raw), attention, policy = self.tensors, self.block.attention, self.policy
         del self.tensors
         self.signal = importance(before, after, self.lengths)

@@ -121,9 +121,9 @@ class Rows(Protocol):
 
 
 class Stream:
-    """The tokens of the only request of a batch, as they are made. `completion` grows along and holds the figures.
+    """The tokens of the only request of a batch, as they are made. `completion` grows along.
 
-    It holds an error, too. within: entered before the first token, and left after the last one.
+    within: entered before the first token, and left after the last one.
     """
 
     def __init__(self, batch: Rows, completion: Completion, within: AbstractContextManager):
