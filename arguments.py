@@ -24,6 +24,7 @@ from policies import tokens as token_policies
 from sampling import Sampling
 from sizing import Sizing, check_budget
 from tokenizer import TextStream
+from weights import WEIGHT_FORMATS
 
 SQUEEZE_LAYERS, SQUEEZE_POLICY = "perturbation", "dropkv"  # what a bare --squeeze is (RESULTS.md, choices)
 TALK_POLICY = "streaming"  # in a conversation, where no first turn says what will be asked, and the latest counts
@@ -81,6 +82,7 @@ def parse(argv: list[str] | None, manual: str = "") -> argparse.Namespace:
     add("--max-memory", type=float, metavar="GIB", help="refuse what may need more (default: what is free)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="auto", help="auto (the config's), bf16, fp16, fp32 or float64")
+    add("--weights", choices=WEIGHT_FORMATS, default="auto", help="matrices as stored (default), or of 8 or 4 bits")
     add("--compile", action=on_off, help="compile decode (default: on for CUDA)")
     add("--json", action="store_true", help="print one JSON object instead of text")
     return parser.parse_args(argv)
@@ -207,7 +209,7 @@ class Asked:
         return self.turns.ids(prompt, bool(self.args.rendered) if rendered is None else rendered)
 
     def engine(self) -> Engine:
-        model, _ = checkpoint.load(self.folder, self.device, self.args.dtype)
+        model, _ = checkpoint.load(self.folder, self.device, self.args.dtype, self.args.weights)
         sizing, compiled = self.sizing, self.device.type == "cuda" if self.args.compile is None else self.args.compile
         return Engine(model, sizing.policy, sizing.layer_policy, sizing.budget, sizing.given, compiled, sizing.format)
 

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
 from inspect import signature
 from typing import Any
 
@@ -99,3 +100,43 @@ def compiled_graphs() -> int:
     """How many graphs this process has compiled so far."""
     dynamo = sys.modules.get("torch._dynamo")  # importing it takes seconds, and without it nothing was compiled
     return dynamo.utils.counters["stats"]["unique_graphs"] if dynamo else 0
+
+
+@torch.library.custom_op("squeeze_fast::int8_product", mutates_args=())
+def int8_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """x [R, in] times codes [out, in] in int8, each row with its scale [out], on a CPU; x and scale in bfloat16.
+
+    An operation of its own, since Inductor's lowering of PyTorch's fails where an operand does not lie in memory yet.
+    """
+    return torch._weight_int8pack_mm(x, codes, scale)
+
+
+@int8_product.register_fake
+def _(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty(len(x), len(codes))
+
+
+def int4_pack(codes: Tensor) -> Tensor:
+    """Codes [out, in] from 0 to 15, out a multiple of 64, in the order of `int4_product`: uint8 [out, in / 2]."""
+    return torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+
+
+def int4_product(x: Tensor, packed: Tensor, group: int, pairs: Tensor) -> Tensor:
+    """x [R, in] in bfloat16 times the matrix (code - 8) * scale + offset, on a CPU.
+
+    pairs [in / group, out, 2] in bfloat16: the scale and offset of each group of columns.
+    """
+    return torch._weight_int4pack_mm_for_cpu(x, packed, group, pairs)
+
+
+@lru_cache
+def int4_block() -> int | None:
+    """How many rows of a matrix `int4_pack` takes at once: of each column, the codes of the first half of them lie in
+    the low bits of as many bytes, those of the others in the high bits. Another order than that: None.
+    """
+    codes = (torch.arange(128 * 8) % 251 % 16).view(128, 8)
+    for block in (64, 32):
+        halves = int4_pack(codes).view(-1, 8, block // 2)
+        if torch.equal(torch.cat((halves & 15, halves >> 4), dim=-1).mT.flatten(0, 1), codes):
+            return block
+    return None

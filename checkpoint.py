@@ -40,6 +40,7 @@ from model import Transformer
 from policies.layers import Uniform
 from policies.tokens import Full
 from sizing import Sizing
+from weights import WEIGHT_FORMATS, Codes, bits_of, replace_matrix
 
 # Our module -> the checkpoint's modules that are fused into it, in this order, weight and bias alike. {l} is the
 # layer, {e} every expert in turn.
@@ -169,14 +170,17 @@ class Stored(NamedTuple):
 
 
 def load(
-    path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto"
+    path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto", weights: str = "auto"
 ) -> tuple[Transformer, ModelConfig]:
     """The model in a folder, in a GGUF file or on the hub, ready to run, and its config; dtype "auto" is the one that
-    config.json names, or that of a GGUF file's matrices, float32 where they are quantized.
+    config.json names, or that of a GGUF file's matrices, float32 where they are quantized. weights: "int8" or "int4"
+    for matrices of 8 or 4 bits (weights.py).
 
     UserError, in one line that names the culprit, for whatever is missing, broken, unsupported or does not fit.
     """
     device = find_device(device)
+    if weights not in WEIGHT_FORMATS:
+        raise UserError(f"weights must be one of {', '.join(WEIGHT_FORMATS)}, not {shown(weights)}")
     folder = resolve(path)
     model, found = _matched(folder, dtype)
     config = model.config
@@ -184,12 +188,16 @@ def load(
     size = sum(file.stat().st_size for file in {tensor.file for tensor in found.values()})
     slow = size >= SLOW_BYTES and sys.stderr.isatty()
     for name, empty in tqdm(list(model.named_parameters()), f"loading {folder.name}", leave=False, disable=not slow):
-        parameter = torch.empty(empty.shape, dtype=config.dtype, device=device)
+        bits = bits_of(model, name, weights)
+        parameter = torch.empty(empty.shape, dtype=torch.float32 if bits else config.dtype, device=device)
         parts = _parts(name, len(parameter), config, names)
         for source, part in zip(parts, parameter.split(list(parts.values())), strict=True):
             _copy(found[source], part, config)
-        module, _, kind = name.rpartition(".")
-        setattr(model.get_submodule(module), kind, nn.Parameter(parameter, requires_grad=False))
+        if bits:
+            replace_matrix(model, name, Codes.of(parameter, bits))
+        else:
+            module, _, kind = name.rpartition(".")
+            setattr(model.get_submodule(module), kind, nn.Parameter(parameter, requires_grad=False))
     model.tie()
     return model.eval(), config
 

@@ -40,6 +40,9 @@ class Decoder:
         self.tokens = torch.zeros(cache.batch, dtype=torch.int64, device=cache.device)
         self.seen = torch.zeros_like(self.tokens)
         self.slots = [Slots(layer, self.seen, policy) for layer, policy in zip(cache.layers, policies, strict=True)]
+        # A row that goes through generated loops alone stays wide between them: it would be widened for each of them.
+        alone = code.compiled and cache.batch == 1 and cache.device.type == "cpu" and model.dtype == torch.bfloat16
+        self.stream = torch.float32 if alone else model.dtype
         blocks = zip(model.layers, rotary, self.slots, strict=True)
         self.blocks = [code.bound(code.block, block, *own) for block, *own in blocks]
         self.head = code.bound(code.logits, model)
@@ -84,6 +87,7 @@ class Decoder:
     def logits(self) -> Tensor:
         """Feed `tokens` and return the logits [B, vocab] of what follows."""
         x = self.model.embedded(self.tokens.clamp(min=0)[:, None], self.seen[:, None])  # NOT_FINITE is no id
+        x = x.to(self.stream)
         for block in self.blocks:
             x = block(x)
         self.seen += 1

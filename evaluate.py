@@ -51,6 +51,7 @@ from machine import explained
 from policies.layers import LAYER_POLICIES
 from policies.options import words
 from policies.tokens import TOKEN_POLICIES
+from weights import WEIGHT_FORMATS
 
 TASKS = ("fidelity", "passkey")
 OUTPUTS = ("predictions.jsonl", "summary.json", "table.md", "frontier.png", "plans.png")  # in --out
@@ -84,6 +85,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--batch", type=positive, default=16, metavar="N", help="rows that run together, with one plan (default: 16)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="auto", help="auto (the config's), bf16, fp16, fp32 or float64")
+    add("--weights", choices=WEIGHT_FORMATS, default="auto", help="matrices as stored (default), or of 8 or 4 bits")
     add("--compile", action="store_true", help="compile the steps: faster where there are many of them")
     add("--out", type=Path, default=Path(__file__).parent / "runs" / "eval", metavar="DIR", help="(default: runs/eval)")
     add("--resume", action="store_true", help="keep the results that are in --out")
@@ -120,7 +122,7 @@ def evaluate(args: argparse.Namespace) -> int:
     optional("matplotlib")  # now and not after an hour
     from evaluation import pictures
 
-    model, config = checkpoint.load(folder, args.device, args.dtype)
+    model, config = checkpoint.load(folder, args.device, args.dtype, args.weights)
     tasks = make_tasks(args, folder, tokenizer, config.max_positions)
     check_all(model, tasks, cells, args.batch)
     beside = {"beside": summary.beside(args.beside, tasks)} if args.beside else {}
@@ -146,7 +148,9 @@ def evaluate(args: argparse.Namespace) -> int:
 def settings(args: argparse.Namespace, folder: Path) -> dict:
     """What results depend on; the same wherever the project and its inputs lie."""
     paths = {"checkpoint": portable(str(folder)), "text": args.text and portable(args.text)}
-    return paths | {"files": args.files and [*map(portable, args.files)]} | {n: getattr(args, n) for n in SETTINGS}
+    weights = {} if args.weights == "auto" else {"weights": args.weights}  # earlier results do not name it
+    own = {name: getattr(args, name) for name in SETTINGS} | weights
+    return paths | {"files": args.files and [*map(portable, args.files)]} | own
 
 
 def check_paths(args: argparse.Namespace, folder: Path) -> None:
@@ -197,7 +201,7 @@ def harness(args: argparse.Namespace, cells: list[Cell], tokenizer: tokenizers.T
     from evaluation.lm_eval_model import EngineLM
 
     folder = checkpoint.resolve(args.checkpoint)
-    model, _ = checkpoint.load(folder, args.device, args.dtype)
+    model, _ = checkpoint.load(folder, args.device, args.dtype, args.weights)
     for cell in cells:
         lm = EngineLM(model, tokenizer, tokenizers.eos_ids(folder), cell, args.batch, args.compile)
         print(cell)

@@ -298,6 +298,8 @@ def job_settings(asked: Asked) -> dict[str, Any]:
     settings = {f"--{name.replace('_', '-')}": getattr(asked.args, name) for name in names}
     if asked.sizing.format != "dense":  # which job files of earlier versions do not name
         settings["--cache-format"] = asked.sizing.format
+    if asked.args.weights != "auto":
+        settings["--weights"] = asked.args.weights
     dtype = str(asked.sizing.dtype).removeprefix("torch.")
     return {"--checkpoint": str(asked.folder.resolve()), **settings, "--plan": asked.sizing.given, "--dtype": dtype}
 

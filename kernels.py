@@ -11,10 +11,31 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
-    """nn.Linear through `linear`."""
+    """nn.Linear through `linear`. experts: how many matrices are stacked in it, by rows."""
+
+    def __init__(self, columns: int, rows: int, bias: bool = True, experts: int = 1):
+        super().__init__(columns, rows, bias)
+        self.experts = experts
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+    @property
+    def stack(self) -> Tensor:
+        """[experts, out, in]."""
+        return self.weight.unflatten(0, (self.experts, -1))
+
+    def expert(self, number: int, x: Tensor) -> Tensor:
+        """x [R, in] times one of the experts -> [R, out]."""
+        return x @ self.stack[number].T
+
+    def each(self, x: Tensor) -> Tensor:
+        """x [R, experts, in], times each expert its own -> [R, experts, out]."""
+        return torch.einsum("rei,eoi->reo", x, self.stack)
+
+    def chosen(self, experts: Tensor, x: Tensor) -> Tensor:
+        """x [R, top or 1, in] times the experts [R, top] that each row chose -> [R, top, out]."""
+        return matvec(self.stack[experts], x)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -34,7 +34,7 @@ class LayerCache(NamedTuple):
         rows, heads = self.stored.k.shape[:2]
         at = (torch.arange(rows, device=slot.device)[:, None], torch.arange(heads, device=slot.device), slot)
         for part, new in zip(self.stored.parts(), Stored.of(k, v, self.stored.format).parts(), strict=True):
-            part.index_put_(at, new[:, :, 0])
+            part.index_put_(at, new[:, :, 0].to(part.dtype))
 
     def attend(
         self, q: Tensor, valid: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ACTIVATIONS, ModelConfig
-from kernels import Linear, matvec, softcapped
+from kernels import Linear, softcapped
 from kvcache import LayerCache
 
 PROMPT_CHUNK = 512  # prompt queries whose attention rows exist at the same time, where they have to
@@ -41,20 +41,20 @@ class Transformer(nn.Module):
 
     def tie(self) -> None:
         """Where the head shares the embedding's matrix it does so again, after that one has been replaced."""
-        if self.config.tie_embeddings:
+        if self.config.tie_embeddings and isinstance(self.head, Linear):
             self.head.weight = self.embed.weight
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embed.weight.dtype
+        return self.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.embed.weight.device
+        return self.norm.weight.device
 
     def embedded(self, ids: Tensor, positions: Tensor) -> Tensor:
         """ids [B, T] at positions [B or 1, T] -> x [B, T, C]."""
-        x = self.embed(ids)
+        x = self.embed(ids).to(self.dtype)
         if self.config.embed_scale is not None:  # rounded to the model's dtype, as in the original
             x = x * torch.full((), self.config.embed_scale, dtype=x.dtype, device=x.device)
         if self.config.position_offset is not None:  # a finished row of a batch runs on: any position does
@@ -189,7 +189,7 @@ class Slots(NamedTuple):
             k = torch.where((position < policy.sinks)[:, None, :, None], k_raw, k)
         slot = policy.slot(seen, layer)
         layer.write(slot, k, v)
-        sinks = attention.sinks(policy.sinks, layer, position, rotary)
+        sinks = attention.sinks(policy.sinks, layer, position, rotary, k.dtype)
         out, probs = layer.attend(q, seen + 1, attention.scale, attention.softcap, sinks)
         policy.observe(layer, slot, seen, probs)
         return out
@@ -211,7 +211,7 @@ class Chunk(Slots):
         """As of `Causal`. Policies that score decide at the end of the chunk what stays."""
         layer, seen, policy = self
         behind = layer.followed_by(k, v)
-        sinks = attention.sinks(policy.sinks, layer, self.positions(v[:, 0]), rotary)
+        sinks = attention.sinks(policy.sinks, layer, self.positions(v[:, 0]), rotary, k.dtype)
         visible = policy.visible(seen, q.shape[2], layer)
         out, probs = layer.look(q, behind, visible, attention.scale, attention.softcap, sinks)
         layer.absorb(policy.absorb(layer, seen, probs), behind)
@@ -297,7 +297,9 @@ class Attention(nn.Module):
         distance = torch.arange(start, end, device=device)[:, None] - torch.arange(first, end, device=device)
         return slice(first, end), (distance >= 0) & (distance < (self.window or end))
 
-    def sinks(self, count: int, layer: LayerCache, positions: Tensor, rotary: Tensor) -> Tensor | None:
+    def sinks(
+        self, count: int, layer: LayerCache, positions: Tensor, rotary: Tensor, dtype: torch.dtype
+    ) -> Tensor | None:
         """The keys of the first `count` slots as each of the tokens at `positions` [B, T] sees them: [B, K, T, n, D].
 
         They are stored unrotated, and turned to their position inside the cache when a token comes: what was evicted
@@ -308,9 +310,7 @@ class Attention(nn.Module):
             return None
         gap = (positions + 1 - layer.slots).clamp(min=0)
         turned = gap[:, None, :, None] + torch.arange(count, device=positions.device)
-        keys = layer.stored.leading_keys(count, self.wqkv.weight.dtype)[:, :, None].expand(
-            -1, -1, positions.shape[1], -1, -1
-        )
+        keys = layer.stored.leading_keys(count, dtype)[:, :, None].expand(-1, -1, positions.shape[1], -1, -1)
         return self.turn(keys, turned, rotary.unsqueeze(-2))
 
 
@@ -338,34 +338,34 @@ class Experts(nn.Module):
         self.experts, self.top = config.experts, config.experts_per_token
         self.activation = config.activation
         self.router = Linear(config.dim, self.experts, bias=False)
-        self.w13 = Linear(config.dim, self.experts * 2 * config.ffn_dim, bias=False)
-        self.w2 = Linear(config.ffn_dim, self.experts * config.dim, bias=False)
+        self.w13 = Linear(config.dim, self.experts * 2 * config.ffn_dim, False, self.experts)
+        self.w2 = Linear(config.ffn_dim, self.experts * config.dim, False, self.experts)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, C]. A decode step has static shapes and never waits for the device; a prompt does so once."""
         wide = torch.promote_types(x.dtype, torch.float32)
         weights, chosen = self.router(x).to(wide).softmax(-1).flatten(0, 1).topk(self.top)  # [B * T, top]
         weights = weights / weights.sum(-1, keepdim=True)
-        w13, w2 = (w.weight.unflatten(0, (self.experts, -1)) for w in (self.w13, self.w2))
         rows = x.flatten(0, 1)
         if x.shape[1] > 1:
-            out = self._grouped(rows, weights, chosen, w13, w2)
+            out = self._grouped(rows, weights, chosen)
         elif chosen.numel() <= self.experts:  # few rows read only what they chose
-            hidden = gated(matvec(w13[chosen], rows[:, None]), self.activation)
-            out = (matvec(w2[chosen], hidden) * weights[..., None]).sum(1)
+            hidden = gated(self.w13.chosen(chosen, rows[:, None]), self.activation)
+            out = (self.w2.chosen(chosen, hidden) * weights[..., None]).sum(1)
         else:  # many rows need most experts anyway: all of them, those not chosen with weight 0
-            hidden = gated((rows @ self.w13.weight.T).unflatten(1, (self.experts, -1)), self.activation)
+            hidden = gated(self.w13(rows).unflatten(1, (self.experts, -1)), self.activation)
             shares = torch.zeros_like(weights[:, :1]).expand(-1, self.experts).scatter(1, chosen, weights)
-            out = (torch.einsum("ref,ecf->rec", hidden, w2) * shares[..., None]).sum(1)
+            out = (self.w2.each(hidden) * shares[..., None]).sum(1)
         return out.to(x.dtype).view_as(x)
 
-    def _grouped(self, rows: Tensor, weights: Tensor, chosen: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+    def _grouped(self, rows: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """Sorts the rows by expert, so that each expert runs once over what is its own."""
         order = chosen.flatten().argsort()
         own = order // self.top
         counts = chosen.flatten().bincount(minlength=self.experts).tolist()
-        hidden = [gated(part @ w.T, self.activation) for part, w in zip(rows[own].split(counts), w13, strict=True)]
-        out = torch.cat([part @ w.T for part, w in zip(hidden, w2, strict=True)])
+        parts = enumerate(rows[own].split(counts))
+        hidden = [(number, gated(self.w13.expert(number, part), self.activation)) for number, part in parts]
+        out = torch.cat([self.w2.expert(number, part) for number, part in hidden])
         return torch.zeros_like(rows, dtype=weights.dtype).index_add_(0, own, out * weights.flatten()[order, None])
 
 

@@ -29,6 +29,7 @@ FLOORS = {
     "bound": 0,
     "chat": 1,
     "model": 1,
+    "weights": 1.2,
     "gguf_file": -0.5,
     "files": -1,
     "errors": -2,
