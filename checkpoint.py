@@ -8,7 +8,8 @@ As a command it says what is in there, whether everything matches and what fits 
 
 One table per family (`WEIGHTS`; for GGUF files those of gguf_file.py) says which tensors of the files make up which of
 our parameters. Files are memory-mapped. Each tensor is read into the parameter that it belongs to, so that memory holds
-the model and at most one more tensor. Nothing is guessed: every tensor is used, ignored by name, or an error.
+the model and at most one more tensor; quantized ones (quantized.py) are dequantized on the way. Nothing is guessed:
+every tensor is used, ignored by name, or an error.
 """
 
 from commandline import Parser, guarded  # first: Ctrl-C is one line from here on
@@ -33,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import gguf_file
+import quantized
 from config import ModelConfig, parameters
 from errors import UserError, cut, place, reason, shown
 from files import accessing, read_json
@@ -219,9 +221,11 @@ def report(path: str | Path, dtype: str = "auto", tokens: int = 4096, memory: fl
     left = max(0, int(memory * 2**30) - weights)
     windows = f", {len(config.windowed)} of them with a window of {config.sliding_window}" if config.windowed else ""
     kind = str(config.dtype).removeprefix("torch.")
+    schemes = [tensor.scheme for tensor in found.values() if isinstance(tensor, quantized.Quantized)]
+    packed = f", {len(schemes)} of them dequantized as they are read ({schemes[0]})" if schemes else ""
     lines = {
         "family": f"{config.model_type}, {config.n_layers} layers{windows}",
-        "tensors": f"{len(found)} in {len({tensor.file for tensor in found.values()})} file(s), all match",
+        "tensors": f"{len(found)} in {len({tensor.file for tensor in found.values()})} file(s){packed}, all match",
         "weights": f"{count:,} parameters, {weights / 2**30:.2f} GiB in {kind}",
         "cache": f"{token * config.n_layers:,} bytes per token; {tokens} tokens {full / 2**30:.3f} GiB full, "
         f"{squeezed / 2**30:.3f} GiB squeezed to {budget:.0%}",
@@ -299,11 +303,14 @@ def _matched(folder: Path, dtype: str | torch.dtype) -> tuple[Transformer, dict[
     """The model without its weights, and the tensors found for it: UserError unless they are what it consists of."""
     dtype = _dtype(dtype)
     read = gguf_file.read_json if gguf_file.is_gguf(folder) else read_json
-    config = ModelConfig.from_hf(read(folder / "config.json"))
+    config = ModelConfig.from_hf(raw := read(folder / "config.json"))
     config = replace(config, dtype=dtype or config.dtype)
     short, whole = PREFIXES.get(config.model_type, ("", ""))
     found: dict[str, Stored] = {}
-    for tensor in _weights(folder):
+    tensors = _weights(folder)
+    if (settings := raw.get("quantization_config")) is not None:
+        tensors = quantized.joined(tensors, quantized.scheme(settings))
+    for tensor in tensors:
         name = whole + tensor.name.removeprefix(short) if short and tensor.name.startswith(short) else tensor.name
         if name in found:
             raise UserError(f"{place(folder)}: {cut(tensor.name)} and {cut(found[name].name)} are the same tensor")
@@ -402,7 +409,9 @@ def _check(folder: Path, model: Transformer, found: dict[str, Stored]) -> None:
     wrong = [name for name in wanted if name in found and found[name].shape != wanted[name]]
     problems = {
         "missing": [name for name in wanted if name not in found],
-        "not known": [name for name in found if name not in wanted and not name.endswith(ignored)],
+        "not known": [
+            name for name in found if not (name in wanted or name.endswith(ignored) or quantized.is_filler(name, found))
+        ],
         "of another shape": [f"{name} {found[name].shape} instead of {wanted[name]}" for name in wrong],
     }
     if texts := [f"{len(names)} {problem}: {_some(names)}" for problem, names in problems.items() if names]:

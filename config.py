@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from errors import UserError, cut, shown
+import quantized
+from errors import UserError, shown
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -423,8 +424,7 @@ class ModelConfig:
 def _read(raw: dict[str, Any], family: Family) -> dict[str, Any]:
     """All fields of the family under llama's names: those of `raw` checked, the others as in its class."""
     if (settings := raw.get("quantization_config")) is not None:
-        method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
-        raise UserError(f"quantized checkpoints ({cut(str(method))}) are not supported; use the unquantized weights")
+        quantized.scheme(settings)  # says nothing of what the model computes; refuses what cannot be read
     conf = family.defaults | {"model_type": raw["model_type"]}
     names = {"dtype": ("torch_dtype", "dtype")} | family.names
     for name, default in family.defaults.items():

@@ -337,7 +337,7 @@ REFUSED = [
     ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 0.4}}, "must be even, not 3 of 8"),
     ("mixtral", {"num_experts_per_tok": 0}, "num_experts_per_tok must be an integer from 1 to 4096, not 0"),
     ("mixtral", {"num_experts_per_tok": 6}, "num_experts_per_tok must be at most the 5 experts, not 6"),
-    ("llama-gqa", {"quantization_config": {"quant_method": "gptq"}}, "quantized checkpoints (gptq)"),
+    ("llama-gqa", {"quantization_config": {"quant_method": "hqq"}}, "weights quantized by 'hqq' cannot be read"),
 ]
 
 

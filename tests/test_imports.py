@@ -31,6 +31,7 @@ FLOORS = {
     "model": 1,
     "weights": 1.2,
     "gguf_file": -0.5,
+    "quantized": -0.5,
     "files": -1,
     "errors": -2,
     "config": 0,
