@@ -2,6 +2,7 @@
 
     python bench.py                                          every stage, at sizes that suit the device (`JOBS`)
     python bench.py --stage decode --shape llama-3.1-8b      one stage, one shape; both may be repeated
+    python bench.py --device cpu --real                      a real model at four precisions, beside llama.cpp
     python bench.py --stage throughput --out results/bench.json --plot results/throughput.png
 
 The stages are in benchmark/stages.py, those that we are compared with in benchmark/peers.py.
@@ -36,26 +37,25 @@ from unittest.mock import patch
 import torch
 from tqdm import tqdm
 
-from benchmark import roofline
+from benchmark import real, roofline
 from benchmark.peers import PEERS
-from benchmark.picture import check_picture, draw
+from benchmark.picture import check_picture, draw, draw_real
 from benchmark.race import Row, Sizes, attempt
-from benchmark.record import Log, origin
+from benchmark.record import Log, origin, portable
 from benchmark.stages import STAGES
 from benchmark.subjects import SHAPES, make, published
 from checkpoint import DTYPES, EMBEDDED
 from config import ModelConfig
 from errors import UserError, cut, place
 from files import check_apart, check_output
-from machine import SHARE, explained, free
+from formats import FORMATS
+from machine import SHARE, free
 from sizing import check_budget
 
 # Budgets in multiples of 16 slots: squeeze hands out such, and what is not aligned is slower on CUDA.
 JOBS: dict[str, list[tuple[str, Sizes]]] = {
     "cpu": [
         ("decode", Sizes("embedded", 256, 256, rounds=5, budget=0.25)),
-        ("decode", Sizes("smollm-135m", 32, 32, rounds=2, budget=0.25)),
-        ("decode", Sizes("smollm-135m", 8, 8, rounds=2, budget=0.5, dtype="bf16")),  # slow without instructions for it
         ("prefill", Sizes("embedded", batches=(1, 8), rounds=9)),
         ("throughput", Sizes("embedded", batches=(1, 4, 16, 32), rounds=2)),
         ("batching", Sizes("embedded", 256, 64, batches=(32,))),
@@ -81,7 +81,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, devices = parser.add_argument, ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     add("--stage", action="append", choices=STAGES, help="what to measure (default: all); may be repeated")
-    add("--shape", action="append", metavar="NAME", help=f"embedded, {', '.join(SHAPES)} or a config.json")
+    add("--shape", action="append", metavar="NAME", help=f"embedded, {', '.join(SHAPES)}, a config.json or a GGUF file")
     add("--device", choices=devices, default=devices[-1])
     add("--dtype", choices=DTYPES, help="default: fp32 on the CPU, bf16 on CUDA")
     add("--prompt", type=positive, metavar="N", help="prompt tokens")
@@ -89,13 +89,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--batches", type=lambda text: [*map(positive, text.split(","))], metavar="N,N", help="rows, requests or turns")
     add("--rounds", type=positive, metavar="N", help="timed turns after the one to warm up")
     add("--budget", type=number, metavar="B", help="slots per layer, or a share of prompt + new tokens")
+    add("--weights", choices=("auto", "int8", "int4"), help="how the weights are held (default: auto, as stored)")
+    add("--cache-format", choices=FORMATS, help="how the cache is held (default: dense)")
+    add(
+        "--real",
+        nargs="?",
+        const=real.FILE,
+        type=Path,
+        metavar="F.gguf",
+        help="a real model beside llama.cpp, with 1 GB of files made there",
+    )
     add("--peer", dest="peers", action="append", choices=PEERS, help="default: generate and eager; may be repeated")
     add("--out", type=Path, metavar="F.json", help="write the results there; stages that it already holds stay")
-    add("--plot", type=Path, metavar="F.png", help="throughput: draw tokens per second over the batch")
+    add("--plot", type=Path, metavar="F.png", help="throughput, or --real: draw tokens per second")
     args = parser.parse_args(argv)
+    if args.real is not None:
+        check_real(args)
     args.stage = args.stage or [*STAGES]
-    if args.plot is not None and "throughput" not in args.stage:
-        raise UserError("--plot belongs to --stage throughput")
+    if args.plot is not None and args.real is None and "throughput" not in args.stage:
+        raise UserError("--plot belongs to --stage throughput or to --real")
     if args.budget is not None:
         check_budget(args.budget)
     outputs = {flag: path for flag, path in (("--out", args.out), ("--plot", args.plot)) if path is not None}
@@ -108,9 +120,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def check_real(args: argparse.Namespace) -> None:
+    """UserError for what --real decides itself."""
+    told = "stage shape dtype prompt new batches budget weights cache_format peers".split()
+    if given := next((name for name in told if getattr(args, name)), None):
+        flag = {"peers": "peer"}.get(given, given).replace("_", "-")
+        raise UserError(f"--real measures what it measures; --{flag} does not go with it")
+    if args.device != "cpu":
+        raise UserError("--real measures on a processor; add --device cpu")
+
+
 def chosen(args: argparse.Namespace) -> list[tuple[str, Sizes]]:
     """The jobs that the command asks for. UserError for what cannot be, before anything runs."""
-    jobs = [(stage, sizes) for stage, sizes in JOBS[args.device] if stage in args.stage]
+    jobs = real.jobs(args.real) if args.real else JOBS[args.device]
+    jobs = [(stage, sizes) for stage, sizes in jobs if stage in args.stage or args.real]
     if args.shape:
         first = dict(reversed(jobs))
         jobs = [(stage, first[stage]._replace(shape=shape)) for stage in dict(jobs) for shape in args.shape]
@@ -125,7 +148,7 @@ def chosen(args: argparse.Namespace) -> list[tuple[str, Sizes]]:
 
 
 def run(args: argparse.Namespace) -> int:
-    jobs, log = chosen(args), Log(args.out)
+    jobs, log, stages = chosen(args), Log(args.out), STAGES | {"real": real.real}
     with TemporaryDirectory(ignore_cleanup_errors=True) as cache, patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache):
         for stage, own in groupby(jobs, lambda job: job[0]):
             record = log.begin(stage, **origin(args.device), copy_bytes_per_s=round(roofline.copy_rate(args.device)))
@@ -135,20 +158,23 @@ def run(args: argparse.Namespace) -> int:
                 memory = 0
                 if args.device == "cuda":  # what is reserved is free at this moment
                     memory = int(SHARE * (free(torch.device("cuda")) + torch.cuda.memory_reserved()))
-                with explained(lambda shape=sizes.shape: f"out of memory: the weights of {cut(shape)} do not fit"):
-                    subject = make(sizes.shape, args.device, dtype)
                 torch.compiler.reset()
-                names = {"shape": sizes.shape, "dtype": str(dtype).removeprefix("torch.")}
+                names = {"shape": portable(sizes.shape), "dtype": str(dtype).removeprefix("torch.")}
+                defaults = {"weights": "auto", "cache_format": "dense"}
+                names |= {key: getattr(sizes, key) for key in defaults if getattr(sizes, key) != defaults[key]}
                 rates[names["dtype"]] = round(roofline.matmul_rate(args.device, dtype))
-                rows = STAGES[stage](subject, sizes._replace(memory=memory))
+                subject = attempt(partial(make, sizes.shape, args.device, dtype, sizes.weights))
+                sizes = sizes._replace(memory=memory)
+                rows = iter([subject]) if isinstance(subject, str) else stages[stage](subject, sizes)
                 while (row := attempt(partial(next, rows, None))) is not None:
                     row = {"what": stage, "failed": row} if isinstance(row, str) else row  # the stage itself has ended
-                    tqdm.write(f"{stage:10} {sizes.shape:12} {row['what']:32} {readable(row)}")
+                    tqdm.write(f"{stage:10} {names['shape']:12} {row['what']:32} {readable(row)}")
                     log.add(stage, names | row)
                 del subject, rows  # before the next one is made
                 gc.collect()
     if args.plot is not None:
-        draw(log.stages["throughput"]["rows"], args.plot)
+        stage, picture = ("real", draw_real) if args.real else ("throughput", draw)
+        picture(log.stages[stage]["rows"], args.plot)
     print(json.dumps({"stages": log.stages}, allow_nan=False))
     return 0
 

@@ -9,4 +9,5 @@ PEERS: dict[str, Callable[[Subject], Contestant]] = {
     "generate": lambda subject: Contestant("transformers generate", subject.transformers.generate),
     "eager": lambda subject: Contestant("transformers eager", subject.transformers.eager),
     "static": lambda subject: Contestant("transformers static, compiled", subject.transformers.static, clean=False),
+    "llama.cpp": lambda subject: Contestant("llama.cpp", subject.llama_cpp.generate),
 }

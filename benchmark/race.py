@@ -30,6 +30,8 @@ class Sizes(NamedTuple):
     rounds: int = 3
     budget: float = 0.2
     dtype: str | None = None
+    weights: str = "auto"
+    cache_format: str = "dense"
     peers: Sequence[str] = ("generate", "eager")
     memory: int = 0
 
@@ -39,6 +41,7 @@ class Run(NamedTuple):
 
     Seconds are nan where they are not known; those in which something was compiled are in compile_s alone.
     slots: filled ones of all layers, in the mean over the steps; None: of every token. Bytes: None or 0 if not known.
+    slot_bytes: K and V of one layer's slot.
     """
 
     tokens: list[list[int]]
@@ -48,6 +51,7 @@ class Run(NamedTuple):
     slots: float | None = None
     kv_bytes: int | None = None
     peak_bytes: int = 0
+    slot_bytes: float | None = None
     total_s: float = math.nan  # but for compiling
 
 
@@ -143,14 +147,14 @@ def row(subject: Subject, what: str, requests: list[Request], runs: list[Run] | 
     if steps and new > 1:
         step, made = spread("ms_per_step", steps)
         slots = timed[-1].slots or roofline.valid_slots([prompt + new] * model.config.n_layers, prompt, new)
-        least = roofline.step_seconds(model, batch, slots)
+        least = roofline.step_seconds(model, batch, slots, timed[-1].slot_bytes)
         made |= dict(tokens_per_s=batch / step, roofline_ms=1e3 * least, of_roofline=least / step)
     if firsts:
         first, spent = spread("first_token_ms", firsts)
         least = roofline.prefill_operations(model, batch, prompt)
         least /= roofline.matmul_rate(subject.device, model.config.dtype)
         made |= spent | dict(prompt_tokens_per_s=batch * prompt / first, of_matmul_rate=least / first)
-    made |= dict(tokens_per_s_with_prefill=sum(news) / median(run.total_s for run in timed))
+    made |= dict(tokens_per_s_with_prefill=sum(map(len, timed[-1].tokens)) / median(run.total_s for run in timed))
     made |= dict(compile_s=warm_up.compile_s, kv_bytes=timed[-1].kv_bytes)
     return names | made | dict(peak_bytes=max(run.peak_bytes for run in timed) or None)
 

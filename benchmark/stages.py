@@ -5,6 +5,8 @@ import random
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from statistics import median
 
@@ -16,28 +18,31 @@ from benchmark.race import OUT_OF_MEMORY, Contestant, Row, Run, Sizes, race
 from benchmark.subjects import Subject
 from bound import compiled_graphs
 from conversation import Conversation
-from engine import Engine
+from engine import Batch, Engine
 from errors import UserError
 from needs import Needs
-from request import Completion, Request
+from request import Completion, Figures, Request
+from sampling import GREEDY
 
 SWITCHES = 20  # random plans of the stage `switch`
 
 
 def decode(subject: Subject, sizes: Sizes) -> Iterator[Row]:
     """Step time against peers, the full cache and the roofline."""
-    engines = [ours(subject, "full, eager", compile=False), ours(subject, "full, compiled")]
+    own = partial(ours, subject, cache_format=sizes.cache_format)
+    engines = [own("full, eager", compile=False), own("full, compiled")]
     for policy in ("h2o", "streaming"):
-        engines.append(ours(subject, f"{policy} x squeeze, compiled", policy, "squeeze", sizes.budget))
+        engines.append(own(f"{policy} x squeeze, compiled", policy, "squeeze", sizes.budget))
     yield from beside_peers(subject, engines, sizes, "full, compiled", "tokens_per_s")
 
 
 def prefill(subject: Subject, sizes: Sizes) -> Iterator[Row]:
     """Time to the first token. Equal layers are known before the prompt: what more another plan takes is its price."""
-    engines = [ours(subject, "full", compile=False)]
+    own = partial(ours, subject, compile=False, cache_format=sizes.cache_format)
+    engines = [own("full")]
     for pair in ("h2o squeeze", "streaming uniform", "streaming squeeze", "snapkv uniform", "snapkv perturbation"):
         policy, layers = pair.split()
-        engines.append(ours(subject, f"{policy} x {layers}", policy, layers, sizes.budget, compile=False))
+        engines.append(own(f"{policy} x {layers}", policy, layers, sizes.budget))
     yield from beside_peers(subject, engines, sizes._replace(new=1), "full", "prompt_tokens_per_s")
 
 
@@ -51,7 +56,8 @@ def beside_peers(subject: Subject, engines: list[Contestant], sizes: Sizes, base
 def throughput(subject: Subject, sizes: Sizes) -> Iterator[Row]:
     """Tokens per second over the batch, on CUDA first at the largest one that fits."""
     bounded = {layers: ("streaming", layers, sizes.budget) for layers in ("uniform", "squeeze")}
-    engines = {name: ours(subject, name, *cache) for name, cache in [("full", ()), *bounded.items()]}
+    own = partial(ours, subject, cache_format=sizes.cache_format)
+    engines = {name: own(name, *cache) for name, cache in [("full", ()), *bounded.items()]}
     for name, engine in engines.items():
         batch = most_rows(subject, bounded.get(name, ()), sizes)
         while batch:
@@ -76,7 +82,8 @@ def batching(subject: Subject, sizes: Sizes) -> Iterator[Row]:
         requests = [Request(subject.prompts(1, length)[0], new) for length, new in zip(lengths, news, strict=True)]
         for name, cache in (("squeeze", ("streaming", "squeeze", sizes.budget)), ("full", ())):
             rows = min(count, most_rows(subject, cache, sizes)) or -(-count // 4)
-            contestants.append(ours(subject, f"{name}, {rows} rows", *cache, batch_size=rows, max_length=most))
+            own = partial(ours, subject, cache_format=sizes.cache_format)
+            contestants.append(own(f"{name}, {rows} rows", *cache, batch_size=rows, max_length=most))
         if "generate" in sizes.peers:
             peer = PEERS["generate"](subject)
             contestants.append(Contestant(f"{peer.name}, batches of {rows}", partial(in_batches, peer, rows)))
@@ -91,7 +98,8 @@ def in_batches(peer: Contestant, rows: int, requests: list[Request]) -> Run:
 
 def chat(subject: Subject, sizes: Sizes) -> Iterator[Row]:
     """A turn of `prompt` and `new` tokens after so many turns as `batches` says, and near the beginning."""
-    engine = Engine(subject.model, "streaming", budget=sizes.budget, compile=True)
+    form = dict(compile=True, cache_format=sizes.cache_format)
+    engine = Engine(subject.model, "streaming", budget=sizes.budget, **form)
 
     def answer(conversation: Conversation, requests: list[Request]) -> Run:
         seen, [request] = conversation.seen, requests
@@ -112,7 +120,8 @@ def switch(subject: Subject, sizes: Sizes) -> Iterator[Row]:
     """What a request pays for a plan never seen before: its time less that of the same request again."""
     rng, layers, [ids] = random.Random(0), subject.model.config.n_layers, subject.prompts(1, sizes.prompt)
     slots = max(32, int(sizes.budget if sizes.budget > 1 else sizes.budget * (sizes.prompt + sizes.new)))
-    engine = Engine(subject.model, "streaming", plan=[slots] * layers, compile=True)
+    form = dict(compile=True, cache_format=sizes.cache_format)
+    engine = Engine(subject.model, "streaming", plan=[slots] * layers, **form)
 
     def timed(plan: list[int]) -> float:
         engine.plan = plan
@@ -148,15 +157,23 @@ def alike(subject: Subject, batch: int, sizes: Sizes) -> list[Request]:
 
 def most_rows(subject: Subject, cache: tuple, sizes: Sizes) -> int:
     """The largest batch that should fit into `sizes.memory`."""
-    needs = Needs.of(Engine(subject.model, *cache, compile=True).sizing, sizes.prompt + sizes.new, sizes.prompt)
+    engine = Engine(subject.model, *cache, compile=True, cache_format=sizes.cache_format)
+    needs = Needs.of(engine.sizing, sizes.prompt + sizes.new, sizes.prompt)
     return bisect_right(range(1, 10**6), sizes.memory, key=needs.total)
 
 
-def ours(subject: Subject, name: str, *cache: str | float, compile: bool = True, **limits: int) -> Contestant:
+def ours(
+    subject: Subject,
+    name: str,
+    *cache: str | float,
+    compile: bool = True,
+    cache_format: str = "dense",
+    **limits: int,
+) -> Contestant:
     """cache: token policy, layer policy, budget. Each turn has an engine of its own: no cache and no graph stays."""
 
     def generate(requests: list[Request]) -> Run:
-        return generated(Engine(subject.model, *cache, compile=compile), requests, **limits)
+        return generated(Engine(subject.model, *cache, compile=compile, cache_format=cache_format), requests, **limits)
 
     return Contestant(name, generate)
 
@@ -167,17 +184,43 @@ def generated(engine: Engine, requests: list[Request], **limits: int) -> Run:
     return run._replace(prefill_s=math.nan, step_s=math.nan) if limits else run  # those of rows that refill differ
 
 
-def run_of(completions: list[Completion], seen: int = 0) -> Run:
-    """What a batch took, when `seen` tokens came before. UserError for a request that has failed."""
+def going_on(engine: Engine, steps: int, until: ExitStack) -> Callable[[list[Request]], Run]:
+    """Each turn makes so many tokens more of requests that are alike in length; the first one reads their prompts."""
+    batch: Batch | None = None
+    own: list[Completion] = []
+
+    def generate(requests: list[Request]) -> Run:
+        nonlocal batch
+        if batch is None:
+            batch = until.enter_context(engine.batch(len(requests), requests[0].length, [GREEDY]))
+            own.extend(map(batch.add, requests))
+        made, since = len(own[0].tokens), replace(batch.figures)
+        while batch.busy and len(own[0].tokens) < made + steps:
+            batch.step()
+            batch.collect()
+        run = run_of(own, made, steps, since)
+        run = run._replace(tokens=[completion.tokens[made:] for completion in own])
+        return run._replace(prefill_s=math.nan) if made else run
+
+    return generate
+
+
+def run_of(completions: list[Completion], seen: int = 0, new: int | None = None, since: Figures | None = None) -> Run:
+    """What a batch took, when `seen` tokens came before these `new` ones, and its figures were `since`.
+
+    UserError for a request that has failed.
+    """
     for completion in completions:
         if completion.error:
             raise UserError(completion.error)
-    figures, request = completions[0].figures, completions[0].request
+    figures, request, since = completions[0].figures, completions[0].request, since or Figures()
+    decode_tokens, new = figures.decode_tokens - since.decode_tokens, new or request.max_new_tokens
     return Run(
         [completion.tokens for completion in completions],
-        figures.prefill_s,
-        figures.decode_s * len(completions) / figures.decode_tokens if figures.decode_tokens else math.nan,
-        figures.compile_s,
-        roofline.valid_slots(figures.plan, seen + len(request.ids), request.max_new_tokens),
+        figures.prefill_s - since.prefill_s,
+        (figures.decode_s - since.decode_s) * len(completions) / decode_tokens if decode_tokens else math.nan,
+        figures.compile_s - since.compile_s,
+        roofline.valid_slots(figures.plan, seen + len(request.ids), new),
         figures.kv_bytes,
+        slot_bytes=figures.kv_bytes / len(completions) / sum(figures.plan),
     )

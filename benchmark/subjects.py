@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import checkpoint
+import gguf_file
 from checkpoint import EMBEDDED
 from config import ModelConfig
 from errors import UserError, shown
@@ -44,6 +45,7 @@ class Subject:
 
     raw: dict[str, Any]
     model: Transformer
+    file: Path | None = None  # the GGUF file that it was read from
 
     @property
     def device(self) -> str:
@@ -56,6 +58,13 @@ class Subject:
 
         return HuggingFace(self.model, self.raw)
 
+    @cached_property
+    def llama_cpp(self) -> Any:
+        """llama.cpp on the same file: a `benchmark.llama_cpp.LlamaCpp`."""
+        from benchmark.llama_cpp import LlamaCpp  # knows what a turn is, as benchmark.race does, which knows this file
+
+        return LlamaCpp(self.file, self.model.config)
+
     def prompts(self, batch: int, length: int) -> list[list[int]]:
         rng = random.Random(0)
         return [[rng.randrange(1, self.model.config.vocab_size) for _ in range(length)] for _ in range(batch)]
@@ -64,17 +73,23 @@ class Subject:
 def published(shape: str) -> dict[str, Any]:
     """Its config.json. UserError if there is no such thing."""
     file = EMBEDDED / "config.json" if shape == "embedded" else Path(shape)
+    if gguf_file.is_gguf(file):
+        return gguf_file.read_json(checkpoint.resolve(file) / "config.json")
     with accessing(file):
         if shape not in SHAPES and not file.is_file():
             raise UserError(f"shape {shown(shape)} is neither a file nor one of embedded, {', '.join(SHAPES)}")
     return SHAPES.get(shape) or read_json(file)
 
 
-def make(shape: str, device: str, dtype: torch.dtype) -> Subject:
-    """The shape with random weights made on the device, or the embedded checkpoint with its own."""
-    raw = published(shape)
-    if shape == "embedded":
-        return Subject(raw, checkpoint.load(EMBEDDED, device, dtype)[0])
+def make(shape: str, device: str, dtype: torch.dtype, weights: str = "auto") -> Subject:
+    """The shape with random weights made on the device, or the embedded checkpoint or a GGUF file with its own."""
+    raw, stored = published(shape), {} if weights == "auto" else {"weights": weights}
+    if shape == "embedded" or gguf_file.is_gguf(Path(shape)):
+        path = EMBEDDED if shape == "embedded" else Path(shape)
+        model, _ = checkpoint.load(path, device, dtype, **stored)
+        return Subject(raw, model, None if shape == "embedded" else path)
+    if stored:
+        raise UserError(f"--weights {weights} is for checkpoints; {shown(shape)} has random weights")
     with torch.device("meta"):
         model = Transformer(replace(ModelConfig.from_hf(raw), dtype=dtype)).to(dtype)
     model.to_empty(device=device).requires_grad_(False).tie()

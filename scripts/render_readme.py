@@ -7,10 +7,12 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from benchmark import real  # noqa: E402
 from benchmark.record import ORIGIN, STAGE  # noqa: E402
 from commandline import guarded  # noqa: E402
 from errors import UserError  # noqa: E402
@@ -20,8 +22,9 @@ from files import checked, read_json, read_text, write_whole  # noqa: E402
 
 def result(name: str) -> dict:
     record, where = read_json(ROOT / "results" / name), f"results/{name}"
-    stages = {"stages": dict.fromkeys(("decode", "throughput", "switch"), STAGE)}
-    return checked(record, stages if name == "bench_cpu.json" else ORIGIN, where)
+    needed = {"bench_cpu.json": ("decode", "throughput", "switch"), "bench_real_cpu.json": ("real",)}
+    stages = {"stages": dict.fromkeys(needed.get(name, ()), STAGE)}
+    return checked(record, stages if name in needed else ORIGIN, where)
 
 
 def provenance(record: dict, file: str) -> str:
@@ -74,6 +77,78 @@ def throughput() -> str:
         cells = [own[batch].get("failed") or f"{own[batch]['tokens_per_s']:.0f}" for batch in batches]
         lines.append(f"| {what} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", earlier(record, "bench_cpu.json", "bench.py")])
+
+
+class Goal(NamedTuple):
+    """A figure to reach: `key` of our row `what`, or how many times that of `beside` it is."""
+
+    title: str
+    job: str
+    precision: str
+    prompt: int
+    what: str
+    beside: str
+    least: float | None = None
+    key: str = "tokens_per_s"
+
+
+def goals() -> list[Goal]:
+    """In the order of the table."""
+    small, short, long, peer = "dropkv x perturbation", real.CONTEXTS[0], real.LONG, "llama.cpp"
+    found = [
+        Goal(f"decode, {n:,} tokens", "decode", precision, n, "full", peer, least if n == short else None)
+        for n in real.CONTEXTS
+        for precision, least in {"float32": 1.2, "bf16": 1.1, "8 bit": 1.1, "4 bit": 1.0}.items()
+    ]
+    for precision, least in (("float32", 2.0), ("8 bit", 1.5)):
+        title = f"decode, {long:,} tokens, ours at 20% of the cache"
+        found.append(Goal(title, "decode", precision, long, f"{small} 20%", peer, least))
+    for n in real.CONTEXTS[:2]:
+        own = ("full", peer, 1.5, "prompt_tokens_per_s")
+        found += [Goal(f"prefill, {n:,} tokens", "read", precision, n, *own) for precision in ("float32", "bf16")]
+    for precision, least in (("float32", 0.85), ("bf16", 0.8), ("8 bit", 0.7)):
+        title = f"share of the copy rate in a step, {short:,} tokens"
+        found.append(Goal(title, "decode", precision, short, "full", "", least, "of_roofline"))
+    for precision in ("float32", "bf16", "8 bit"):
+        title = f"{real.ROWS} rows, {real.PROMPT:,} + {real.ANSWER} tokens, at 20% against our full cache"
+        least = 1.8 if precision == "float32" else None
+        found.append(Goal(title, "rows", precision, real.PROMPT, f"{small} 20%", "full", least))
+    for pair in (("streaming x random plan", "streaming x uniform"), (small, "dropkv x uniform")):
+        plans = [f"{name} 20%" for name in pair]
+        found.append(Goal(f"{pair[0]} against equal layers", "decode", "float32", long, *plans, 0.98))
+    return found
+
+
+def real_table(rows: list[dict]) -> str:
+    """A line per goal: ours, the other, the ratio, and the goal."""
+    figures = {tuple(row.get(k) for k in ("job", "precision", "prompt_tokens", "what")): row for row in rows}
+    lines = ["| what | ours | beside it | ratio | goal |", "|---|---|---|---|---|"]
+    for title, job, precision, prompt, what, beside, least, key in goals():
+        own, other = (figures.get((job, precision, prompt, name), {}).get(key) for name in (what, beside))
+        cells = [f"{own:.1f}" if own else "-", f"{other:.1f}" if other else "-"]
+        ratio, goal = f"{own / other:.2f}" if own and other else "-", f"{least:g}" if least else "-"
+        if not beside:
+            cells, ratio, goal = ["-", "-"], f"{own:.0%}" if own else "-", f"{least:.0%}"
+        lines.append(f"| {title}, {precision} | {' | '.join(cells)} | {ratio} | {goal} |")
+    for row in rows:
+        if row.get("job") == "evidence" and "first_token_ms" in row:
+            share = row["importance_share"] + row["evidence_share"]
+            title = f"importance and evidence of {row['prompt_tokens']:,} tokens, share of prefill"
+            lines.append(f"| {title} | - | - | {share:.1%} | 2% |")
+    failed = [
+        f"{row.get('precision') or row.get('weights', '')} {row['what']}: {row['failed']}"
+        for row in rows
+        if "failed" in row
+    ]
+    return "\n".join([*lines, *(["", f"Failed: {'; '.join(failed)}."] if failed else [])])
+
+
+def real_speed() -> str:
+    file = "bench_real_cpu.json"
+    if not (ROOT / "results" / file).exists():
+        return "Not measured yet."
+    record = result(file)["stages"]["real"]
+    return f"{real_table(record['rows'])}\n\n{provenance(record, file)}"
 
 
 def first() -> str:
@@ -194,6 +269,7 @@ PAGES = {
         "unseen": partial(evaluation, "eval_smollm2_unseen", "", "exact"),
         "choices": partial(evaluation, "eval_smollm2_choices"),
         "kvpress": kvpress,
+        "real_speed": real_speed,
         "decode": decode,
         "step": step,
         "throughput": throughput,

@@ -122,7 +122,7 @@ def test_operations_are_those_that_torch_counts(shape):
         return counter.get_total_flops()
 
     attention = 4 * batch * config.n_layers * slots * config.n_heads * config.head_dim
-    assert counted(3) - counted(2) == 2 * batch * roofline.matrix_elements(model) + attention
+    assert counted(3) - counted(2) == 2 * batch * roofline.matrix_elements(config) + attention
     pairs = batch * config.n_layers * config.n_heads * 30 * 31 / 2  # torch does not count the fused attention
     assert counted(1) == roofline.prefill_operations(model, batch, 30) - 4 * pairs * config.head_dim
 
@@ -185,7 +185,7 @@ def run_json(capsys, *args: str) -> dict:
 
 
 def test_decode_and_prefill_rows(capsys, uncompiled):
-    every = (word for name in bench.PEERS for word in ("--peer", name))
+    every = (word for name in ("generate", "eager", "static") for word in ("--peer", name))
     measured = run_json(capsys, "--stage", "decode", "--stage", "prefill", *every)
     decode, prefill = measured["decode"], measured["prefill"]
     assert decode["copy_bytes_per_s"] > 0 and decode["matmul_operations_per_s"]["float32"] > 0
@@ -219,7 +219,7 @@ def test_throughput_marks_what_does_not_fit(tiny, monkeypatch, tmp_path):
     """Memory as on a GPU: a little less is usable than there is."""
     monkeypatch.setattr("gc.collect", lambda: None)  # takes seconds beside transformers
     real, needs = stages.generated, Needs.of(Engine(tiny.model).sizing, 46, 40)
-    monkeypatch.setattr(stages, "Engine", lambda *args, compile=False: Engine(*args))
+    monkeypatch.setattr(stages, "Engine", lambda *args, compile=False, **options: Engine(*args, **options))
 
     def generated(engine, wanted) -> Run:
         if len(wanted) > 6 and engine.policy.name == "full":
@@ -289,7 +289,7 @@ def test_an_error_of_a_stage_is_a_row(capsys, monkeypatch):
         (["--prompt", "0"], "'0' is no positive integer"),
         (["--batches", "1,x"], "'x' is no positive integer"),
         (["--budget", "1.5"], "budget must be a fraction in (0, 1] or an integer"),
-        (["--stage", "prefill", "--plot", "x.png"], "--plot belongs to --stage throughput"),
+        (["--stage", "prefill", "--plot", "x.png"], "--plot belongs to --stage throughput or to --real"),
         (["--plot", "x.txt"], "pictures are .png, .svg or .pdf files"),
         (["--peer", "fast"], "invalid choice: 'fast'"),
         (["--out", "nowhere/x.json"], "folder does not exist"),
@@ -337,7 +337,7 @@ def test_a_stage_that_fails_does_not_end_the_suite(tmp_path):
 
 @pytest.mark.slow
 def test_the_gpu_suite_runs_without_a_gpu(tmp_path):
-    named = "decode16 static throughput throughput_llama2 long batching chat"
+    named = "decode16 static throughput throughput_llama2 long batching chat int8 int4 cache8"
     stages = f"tests switch prefill decode {named}".split()
     done = suite(tmp_path, *stages)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -348,5 +348,8 @@ def test_the_gpu_suite_runs_without_a_gpu(tmp_path):
         "bench_cpu_static.json": ["decode"],
         "bench_cpu_long.json": ["throughput"],
         "bench_cpu_llama2.json": ["throughput"],
+        "bench_cpu_int8.json": ["decode"],
+        "bench_cpu_int4.json": ["decode"],
+        "bench_cpu_cache8.json": ["throughput"],
     }
     assert all((tmp_path / f"{stage}.log").stat().st_size for stage in stages)
