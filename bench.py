@@ -11,7 +11,8 @@ Shapes are published ones with random weights, made on the device without a down
 the checkpoint that comes along. All contestants of a stage run in one process on the same weights and take turns, so
 that a drifting machine hits all of them: one turn to warm up and compile, from an empty compiler cache, then `--rounds`
 turns, of which the rows give the median and the extremes. Standard output has a line for each row, and everything as
-JSON in the last one; --out has each row as soon as it is made. A contestant that fails is a row that says why.
+JSON in the last one; --out has each row as soon as it is made. A contestant that fails is a row that says why, as
+does a peer that is not installed. llama.cpp runs in a process of its own.
 
 `peak_bytes`, on CUDA: the weights, and the most that was allocated during a turn on top of what lay there before.
 

@@ -13,18 +13,20 @@ TOKENS = 2048  # of one call
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """file, threads, rows and length (of prompt and answer) name a context. It reads `prompts`, if there are any, and
-    writes `new` tokens a row, greedily; without prompts it goes on from where it is. Seconds are of the clock.
+    writes `new` tokens a row, greedily; without prompts it goes on from where it is. Seconds are of the clock, without
+    the first step of a turn that goes on.
     """
     # libgomp reads these when it is loaded, in the next lines: what suits PyTorch's threads here is not for llama.cpp
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         os.environ.pop(name, None)
     context = Context.of(request["file"], request["threads"], request["rows"], request["length"])
-    started, steps, prefill_s = time.perf_counter(), request["new"], None
-    made: list[list[int]] = [[] for _ in range(request["rows"])]
+    started, steps, prefill_s = time.perf_counter(), request["new"] - 1, None
     if request["prompts"]:
         context.read(request["prompts"])
-        now, steps = time.perf_counter(), steps - 1
-        prefill_s, started, made = now - started, now, [[token] for token in context.last]
+        prefill_s = time.perf_counter() - started
+    else:
+        context.step()  # not timed: caches and threads get warm again
+    started, made = time.perf_counter(), [[token] for token in context.last]
     for _ in range(steps):
         for row, token in zip(made, context.step(), strict=True):
             row.append(token)

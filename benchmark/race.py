@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -82,7 +83,7 @@ def race(
     """
     runs: dict[str, list[Run] | str] = {contestant.name: [] for contestant in contestants}
     turns = [contestant for _ in range(1 + sizes.rounds) for contestant in contestants]
-    for contestant in (bar := tqdm(turns, f"{sizes.shape} x {len(requests)}", leave=False)):
+    for contestant in (bar := tqdm(turns, f"{Path(sizes.shape).name} x {len(requests)}", leave=False)):
         bar.set_postfix_str(contestant.name)
         if isinstance(before := runs[contestant.name], list):
             result = attempt(partial(turn, subject, contestant, requests))
@@ -142,6 +143,8 @@ def row(subject: Subject, what: str, requests: list[Request], runs: list[Run] | 
         return names | dict(failed=runs)
     (warm_up, *timed), model = runs, subject.model
     firsts = [run.prefill_s for run in timed if not math.isnan(run.prefill_s)]
+    if not (firsts or math.isnan(warm_up.prefill_s)):  # the only turn that reads prompts
+        firsts = [warm_up.prefill_s]
     steps = [run.step_s for run in timed if not math.isnan(run.step_s)]
     made: Row = {}
     if steps and new > 1:

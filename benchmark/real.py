@@ -31,9 +31,11 @@ FILE = Path(__file__).resolve().parent.parent / "checkpoints" / "real" / "SmolLM
 PRECISIONS = {"F32": (0, "fp32", "auto"), "BF16": (32, "bf16", "auto"), "Q8_0": (7, "fp32", "int8")}
 PRECISIONS |= {"Q4_0": (2, "fp32", "int4")}
 NAMES = {("fp32", "auto"): "float32", ("bf16", "auto"): "bf16", ("fp32", "int8"): "8 bit", ("fp32", "int4"): "4 bit"}
-CONTEXTS, LONG = (512, 4096, 8000), 4096  # tokens before those that are timed; where small caches are compared too
-NEW, STEPS = 160, 32  # tokens that there is room for, and those of a turn
-ROWS, PROMPT, ANSWER = 8, 1024, 256  # of the picture
+# Tokens before those that are timed. To read long ones takes most of the time, so not all are read at each precision.
+CONTEXTS = {"float32": (512, 4096), "bf16": (512, 4096, 8000), "8 bit": (512, 4096), "4 bit": (512,)}
+SHORT, LONG = 512, 4096  # of which the time to the first token is measured; where small caches are compared too
+NEW, STEPS = 160, 24  # tokens that there is room for, and those of a turn
+ROWS, PROMPT, ANSWER, ROW_STEPS = 8, 1024, 256, 8  # of the picture
 SMALL = ("dropkv", "perturbation")
 
 
@@ -43,7 +45,7 @@ def jobs(source: Path) -> list[tuple[str, Sizes]]:
         raise UserError(f"--real: there is no {place(source)}; get it with python scripts/get_model.py smollm2")
     made = {kind: written(source, kind) for kind in tqdm(PRECISIONS, "writing GGUF files", leave=False)}
     return [
-        ("real", Sizes(str(made[kind]), CONTEXTS[0], NEW, dtype=dtype, weights=weights))
+        ("real", Sizes(str(made[kind]), SHORT, NEW, dtype=dtype, weights=weights))
         for kind, (_, dtype, weights) in PRECISIONS.items()
     ]
 
@@ -52,7 +54,7 @@ def written(source: Path, kind: str) -> Path:
     """The model of a GGUF file with all its matrices of this kind, as a file beside it, unless that is there."""
     from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, dequantize, quantize
 
-    target = source.with_name(f"{source.name.split('.')[0]}.real-{kind}.gguf")
+    target = source.with_name(f"{source.stem}.{kind}.gguf")
     if target.exists():
         return target
     reader, own = GGUFReader(source), ("general.architecture", "general.file_type", "general.quantization_version")
@@ -86,7 +88,7 @@ def real(subject: Subject, sizes: Sizes) -> Iterator[Row]:
 
 def decode(subject: Subject, sizes: Sizes, precision: str) -> Iterator[Row]:
     """One request at each context; at the long one small caches too, of equal layers and of others."""
-    for context in CONTEXTS:
+    for context in CONTEXTS[precision]:
         engines: dict[str, dict[str, Any]] = {"full": {}}
         if context == LONG and precision in ("float32", "8 bit"):
             engines |= small("dropkv x perturbation", 0.2) | small("streaming x uniform", 0.2)
@@ -95,19 +97,19 @@ def decode(subject: Subject, sizes: Sizes, precision: str) -> Iterator[Row]:
             plan = random_plan(random.Random(0), layers, slots)
             engines |= small("dropkv x uniform", 0.2)
             engines["streaming x random plan 20%"] = dict(policy="streaming", plan=plan)
-        yield from beside_llama(subject, engines, 1, sizes._replace(prompt=context))
+        yield from beside_llama(subject, engines, 1, sizes._replace(prompt=context), STEPS)
 
 
 def rows(subject: Subject, sizes: Sizes, precision: str) -> Iterator[Row]:
-    """Several requests together, with the full cache and with small ones; in float32 also of 8 bits a number."""
+    """Several requests together, with the full cache and with small ones; in bf16 also of 8 bits a number."""
+    if precision == "4 bit":
+        return
     sizes = sizes._replace(prompt=PROMPT, new=ANSWER)
-    engines = {"full": {}}
-    if precision != "4 bit":
-        engines |= small("dropkv x perturbation", 0.2) | small("dropkv x perturbation", 0.4)
-    yield from beside_llama(subject, engines, ROWS, sizes)
-    if precision == "float32":
+    engines = {"full": {}} | small("dropkv x perturbation", 0.2) | small("dropkv x perturbation", 0.4)
+    yield from beside_llama(subject, engines, ROWS, sizes, ROW_STEPS)
+    if precision == "bf16":
         engines = {f"{name}, int8 cache": options | dict(cache_format="int8") for name, options in engines.items()}
-        yield from beside_llama(subject, engines, ROWS, sizes, peer=False)
+        yield from beside_llama(subject, engines, ROWS, sizes, ROW_STEPS, peer=False)
 
 
 def small(pair: str, budget: float) -> dict[str, dict[str, Any]]:
@@ -116,24 +118,23 @@ def small(pair: str, budget: float) -> dict[str, dict[str, Any]]:
 
 
 def beside_llama(
-    subject: Subject, engines: dict[str, dict[str, Any]], batch: int, sizes: Sizes, peer: bool = True
+    subject: Subject, engines: dict[str, dict[str, Any]], batch: int, sizes: Sizes, steps: int, peer: bool = True
 ) -> Iterator[Row]:
-    """Turns of STEPS steps, compiled. times: as fast as llama.cpp, and as the first of ours, the full cache."""
+    """Turns of so many steps, compiled. times: as fast as llama.cpp, and as the first of ours, the full cache."""
     with ExitStack() as until:
-        contestants = [Contestant("llama.cpp", subject.llama_cpp.going_on(STEPS))] if peer else []
+        contestants = [Contestant("llama.cpp", subject.llama_cpp.going_on(steps))] if peer else []
         for name, options in engines.items():
             engine = Engine(subject.model, compile=True, **options)
-            contestants.append(Contestant(name, going_on(engine, STEPS, until)))
+            contestants.append(Contestant(name, going_on(engine, steps, until)))
         bases = ["llama.cpp", next(iter(engines))]
         yield from race(subject, contestants, alike(subject, batch, sizes), sizes, bases)
 
 
 def read(subject: Subject, sizes: Sizes, precision: str) -> Iterator[Row]:
-    """Time to the first token, nothing compiled."""
-    for prompt in CONTEXTS[: 2 if precision in ("float32", "bf16") else 1]:
-        own = sizes._replace(prompt=prompt, new=1, rounds=5 if prompt == CONTEXTS[0] else 2)
-        contestants = [PEERS["llama.cpp"](subject), ours(subject, "full", compile=False)]
-        yield from race(subject, contestants, alike(subject, 1, own), own, ["llama.cpp"], "prompt_tokens_per_s")
+    """Time to the first token, nothing compiled. Of long prompts it is that of the first turn of `decode`."""
+    own = sizes._replace(prompt=SHORT, new=1, rounds=5)
+    contestants = [PEERS["llama.cpp"](subject), ours(subject, "full", compile=False)]
+    yield from race(subject, contestants, alike(subject, 1, own), own, ["llama.cpp"], "prompt_tokens_per_s")
 
 
 def evidence(subject: Subject, sizes: Sizes, precision: str) -> Iterator[Row]:

@@ -185,7 +185,10 @@ def generated(engine: Engine, requests: list[Request], **limits: int) -> Run:
 
 
 def going_on(engine: Engine, steps: int, until: ExitStack) -> Callable[[list[Request]], Run]:
-    """Each turn makes so many tokens more of requests that are alike in length; the first one reads their prompts."""
+    """Each turn makes so many tokens more of requests that are alike in length; the first one reads their prompts.
+
+    The first step of a later turn is in no figure.
+    """
     batch: Batch | None = None
     own: list[Completion] = []
 
@@ -198,6 +201,8 @@ def going_on(engine: Engine, steps: int, until: ExitStack) -> Callable[[list[Req
         while batch.busy and len(own[0].tokens) < made + steps:
             batch.step()
             batch.collect()
+            if made and len(own[0].tokens) == made + 1:  # not timed: caches and threads get warm again
+                since = replace(batch.figures)
         run = run_of(own, made, steps, since)
         run = run._replace(tokens=[completion.tokens[made:] for completion in own])
         return run._replace(prefill_s=math.nan) if made else run

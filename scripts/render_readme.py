@@ -94,18 +94,20 @@ class Goal(NamedTuple):
 
 def goals() -> list[Goal]:
     """In the order of the table."""
-    small, short, long, peer = "dropkv x perturbation", real.CONTEXTS[0], real.LONG, "llama.cpp"
+    small, short, long, peer = "dropkv x perturbation", real.SHORT, real.LONG, "llama.cpp"
+    first = {"float32": 1.2, "bf16": 1.1, "8 bit": 1.1, "4 bit": 1.0}
     found = [
-        Goal(f"decode, {n:,} tokens", "decode", precision, n, "full", peer, least if n == short else None)
-        for n in real.CONTEXTS
-        for precision, least in {"float32": 1.2, "bf16": 1.1, "8 bit": 1.1, "4 bit": 1.0}.items()
+        Goal(f"decode, {n:,} tokens", "decode", precision, n, "full", peer, first[precision] if n == short else None)
+        for n in sorted({n for contexts in real.CONTEXTS.values() for n in contexts})
+        for precision in first
+        if n in real.CONTEXTS[precision]
     ]
     for precision, least in (("float32", 2.0), ("8 bit", 1.5)):
         title = f"decode, {long:,} tokens, ours at 20% of the cache"
         found.append(Goal(title, "decode", precision, long, f"{small} 20%", peer, least))
-    for n in real.CONTEXTS[:2]:
+    for job, n in (("read", short), ("decode", long)):
         own = ("full", peer, 1.5, "prompt_tokens_per_s")
-        found += [Goal(f"prefill, {n:,} tokens", "read", precision, n, *own) for precision in ("float32", "bf16")]
+        found += [Goal(f"prefill, {n:,} tokens", job, precision, n, *own) for precision in ("float32", "bf16")]
     for precision, least in (("float32", 0.85), ("bf16", 0.8), ("8 bit", 0.7)):
         title = f"share of the copy rate in a step, {short:,} tokens"
         found.append(Goal(title, "decode", precision, short, "full", "", least, "of_roofline"))
