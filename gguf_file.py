@@ -110,7 +110,7 @@ ARCHITECTURES = {
 ROPE = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")  # told in config.json
 NEEDED = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
 WHAT = {str: "a text", int: "an integer", bool: "true or false", list: "a list"}
-CHUNK = 1 << 22  # elements that are dequantized at a time
+CHUNK = 1 << 18  # elements that are dequantized at a time: what the package makes of them fits into a processor's cache
 
 
 class Stored(NamedTuple):
@@ -135,10 +135,12 @@ class Stored(NamedTuple):
         values = torch.empty(rows, columns)
         step = max(1, CHUNK // max(columns, 1))
         with _parsing(self.file):
-            data = np.memmap(self.file, mode="r", offset=self.offset, shape=(rows, bytes_per_row))
+            # Slices of a memmap take longer than those of an array, and the package goes 16 rows at a time: of one row
+            # it makes one piece. Together three times as fast.
+            data = np.asarray(np.memmap(self.file, mode="r", offset=self.offset, shape=(rows, bytes_per_row)))
             for start in range(0, rows, step):
-                chunk = data[start : start + step]
-                values.numpy()[start : start + step] = gguf.dequantize(chunk, gguf.GGMLQuantizationType(self.kind))
+                chunk, part = data[start : start + step].reshape(1, -1), values.numpy()[start : start + step]
+                part[:] = gguf.dequantize(chunk, gguf.GGMLQuantizationType(self.kind)).reshape(part.shape)
         values = values.view(self.shape)
         if self.paired_heads:
             halves = values.unflatten(0, (self.paired_heads, -1, 2)).transpose(1, 2)
