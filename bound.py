@@ -4,6 +4,7 @@
 same results, more time for each call.
 """
 
+import ctypes
 import re
 import sys
 import threading
@@ -73,6 +74,7 @@ def _heard() -> Iterator[list[tuple[Callable, list, Sequence]]]:
         return
     from torch._inductor.output_code import CompiledFxGraph  # takes seconds, so only where something is compiled
 
+    _probe_here()
     with _listening:
         calls, call, thread = [], CompiledFxGraph.__call__, threading.get_ident()
 
@@ -89,6 +91,26 @@ def _heard() -> Iterator[list[tuple[Callable, list, Sequence]]]:
             yield calls
         finally:
             CompiledFxGraph.__call__ = call
+
+
+def _probe_here() -> None:
+    """Whether code for the processor's instructions can be loaded is tried in this process.
+
+    Inductor starts a Python for each kind of instructions that the processor reports, at every start: over a second.
+    Loading the same file here runs none of its code.
+    """
+    from torch._inductor.cpu_vec_isa import VecISA
+
+    if hasattr(VecISA, "_probe_load"):  # else it is one of the releases that name it otherwise
+        VecISA._probe_load = lambda isa, path: _loads(path)
+
+
+def _loads(path: str) -> bool:
+    try:
+        ctypes.CDLL(path)
+    except OSError:
+        return False
+    return True
 
 
 def mark_dynamic(tensor: Tensor, dim: int) -> None:

@@ -1,6 +1,7 @@
 """How the code of a step runs: as it stands or compiled, its calls bound to their graphs, the whole step captured."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -45,5 +46,9 @@ class CudaGraphs:
 
 
 def compiled(function: Callable) -> Callable:
-    """The function through Inductor, as one graph for each kind of input; where it cannot be one, an error."""
-    return torch.compile(function, fullgraph=True, **LIMITED)
+    """The function through Inductor, as one graph for each kind of input; where it cannot be one, an error.
+
+    PyTorch loads its compiler at the first call: a request's first token, which needs no step, does not wait for it.
+    """
+    made = cache(lambda: torch.compile(function, fullgraph=True, **LIMITED))
+    return lambda *inputs: made()(*inputs)

@@ -2,10 +2,12 @@
 
 import threading
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import BY_LENGTH, begun, quick, random_ids, random_model
+from torch._inductor.cpu_vec_isa import VecAVX2
 from torch._inductor.output_code import CompiledFxGraph
 
 import bound as bound_module
@@ -103,6 +105,16 @@ def test_a_bound_call_reads_what_its_tensors_hold_now():
             assert torch.equal(bound(x), x * number + expected)
     assert torch.equal(state, expected)
     assert len(runs) == 1 and not any(value is x for value in (*bound.before, *bound.after))
+
+
+@pytest.mark.skipif(not hasattr(VecAVX2, "_probe_load"), reason="this release has no such function")
+def test_what_the_processor_can_do_is_tried_without_another_process(monkeypatch, tmp_path):
+    monkeypatch.setattr("subprocess.run", None)
+    Bound(lambda _, x: x + 1, None)(torch.ones(1))
+    (tmp_path / "half.so").write_bytes(b"\x7fELF")
+    library = next(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"))
+    loads = [VecAVX2()._probe_load(str(path)) for path in (library, tmp_path / "half.so")]
+    assert loads == [True, False]
 
 
 def twice(_, x):
