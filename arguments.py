@@ -208,10 +208,14 @@ class Asked:
         """Of a prompt; its line in a job may say whether it is rendered."""
         return self.turns.ids(prompt, bool(self.args.rendered) if rendered is None else rendered)
 
+    @property
+    def compiles(self) -> bool:
+        return self.device.type == "cuda" if self.args.compile is None else self.args.compile
+
     def engine(self) -> Engine:
         model, _ = checkpoint.load(self.folder, self.device, self.args.dtype, self.args.weights)
-        sizing, compiled = self.sizing, self.device.type == "cuda" if self.args.compile is None else self.args.compile
-        return Engine(model, sizing.policy, sizing.layer_policy, sizing.budget, sizing.given, compiled, sizing.format)
+        s = self.sizing
+        return Engine(model, s.policy, s.layer_policy, s.budget, s.given, self.compiles, s.format)
 
     @contextmanager
     def engine_for(self, length: int) -> Iterator[Engine]:
@@ -219,7 +223,7 @@ class Asked:
         needs = Needs.of(self.sizing, length)
         if self.args.max_memory is not None or needs.row > self.limit:  # only the cache is allocated at once
             needs.check(1, self.limit)
-        with needs.explained(1, self.limit), compiling():
+        with needs.explained(1, self.limit), compiling(self.compiles):
             yield self.engine()
 
     def save_plan(self, plan: list[int]) -> None:

@@ -1,17 +1,19 @@
 """What the command lines share: whatever a user can put right is one line on standard error and exit code 2."""
 
 import argparse
+import gc
 import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from tqdm import tqdm
 
 from errors import UserError, cut, reason, shown, visible
+from kept import keeping
 
 LONGEST_LINE = 600  # characters of an error: whatever it quotes
 
@@ -122,6 +124,9 @@ def excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> N
 
 if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # in other programs it is not ours to say
     sys.excepthook = excepthook
+    # Python would look for cycles after every 700 new objects; PyTorch's imports make millions that stay. That took a
+    # fifth of the time until the first token.
+    gc.set_threshold(100_000, 20, 20)
 
 
 def complain(program: str, error: Exception | str) -> None:
@@ -132,10 +137,11 @@ def complain(program: str, error: Exception | str) -> None:
 
 
 @contextmanager
-def compiling(way: str = "--no-compile does without") -> Iterator[None]:
-    """UserError if torch.compile finds no compiler that works."""
+def compiling(compiles: bool, way: str = "--no-compile does without") -> Iterator[None]:
+    """UserError if torch.compile finds no compiler that works. What is compiled is kept for the next process."""
     try:
-        yield
+        with keeping() if compiles else nullcontext():
+            yield
     except RuntimeError as error:
         causes = [error, error.__cause__, error.__context__, getattr(error, "inner_exception", None)]
         if not any(type(cause).__name__ in NO_COMPILER for cause in causes):

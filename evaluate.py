@@ -131,7 +131,7 @@ def evaluate(args: argparse.Namespace) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     log = Log(args.out / OUTPUTS[0], record["settings"], args.resume, tasks)
     try:
-        with explained(lambda: OUT_OF_MEMORY), compiling("leave out --compile"):
+        with explained(lambda: OUT_OF_MEMORY), compiling(args.compile, "leave out --compile"):
             run(model, tasks, cells, log, args.batch, partial(Batch, compile=args.compile))
     finally:
         log.close()
@@ -205,7 +205,7 @@ def harness(args: argparse.Namespace, cells: list[Cell], tokenizer: tokenizers.T
     for cell in cells:
         lm = EngineLM(model, tokenizer, tokenizers.eos_ids(folder), cell, args.batch, args.compile)
         print(cell)
-        with compiling("leave out --compile"):
+        with compiling(args.compile, "leave out --compile"):
             found = lm_eval.simple_evaluate(model=lm, tasks=args.lm_eval, limit=args.rows)
         print(utils.make_table(found))
     return 0

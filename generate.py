@@ -273,7 +273,7 @@ def run_job(asked: Asked) -> int:
         summary, figures = Summary(len(done)), None
         try:
             if len(done) < len(survey.ids):
-                with needs.explained(rows, limit), compiling():
+                with needs.explained(rows, limit), compiling(asked.compiles):
                     engine = asked.engine()
                     job.decide(engine, survey, rows, length)
                     summary, figures = job.run(engine, survey, file, done)

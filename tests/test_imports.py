@@ -36,6 +36,7 @@ FLOORS = {
     "errors": -2,
     "config": 0,
     "commandline": 0,
+    "kept": -0.5,
     "kernels": -0.5,
     "kvcache": 0,
     "machine": 0,
