@@ -101,8 +101,9 @@ def _probe_here() -> None:
     """
     from torch._inductor.cpu_vec_isa import VecISA
 
-    if hasattr(VecISA, "_probe_load"):  # else it is one of the releases that name it otherwise
-        VecISA._probe_load = lambda isa, path: _loads(path)
+    name = "_probe_load"
+    if hasattr(VecISA, name):  # else it is one of the releases that name it otherwise
+        setattr(VecISA, name, lambda isa, path: _loads(path))
 
 
 def _loads(path: str) -> bool:

@@ -11,6 +11,11 @@ from bound import LIMITED, Bound
 from model import Block, Transformer
 
 
+# What a loop over a matrix reads again and again, such as a norm's output, is computed once; a product and a sum may be
+# one instruction.
+INDUCTOR = {"realize_reads_threshold": 0, "cpp.enable_floating_point_contract_flag": "fast"}
+
+
 class Code:
     """What runs a step: the one block of every layer, and the head; compiled, and captured, if that is wanted."""
 
@@ -50,5 +55,5 @@ def compiled(function: Callable) -> Callable:
 
     PyTorch loads its compiler at the first call: a request's first token, which needs no step, does not wait for it.
     """
-    made = cache(lambda: torch.compile(function, fullgraph=True, **LIMITED))
+    made = cache(lambda: torch.compile(function, fullgraph=True, options=INDUCTOR, **LIMITED))
     return lambda *inputs: made()(*inputs)

@@ -23,14 +23,15 @@ from benchmark.stages import alike, going_on, ours, random_plan
 from benchmark.subjects import Subject
 from engine import Engine
 from errors import UserError, place
+from files import accessing
 from policies.layers import Perturbation
 from policies.tokens import DropKV
 
 FILE = Path(__file__).resolve().parent.parent / "checkpoints" / "real" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 # What the GGUF file holds, its number in general.file_type, and our dtype and --weights.
-PRECISIONS = {"F32": (0, "fp32", "auto"), "BF16": (32, "bf16", "auto"), "Q8_0": (7, "fp32", "int8")}
-PRECISIONS |= {"Q4_0": (2, "fp32", "int4")}
-NAMES = {("fp32", "auto"): "float32", ("bf16", "auto"): "bf16", ("fp32", "int8"): "8 bit", ("fp32", "int4"): "4 bit"}
+PRECISIONS = {"F32": (0, "fp32", "auto"), "BF16": (32, "bf16", "auto"), "Q8_0": (7, "bf16", "int8")}
+PRECISIONS |= {"Q4_0": (2, "bf16", "int4")}
+NAMES = {("fp32", "auto"): "float32", ("bf16", "auto"): "bf16", ("bf16", "int8"): "8 bit", ("bf16", "int4"): "4 bit"}
 # Tokens before those that are timed. To read long ones takes most of the time, so not all are read at each precision.
 CONTEXTS = {"float32": (512, 4096), "bf16": (512, 4096, 8000), "8 bit": (512, 4096), "4 bit": (512,)}
 SHORT, LONG = 512, 4096  # of which the time to the first token is measured; where small caches are compared too
@@ -41,8 +42,9 @@ SMALL = ("dropkv", "perturbation")
 
 def jobs(source: Path) -> list[tuple[str, Sizes]]:
     """One of each precision. UserError unless there is such a file."""
-    if not source.is_file():
-        raise UserError(f"--real: there is no {place(source)}; get it with python scripts/get_model.py smollm2")
+    with accessing(source):
+        if not source.is_file():
+            raise UserError(f"--real: there is no {place(source)}; get it with python scripts/get_model.py smollm2")
     made = {kind: written(source, kind) for kind in tqdm(PRECISIONS, "writing GGUF files", leave=False)}
     return [
         ("real", Sizes(str(made[kind]), SHORT, NEW, dtype=dtype, weights=weights))

@@ -113,7 +113,7 @@ def test_what_the_processor_can_do_is_tried_without_another_process(monkeypatch,
     Bound(lambda _, x: x + 1, None)(torch.ones(1))
     (tmp_path / "half.so").write_bytes(b"\x7fELF")
     library = next(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"))
-    loads = [VecAVX2()._probe_load(str(path)) for path in (library, tmp_path / "half.so")]
+    loads = [VecAVX2._probe_load(VecAVX2(), str(path)) for path in (library, tmp_path / "half.so")]
     assert loads == [True, False]
 
 
