@@ -10,7 +10,6 @@ from torch import Tensor
 from bound import LIMITED, Bound
 from model import Block, Transformer
 
-
 # What a loop over a matrix reads again and again, such as a norm's output, is computed once; a product and a sum may be
 # one instruction.
 INDUCTOR = {"realize_reads_threshold": 0, "cpp.enable_floating_point_contract_flag": "fast"}
