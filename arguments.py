@@ -13,7 +13,7 @@ import checkpoint
 import machine
 import tokenizer as tokenizers
 from checkpoint import EMBEDDED
-from commandline import Parser, compiling, number, positive
+from commandline import Parser, compiling, number, positive, thread_count
 from engine import Engine
 from errors import UserError, cut, place, shown
 from files import POSITIVE, check_apart, check_output, decoded, is_a, read_json, write_json
@@ -83,6 +83,7 @@ def parse(argv: list[str] | None, manual: str = "") -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="auto", help="auto (the config's), bf16, fp16, fp32 or float64")
     add("--weights", choices=WEIGHT_FORMATS, default="auto", help="matrices as stored (default), or of 8 or 4 bits")
+    add("--threads", type=thread_count, metavar="N", help="of the CPU (default: what the process may use)")
     add("--compile", action=on_off, help="compile decode (default: on for CUDA)")
     add("--json", action="store_true", help="print one JSON object instead of text")
     return parser.parse_args(argv)

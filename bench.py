@@ -21,7 +21,7 @@ its operations over the rate of a large matrix product, both measured in the sam
 Weights that fit into a processor's cache can exceed 1.
 """
 
-from commandline import Parser, guarded, number, positive  # first: Ctrl-C is one line from here on
+from commandline import Parser, guarded, number, positive, thread_count  # first: Ctrl-C is one line from here on
 
 # isort: split
 import argparse
@@ -50,7 +50,7 @@ from config import ModelConfig
 from errors import UserError, cut, place
 from files import check_apart, check_output
 from formats import FORMATS
-from machine import SHARE, free
+from machine import SHARE, free, use_threads
 from sizing import check_budget
 
 # Budgets in multiples of 16 slots: squeeze hands out such, and what is not aligned is slower on CUDA.
@@ -84,6 +84,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--stage", action="append", choices=STAGES, help="what to measure (default: all); may be repeated")
     add("--shape", action="append", metavar="NAME", help=f"embedded, {', '.join(SHAPES)}, a config.json or a GGUF file")
     add("--device", choices=devices, default=devices[-1])
+    add("--threads", type=thread_count, metavar="N", help="of the CPU (default: what the process may use)")
     add("--dtype", choices=DTYPES, help="default: fp32 on the CPU, bf16 on CUDA")
     add("--prompt", type=positive, metavar="N", help="prompt tokens")
     add("--new", type=positive, metavar="N", help="new tokens")
@@ -149,6 +150,7 @@ def chosen(args: argparse.Namespace) -> list[tuple[str, Sizes]]:
 
 
 def run(args: argparse.Namespace) -> int:
+    use_threads(args.threads)
     jobs, log, stages = chosen(args), Log(args.out), STAGES | {"real": real.real}
     with TemporaryDirectory(ignore_cleanup_errors=True) as cache, patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache):
         for stage, own in groupby(jobs, lambda job: job[0]):

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TextIO
 
 from tqdm import tqdm
 
+import threads
 from errors import UserError, cut, reason, shown, visible
 from kept import keeping
 
@@ -49,6 +50,13 @@ def positive(text: str) -> int:
     if not (text.isdecimal() and len(text) < 19 and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{shown(text)} is no positive integer below 10**18")
     return int(text)
+
+
+def thread_count(text: str) -> int:
+    count, most = positive(text), len(threads.affinity())
+    if count > most:
+        raise argparse.ArgumentTypeError(f"{text} is more than the {most} processors that this process may use")
+    return count
 
 
 class StreamError(Exception):
@@ -122,11 +130,13 @@ def excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> N
     sys.exit(130)
 
 
-if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # in other programs it is not ours to say
+PROGRAM, THREADS = Path(sys.argv[0]).resolve(), ()  # why threads are what they are, if a limit or others decide it
+if PROGRAM.suffix == ".py" and PROGRAM.parent == Path(__file__).resolve().parent:  # else it is not ours to say
     sys.excepthook = excepthook
     # Python would look for cycles after every 700 new objects; PyTorch's imports make millions that stay. That took a
     # fifth of the time until the first token.
     gc.set_threshold(100_000, 20, 20)
+    THREADS = threads.start()
 
 
 def complain(program: str, error: Exception | str) -> None:

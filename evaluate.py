@@ -23,7 +23,14 @@ on where an earlier run was cut off. --beside puts results of another program in
 (scripts/kvpress_compare.py).
 """
 
-from commandline import Parser, compiling, guarded, number, positive  # first: Ctrl-C is one line from here on
+from commandline import (
+    Parser,
+    compiling,
+    guarded,
+    number,
+    positive,
+    thread_count,
+)  # first: Ctrl-C is one line from here on
 
 # isort: split
 import argparse
@@ -47,7 +54,7 @@ from evaluation.fidelity import Fidelity
 from evaluation.passkey import Passkey
 from evaluation.tasks import Log, Task, check_all, run
 from files import accessing, check_apart, check_folder, check_output, write_json, write_whole
-from machine import explained
+from machine import explained, use_threads
 from policies.layers import LAYER_POLICIES
 from policies.options import words
 from policies.tokens import TOKEN_POLICIES
@@ -86,6 +93,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="auto", help="auto (the config's), bf16, fp16, fp32 or float64")
     add("--weights", choices=WEIGHT_FORMATS, default="auto", help="matrices as stored (default), or of 8 or 4 bits")
+    add("--threads", type=thread_count, metavar="N", help="of the CPU (default: what the process may use)")
     add("--compile", action="store_true", help="compile the steps: faster where there are many of them")
     add("--out", type=Path, default=Path(__file__).parent / "runs" / "eval", metavar="DIR", help="(default: runs/eval)")
     add("--resume", action="store_true", help="keep the results that are in --out")
@@ -111,6 +119,7 @@ def listed(kind: Callable[[str], Any]) -> Callable[[str], list]:
 
 
 def evaluate(args: argparse.Namespace) -> int:
+    use_threads(args.threads)
     cells = grid(args.policies, args.layers, args.budgets)
     folder = checkpoint.resolve(args.checkpoint)
     tokenizer = tokenizers.load(folder)

@@ -16,7 +16,7 @@ reads a turn a line and goes on over one cache. --input and --output take many p
 time; see batch.py for the lines.
 """
 
-from commandline import compiling, complain, guarded  # first: Ctrl-C is one line from here on
+from commandline import THREADS, compiling, complain, guarded  # first: Ctrl-C is one line from here on
 
 # isort: split
 import argparse
@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    machine.use_threads(args.threads)
     asked = Asked(args)
     if args.input is not None:
         return run_job(asked)
@@ -90,7 +91,14 @@ def report(asked: Asked, result: dict[str, Any], of: str) -> list[str]:
         f"cache    {result['policy']} x {layers}, {result['budget_slots']} slots per layer{chosen}{of}",
         f"KV       {in_bytes(kv)} of {in_bytes(full)} ({kv / full:.0%} of the full cache), {sizing.format}, "
         f"policy state {in_bytes(result['state_bytes'])}",
+        *on_threads(asked.args),
     ]
+
+
+def on_threads(args: argparse.Namespace) -> list[str]:
+    """A line if a limited or busy machine decided on the threads, and not the user."""
+    why = () if args.threads else THREADS
+    return [f"threads  {torch.get_num_threads()}: {'; '.join(why)} (--threads sets it)"] if why else []
 
 
 # ---- one prompt
@@ -169,6 +177,8 @@ def follow(stream: Stream, text: TextStream, echo: bool) -> Completion:
 def interact(asked: Asked) -> int:
     """A turn a line until the input ends. Text goes to standard output, and what it cost to standard error."""
     code = 0
+    for line in on_threads(asked.args):
+        print(line, file=sys.stderr)
     with asked.engine_for(asked.sizing.config.max_positions) as engine:
         conversation = Conversation(engine, asked.sampling)
         for turn, said in enumerate(lines(asked.args), 1):

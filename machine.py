@@ -48,6 +48,12 @@ def _installed() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def use_threads(count: int | None) -> None:
+    """That many threads of the CPU for each operation; None: as many as were found to suit (threads.py)."""
+    if count is not None:
+        torch.set_num_threads(count)
+
+
 def device_name(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name()

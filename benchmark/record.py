@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from commandline import THREADS
 from errors import optional, place
 from files import checked, parse_json, read_bytes, write_json
 from machine import device_name
@@ -31,6 +32,7 @@ def origin(device: str = "cpu") -> dict[str, str | int]:
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        **({"limited": "; ".join(THREADS)} if THREADS else {}),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "torch": torch.__version__,

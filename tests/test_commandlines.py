@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
+import torch
 from conftest import quick
 
 import batch
@@ -25,6 +26,7 @@ import engine
 import evaluate
 import files
 import generate
+from benchmark import record
 from errors import UserError
 
 COMMANDS = {m.__name__: m for m in (generate, evaluate, bench)}
@@ -166,6 +168,42 @@ def test_an_interrupt_during_the_imports_is_one_line(program):
     command = [sys.executable, str(Path(commandline.__file__).parent / f"{program}.py")]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.getcwd()}, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{program}.py: interrupted\n")
+
+
+# ---- threads
+
+
+@pytest.mark.parametrize("program", COMMANDS)
+def test_threads_are_as_many_as_are_asked_for(capsys, monkeypatch, unloaded, program):
+    monkeypatch.setattr(commandline.threads, "affinity", lambda: {0, 1, 2})
+    monkeypatch.setattr(generate, "Asked", unloadable)
+    try:
+        for count in (3, 1):
+            assert refusal(capsys, program, "--threads", count) is None and torch.get_num_threads() == count
+        for count in (4, 0, -1, "x", "", "1.5", 10**18):
+            line = refusal(capsys, program, "--threads", count)
+            assert line is not None and str(count) in line and torch.get_num_threads() == 1
+        assert "4 is more than the 3 processors" in refusal(capsys, program, "--threads=4")
+    finally:
+        torch.set_num_threads(1)
+
+
+def unloadable(*args) -> NoReturn:
+    raise Reached
+
+
+def test_a_report_says_what_a_busy_machine_decided(capsys, monkeypatch):
+    monkeypatch.setattr(generate, "THREADS", ("others used 1.9 of 2 processors",))
+    command = ["--prompt", "a", "--max-new-tokens", "1"]
+    assert generate.main(command) == 0
+    assert "threads  1: others used 1.9 of 2 processors (--threads sets it)\n" in capsys.readouterr().out
+    assert generate.main([*command, "--threads", "1"]) == 0 and "threads" not in capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert generate.main(["--interactive"]) == 0 and "threads  1: others" in capsys.readouterr().err
+    monkeypatch.setattr(record, "THREADS", ("why",))
+    assert record.origin()["limited"] == "why"
+    monkeypatch.setattr(record, "THREADS", ())
+    assert "limited" not in record.origin()
 
 
 # ---- paths

@@ -34,6 +34,7 @@ FLOORS = {
     "quantized": -0.5,
     "files": -1,
     "errors": -2,
+    "threads": -2,
     "config": 0,
     "commandline": 0,
     "kept": -0.5,
