@@ -15,7 +15,7 @@ from pathlib import Path
 
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 SPINS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-FEW = 1000  # about 15 us, less than a switch of tasks costs; measured in results/busy_cpu.json
+FEW = 1000  # about 15 us, less than a switch of tasks costs; scripts/busy.py measures what it gives
 
 
 @dataclass(frozen=True)
