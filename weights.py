@@ -18,7 +18,7 @@ from model import Transformer
 
 WEIGHT_FORMATS = ("auto", "int8", "int4")
 GROUP = 32  # columns of 4 bits that share a scale and a zero point
-CLIPPED = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)  # parts of the range of numbers that are tried as that of codes
+CLIPPED = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)  # parts of a row's range that are tried as that of its codes of 8 bits
 FEW = 8  # rows up to which the products of codes are faster than those of the numbers that they stand for
 PIECE = 1 << 20  # elements that are numbers at a time
 
@@ -47,27 +47,23 @@ class Codes(NamedTuple):
 
 
 def _nearest(matrix: Tensor, bits: int) -> Codes:
-    """Of several ranges of codes the one with the least squared error, for each group."""
     groups = matrix.float().unflatten(1, (1, -1) if bits == 8 else (-1, GROUP))
-    least = None
-    for part in CLIPPED:
-        if bits == 8:
-            scale = (groups.abs().amax(-1) * part / 127).clamp(min=1e-30)
-            zero, low, high = torch.zeros_like(scale), -127, 127
-        else:
-            bottom, top = groups.amin(-1).clamp(max=0) * part, groups.amax(-1).clamp(min=0) * part
-            scale = ((top - bottom) / 15).clamp(min=1e-30).bfloat16().float()
-            zero, low, high = (-16 * bottom / scale).round().clamp(0, 255) / 16, 0, 15
-        q = (groups / scale[..., None] + zero[..., None]).round_().clamp_(low, high)
-        error = (((q - zero[..., None]) * scale[..., None]) - groups).square().sum(-1)
-        found = (q, scale, zero, error)
-        if least is not None:
-            better = error < least[3]
-            pairs = zip(found, least, strict=True)
-            found = tuple(torch.where(better[..., None] if new.dim() == 3 else better, new, old) for new, old in pairs)
-        least = found
-    q, scale, zero, _ = least
-    return Codes(q.flatten(1).to(torch.int8 if bits == 8 else torch.uint8), scale, zero)
+    if bits == 4:
+        bottom, top = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        scale = ((top - bottom) / 15).clamp(min=1e-30).bfloat16().float()
+        zero = (-16 * bottom / scale).round().clamp(0, 255) / 16
+        q = (groups / scale[..., None] + zero[..., None]).round_().clamp_(0, 15)
+        return Codes(q.flatten(1).to(torch.uint8), scale, zero)
+    least = torch.full(groups.shape[:2], torch.inf, device=matrix.device)
+    scale, q = torch.empty_like(least), torch.empty_like(groups)
+    for part in CLIPPED:  # the range with the least squared error
+        tried = (groups.abs().amax(-1) * part / 127).clamp(min=1e-30)
+        codes = (groups / tried[..., None]).round_().clamp_(-127, 127)
+        error = (codes * tried[..., None] - groups).square().sum(-1)
+        better = error < least
+        least, scale = torch.where(better, error, least), torch.where(better, tried, scale)
+        q = torch.where(better[..., None], codes, q)
+    return Codes(q.flatten(1).to(torch.int8), scale, torch.zeros_like(scale))
 
 
 class Quantized(nn.Module):

@@ -1,9 +1,15 @@
-"""On a real model: what a cache of 8 bits costs. The files of scripts/get_model.py have to be there."""
+"""On a real model: what a cache of 8 bits and weights of few bits cost. The files of scripts/get_model.py have to be
+there.
+"""
+
+import json
+from itertools import islice
 
 import get_model
 import pytest
 import torch
 from test_engine import teacher_forced
+from torch.nn.functional import cross_entropy
 
 import checkpoint
 import tokenizer
@@ -47,3 +53,41 @@ def test_bytes_of_8_bits():
 
     assert slot_bytes("int8", torch.bfloat16, 64) <= 0.53 * slot_bytes("dense", torch.bfloat16, 64)
     assert slot_bytes("int8", torch.float32, 64) <= 0.27 * slot_bytes("dense", torch.float32, 64)
+
+
+NEWS, PIECES, LENGTH = get_model.FOLDER.parents[2] / "shared" / "data" / "multi_news.jsonl", 64, 384
+
+
+@pytest.fixture(scope="module")
+def news():
+    """64 pieces of news [64, 384] as ids."""
+    if not NEWS.exists():
+        pytest.skip("the texts are not there")
+    encode = tokenizer.load(checkpoint.resolve(str(get_model.get("smollm2")))).encode
+    texts = (encode(json.loads(line)["context"])[:LENGTH] for line in NEWS.read_text("utf-8").splitlines())
+    return torch.tensor(list(islice((ids for ids in texts if len(ids) == LENGTH), PIECES)))
+
+
+@torch.inference_mode()
+def perplexity(model, pieces) -> float:
+    losses = [cross_entropy(model(piece)[0, :-1].float(), piece[0, 1:]) for piece in pieces.split(1)]
+    return torch.stack(losses).mean().exp().item()
+
+
+@pytest.mark.real
+def test_weights_of_few_bits(news):
+    """Perplexity and bytes beside bfloat16. The file's own matrices have 4 bits in groups of 32, its embedding 8."""
+    path = checkpoint.resolve(str(get_model.get("smollm2")))
+    found = {}
+    for kind, dtype in (("auto", "bfloat16"), ("int8", "bfloat16"), ("int4", "bfloat16")):
+        model, _ = checkpoint.load(path, dtype=dtype, weights=kind)
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        words = tokenizer.load(path)
+        prompt = words.encode("The capital of France is")
+        text = words.decode(list(Engine(model).stream(prompt, max_new_tokens=12)))
+        found[kind] = perplexity(model, news), size, text
+        print(f"\n{kind}: perplexity {found[kind][0]:.4f}, {size:,} bytes, {text!r}")
+    base, size, _ = found["auto"]
+    for kind, worse, share in (("int8", 1.01, 0.53), ("int4", 1.08, 0.30)):
+        assert found[kind][0] < worse * base and found[kind][1] <= share * size
+        assert "Paris" in found[kind][2]
