@@ -8,12 +8,14 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import prefill
@@ -26,6 +28,7 @@ from errors import UserError, place
 from files import accessing
 from policies.layers import Perturbation
 from policies.tokens import DropKV
+from request import Request
 
 FILE = Path(__file__).resolve().parent.parent / "checkpoints" / "real" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 # What the GGUF file holds, its number in general.file_type, and our dtype and --weights.
@@ -82,7 +85,7 @@ def written(source: Path, kind: str) -> Path:
 
 def real(subject: Subject, sizes: Sizes) -> Iterator[Row]:
     precision = NAMES[sizes.dtype, sizes.weights]
-    for job in (decode, rows, read, evidence):
+    for job in (decode, rows, read, evidence, parts):
         for row in job(subject, sizes, precision):
             row.pop("tokens_per_s_with_prefill", None)
             yield dict(job=job.__name__, precision=precision) | row
@@ -165,3 +168,28 @@ def evidence(subject: Subject, sizes: Sizes, precision: str) -> Iterator[Row]:
     yield dict(what=contestant.name, prompt_tokens=LONG, first_token_ms=1e3 * prefill_s) | {
         f"{name}_share": seconds / prefill_s for name, seconds in spent.items()
     }
+
+
+def parts(subject: Subject, sizes: Sizes, precision: str) -> Iterator[Row]:
+    """Where the time of a compiled step goes, with hardly any cache and with a longer one."""
+    model, engine = subject.model, Engine(subject.model, compile=True)
+    for context in (8, SHORT, LONG // 2):
+        with engine.batch(1, context + sizes.new) as batch, torch.inference_mode():
+            batch.add(Request(subject.prompts(1, context)[0], sizes.new))
+            for _ in range(4):
+                batch.step()
+            decoder, spent = batch.decoder, []
+            for _ in range(STEPS):
+                clock = [time.perf_counter()]
+                x = model.embedded(decoder.tokens[:, None], decoder.seen[:, None]).to(decoder.stream)
+                clock.append(time.perf_counter())
+                for block in decoder.blocks:
+                    x = block(x)
+                clock.append(time.perf_counter())
+                logits = decoder.head(x[:, 0])
+                clock.append(time.perf_counter())
+                decoder.sampler(logits)
+                clock.append(time.perf_counter())
+                spent.append([1e3 * (end - start) for start, end in pairwise(clock)])
+        names = ("embedding_ms", "blocks_ms", "head_ms", "sampling_ms")
+        yield dict(what="step", prompt_tokens=context) | dict(zip(names, np.median(spent, 0).tolist(), strict=True))

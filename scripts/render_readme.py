@@ -137,6 +137,13 @@ def real_table(rows: list[dict]) -> str:
             share = row["importance_share"] + row["evidence_share"]
             title = f"importance and evidence of {row['prompt_tokens']:,} tokens, share of prefill"
             lines.append(f"| {title} | - | - | {share:.1%} | 2% |")
+    steps = [row for row in rows if row.get("job") == "parts" and "blocks_ms" in row]
+    if steps:
+        names = ("embedding", "blocks", "head", "sampling")
+        lines += ["", f"| ms of a compiled step | {' | '.join(names)} |", "|---" * 5 + "|"]
+    for row in steps:
+        cells = " | ".join(f"{row[f'{name}_ms']:.2f}" for name in names)
+        lines.append(f"| {row['precision']}, {row['prompt_tokens']:,} tokens | {cells} |")
     failed = [
         f"{row.get('precision') or row.get('weights', '')} {row['what']}: {row['failed']}"
         for row in rows
