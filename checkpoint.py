@@ -8,8 +8,8 @@ As a command it says what is in there, whether everything matches and what fits 
 
 One table per family (`WEIGHTS`; for GGUF files those of gguf_file.py) says which tensors of the files make up which of
 our parameters. Files are memory-mapped. Each tensor is read into the parameter that it belongs to, so that memory holds
-the model and at most one more tensor; quantized ones (quantized.py) are dequantized on the way. Nothing is guessed:
-every tensor is used, ignored by name, or an error.
+the model and at most one more tensor. Quantized ones (quantized.py) stay codes where weights.py can hold them, and are
+dequantized on the way where not. Nothing is guessed: every tensor is used, ignored by name, or an error.
 """
 
 from commandline import Parser, guarded  # first: Ctrl-C is one line from here on
@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 import gguf_file
 import quantized
+from codes import Codes
 from config import ModelConfig, parameters
 from errors import UserError, cut, place, reason, shown
 from files import accessing, read_json
@@ -42,7 +43,7 @@ from model import Transformer
 from policies.layers import Uniform
 from policies.tokens import Full
 from sizing import Sizing
-from weights import WEIGHT_FORMATS, Codes, bits_of, replace_matrix
+from weights import WEIGHT_FORMATS, bits_of, held_bytes, holds, is_matrix, own_groups, replace_matrix
 
 # Our module -> the checkpoint's modules that are fused into it, in this order, weight and bias alike. {l} is the
 # layer, {e} every expert in turn.
@@ -176,13 +177,12 @@ def load(
 ) -> tuple[Transformer, ModelConfig]:
     """The model in a folder, in a GGUF file or on the hub, ready to run, and its config; dtype "auto" is the one that
     config.json names, or that of a GGUF file's matrices, float32 where they are quantized. weights: "int8" or "int4"
-    for matrices of 8 or 4 bits (weights.py).
+    for matrices of 8 or 4 bits (weights.py); "auto" for codes where a folder's files hold codes that fit.
 
     UserError, in one line that names the culprit, for whatever is missing, broken, unsupported or does not fit.
     """
     device = find_device(device)
-    if weights not in WEIGHT_FORMATS:
-        raise UserError(f"weights must be one of {', '.join(WEIGHT_FORMATS)}, not {shown(weights)}")
+    _check_weights(weights)
     folder = resolve(path)
     model, found = _matched(folder, dtype)
     config = model.config
@@ -190,13 +190,17 @@ def load(
     size = sum(file.stat().st_size for file in {tensor.file for tensor in found.values()})
     slow = size >= SLOW_BYTES and sys.stderr.isatty()
     for name, empty in tqdm(list(model.named_parameters()), f"loading {folder.name}", leave=False, disable=not slow):
-        bits = bits_of(model, name, weights)
-        parameter = torch.empty(empty.shape, dtype=torch.float32 if bits else config.dtype, device=device)
-        parts = _parts(name, len(parameter), config, names)
-        for source, part in zip(parts, parameter.split(list(parts.values())), strict=True):
-            _copy(found[source], part, config)
-        if bits:
-            replace_matrix(model, name, Codes.of(parameter, bits))
+        parts = _parts(name, len(empty), config, names)
+        sources, rows = [found[source] for source in parts], list(parts.values())
+        held = _held(model, name, sources, weights)
+        if held and held.stored:
+            replace_matrix(model, name, _codes(sources, rows, config, device))
+            continue
+        parameter = torch.empty(empty.shape, dtype=torch.float32 if held else config.dtype, device=device)
+        for source, part in zip(sources, parameter.split(rows), strict=True):
+            _copy(source, part, config)
+        if held:
+            replace_matrix(model, name, Codes.of(parameter, held.bits))
         else:
             module, _, kind = name.rpartition(".")
             setattr(model.get_submodule(module), kind, nn.Parameter(parameter, requires_grad=False))
@@ -209,30 +213,80 @@ def read_config(path: str | Path, dtype: str | torch.dtype = "auto") -> ModelCon
     return _matched(resolve(path), dtype)[0].config
 
 
-def report(path: str | Path, dtype: str = "auto", tokens: int = 4096, memory: float = 24, budget: float = 0.2) -> str:
-    """What is in a checkpoint, and how many sequences of `tokens` tokens fit into `memory` GiB beside its weights:
-    with the full cache, and squeezed to the share `budget` of it. UserError if something does not match.
+def report(
+    path: str | Path,
+    dtype: str = "auto",
+    tokens: int = 4096,
+    memory: float = 24,
+    budget: float = 0.2,
+    weights: str = "auto",
+) -> str:
+    """What is in a checkpoint, and how many sequences of `tokens` tokens fit into `memory` GiB beside its weights as
+    `load` would hold them: with the full cache, and squeezed to the share `budget` of it. UserError if something does
+    not match. No weights are read; of quantized ones, scales and zero points are.
     """
-    model, found = _matched(resolve(path), dtype)
+    _check_weights(weights)
+    folder = resolve(path)
+    model, found = _matched(folder, dtype)
     config = model.config
+    size, bits, dequantized = _survey(model, found, _names(folder, config), weights)
     sizing = Sizing(config, Full(), Uniform())
     count, token, full = parameters(config), sizing.slot_bytes(), sizing.full_bytes(tokens)
-    weights, squeezed = count * config.dtype.itemsize, min(full, int(budget * tokens) * config.n_layers * token)
-    left = max(0, int(memory * 2**30) - weights)
+    squeezed = min(full, int(budget * tokens) * config.n_layers * token)
+    left = max(0, int(memory * 2**30) - size)
     windows = f", {len(config.windowed)} of them with a window of {config.sliding_window}" if config.windowed else ""
-    kind = str(config.dtype).removeprefix("torch.")
+    kinds = " and ".join([*(f"{each} bits" for each in bits), str(config.dtype).removeprefix("torch.")])
     schemes = [tensor.scheme for tensor in found.values() if isinstance(tensor, quantized.Quantized)]
-    packed = f", {len(schemes)} of them dequantized as they are read ({schemes[0]})" if schemes else ""
+    packed = f", {len(schemes)} of them quantized ({schemes[0]})" if schemes else ""
+    packed += f", {dequantized} dequantized as they are read" if dequantized else ""
     lines = {
         "family": f"{config.model_type}, {config.n_layers} layers{windows}",
         "tensors": f"{len(found)} in {len({tensor.file for tensor in found.values()})} file(s){packed}, all match",
-        "weights": f"{count:,} parameters, {weights / 2**30:.2f} GiB in {kind}",
+        "weights": f"{count:,} parameters, {size / 2**30:.2f} GiB in {kinds}",
         "cache": f"{token * config.n_layers:,} bytes per token; {tokens} tokens {full / 2**30:.3f} GiB full, "
         f"{squeezed / 2**30:.3f} GiB squeezed to {budget:.0%}",
         "fits": f"in {memory:g} GiB: {left // full:,} sequences of {tokens} tokens full, "
         f"{left // max(squeezed, 1):,} squeezed (activations not counted)",
     }
     return "\n".join(f"{name:8} {text}" for name, text in lines.items())
+
+
+class Held(NamedTuple):
+    """A parameter as codes. stored: those of the files, or else we make them."""
+
+    bits: int
+    groups: int
+    stored: bool
+
+
+def _held(model: Transformer, name: str, sources: list[Stored], weights: str) -> Held | None:
+    """None if the parameter, which is made of these tensors, is floats. No codes are read.
+
+    Stored codes stay if all tensors have some that fit, and if `weights` asks for as many bits or for none.
+    """
+    bits, columns = bits_of(model, name, weights), sources[0].shape[-1]
+    if is_matrix(model, name) and all(isinstance(source, quantized.Quantized) for source in sources):
+        own = sources[0].scheme.bits  # a folder has one scheme, so that equal columns make equal groups
+        grouped = [source.grouped() for source in sources] if bits in (None, own) else [None]
+        if all(parts and holds(own, columns, *parts, model.config.dtype) for parts in grouped):
+            return Held(own, grouped[0][0].shape[1], True)
+    return Held(bits, own_groups(columns, bits), False) if bits else None
+
+
+def _survey(
+    model: Transformer, found: dict[str, Stored], names: dict[str, list[str]], weights: str
+) -> tuple[int, list[int], int]:
+    """Bytes of all parameters as `load` holds them, the bits of their codes, how many quantized tensors do not stay."""
+    size, bits, dequantized = 0, set(), 0
+    for name, parameter in model.named_parameters():
+        sources = [found[source] for source in _parts(name, len(parameter), model.config, names)]
+        held = _held(model, name, sources, weights)
+        bits |= {held.bits} if held else set()
+        floats = parameter.numel() * model.config.dtype.itemsize
+        size += held_bytes(parameter.shape, held.bits, held.groups) if held else floats
+        if not (held and held.stored):
+            dequantized += sum(isinstance(source, quantized.Quantized) for source in sources)
+    return size, sorted(bits), dequantized
 
 
 def to_hf(state_dict: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -429,18 +483,34 @@ def _by_kv_head(wqkv: Tensor, config: ModelConfig) -> list[Tensor]:
     return [part.unflatten(0, (config.n_kv_heads, -1, config.head_dim)) for part in wqkv.split(sizes)]
 
 
-def _copy(stored: Stored, part: Tensor, config: ModelConfig) -> None:
-    """Read a tensor into `part`, casting it."""
-    tensor, where = stored.read(), f"{place(stored.file)}: {cut(stored.name)}"
-    if tensor.dtype not in DTYPES.values():
-        raise UserError(f"{where} is {tensor.dtype}; only floating-point weights of 16, 32 and 64 bits are supported")
-    if stored.name.endswith(INTERLEAVED):
+def _put(tensor: Tensor, part: Tensor, name: str, config: ModelConfig) -> None:
+    """Copy the rows of a tensor of the files to their places in `part`, casting them."""
+    if name.endswith(INTERLEAVED):
         views = _by_kv_head(part, config)
         heads = tensor.unflatten(0, (config.n_kv_heads, -1, config.head_dim))
         for view, piece in zip(views, heads.split([view.shape[1] for view in views], dim=1), strict=True):
             view.copy_(piece)
     else:
         part.copy_(tensor)
+
+
+def _codes(sources: list[quantized.Quantized], rows: list[int], config: ModelConfig, device: torch.device) -> Codes:
+    """The codes of a parameter that is made of these tensors, of so many rows each."""
+    whole: Codes | None = None
+    for number, source in enumerate(sources):
+        codes = source.codes()
+        whole = whole or Codes(*(part.new_empty(sum(rows), part.shape[1], device=device) for part in codes))
+        for part, tensor in zip(whole, codes, strict=True):
+            _put(tensor, part.split(rows)[number], source.name, config)
+    return whole
+
+
+def _copy(stored: Stored, part: Tensor, config: ModelConfig) -> None:
+    """Read a tensor into `part`, casting it."""
+    tensor, where = stored.read(), f"{place(stored.file)}: {cut(stored.name)}"
+    if tensor.dtype not in DTYPES.values():
+        raise UserError(f"{where} is {tensor.dtype}; only floating-point weights of 16, 32 and 64 bits are supported")
+    _put(tensor, part, stored.name, config)
     if not all(extreme.isfinite() for extreme in part.aminmax()):
         if all(extreme.isfinite() for extreme in tensor.aminmax()):
             raise UserError(f"{where} overflows {part.dtype}; use bfloat16 or float32")
@@ -515,6 +585,11 @@ def find_device(name: str | torch.device) -> torch.device:
     return device
 
 
+def _check_weights(weights: str) -> None:
+    if weights not in WEIGHT_FORMATS:
+        raise UserError(f"weights must be one of {', '.join(WEIGHT_FORMATS)}, not {shown(weights)}")
+
+
 def _dtype(name: str | torch.dtype) -> torch.dtype | None:
     """None for "auto"."""
     if name != "auto" and name not in DTYPES and name not in DTYPES.values():
@@ -530,6 +605,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(description="What is in a checkpoint, and what fits into memory with it.")
     parser.add_argument("path", help="a Hugging Face folder, a .gguf file or a hub id")
     parser.add_argument("--dtype", default="auto", help="of weights and cache (default: the config's)")
+    parser.add_argument("--weights", choices=WEIGHT_FORMATS, default="auto", help="as for generate.py")
     parser.add_argument("--tokens", type=int, default=4096, help="length of a sequence (default 4096)")
     parser.add_argument("--memory", type=float, default=24, help="in GiB (default 24)")
     parser.add_argument("--budget", type=float, default=0.2, help="share that a squeezed cache keeps (default 0.2)")

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 import torch
 from torch import Tensor
 
+from codes import Codes
 from errors import UserError, cut, place, shown
 from files import POSITIVE, is_a
 
@@ -34,6 +35,7 @@ PARTS = {
     "packed": ("weight_packed", "weight_scale", "weight_zero_point?", "weight_shape?", "weight_g_idx?"),
     "plain": ("weight_scale", "weight", "weight_zero_point?"),
 }
+CODES = {"gptq": "qweight", "awq": "qweight", "packed": "weight_packed", "plain": "weight"}  # the part that has them
 # Tensors about quantized activations and a quantized cache, by their ends.
 IGNORED = tuple(f".{kind}_{end}" for kind in ("input", "output") for end in ("scale", "zero_point", "global_scale"))
 IGNORED += (".activation_scale", ".act_scale", ".q_scale", ".k_scale", ".v_scale", ".kv_scale")
@@ -59,14 +61,6 @@ class Stored(Protocol):
     shape: list[int]
 
     def read(self) -> Tensor: ...
-
-
-class Codes(NamedTuple):
-    """A matrix as integers: element [o, i] is (q[o, i] - zero[o, g]) * scale[o, g], where g is i's group of columns."""
-
-    q: Tensor  # [out, in] int8
-    scale: Tensor  # [out, groups] float32
-    zero: Tensor  # [out, groups] float32
 
 
 class Scheme(NamedTuple):
@@ -100,22 +94,33 @@ class Quantized(NamedTuple):
     scheme: Scheme
     parts: dict[str, Stored]
 
-    def codes(self) -> Codes | None:
-        """None where there are none: fp8, columns in another order than their groups, a last group that is shorter."""
-        rows, columns = self.shape
-        codes, scale, zero, groups = self._read()
+    def grouped(self) -> tuple[Tensor, Tensor] | None:
+        """The scales and zero points [out, groups] of `codes`, which are not read.
+
+        None where there are no `Codes`: fp8, columns in another order than their groups, a last group that is shorter.
+        """
+        columns = self.shape[1]
+        scale, zero, groups = self._scales()
         if self.scheme.floats or not groups.equal(torch.arange(columns) // max(1, columns // scale.shape[1])):
             return None
-        zero = torch.zeros_like(scale) if zero is None else zero
-        return Codes(codes.contiguous(), *(part.expand(rows, -1).contiguous() for part in (scale, zero)))
+        zero = (torch.zeros_like(scale) if zero is None else zero) + (8 if self.scheme.bits == 4 else 0)
+        strips = self._strips()
+        return scale[strips], zero[strips]
+
+    def codes(self) -> Codes | None:
+        """What the files hold; None where `grouped` is."""
+        if (grouped := self.grouped()) is None:
+            return None
+        codes = self._codes()
+        codes = (codes + 8).view(torch.uint8) if self.scheme.bits == 4 else codes
+        return Codes(codes.contiguous(), *grouped)
 
     def read(self) -> Tensor:
         """Its values, in float32."""
-        codes, scale, zero, groups = self._read()
+        codes, (scale, zero, groups) = self._codes(), self._scales()
         values = torch.empty(self.shape)
         rows, columns = self.shape
-        strips = torch.arange(rows) // (self.scheme.block[0] or max(rows, 1))
-        step = max(1, CHUNK // max(columns, 1))
+        strips, step = self._strips(), max(1, CHUNK // max(columns, 1))
         for own in (slice(start, start + step) for start in range(0, rows, step)):
             part = values[own].copy_(codes[own])
             if zero is not None:
@@ -123,31 +128,39 @@ class Quantized(NamedTuple):
             part *= scale[strips[own]][:, groups]
         return values
 
-    def _read(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Codes [out, in], int8 or fp8; scales and zero points [strips, groups], float32; each column's group [in].
+    def _codes(self) -> Tensor:
+        """[out, in] in int8 or fp8. Integers are centred: the zero points of symmetric matrices are 0."""
+        bits, form = self.scheme.bits, self.scheme.form
+        codes = self._tensor(CODES[form])
+        if form == "plain":
+            return codes
+        codes = _awq_unpack(codes).T if form == "awq" else _unpack(codes.T if form == "gptq" else codes, bits)
+        return (codes - (1 << bits - 1)).view(torch.int8)
 
-        A strip is the rows that share scales. Integers are centred: the zero points of symmetric matrices are 0.
+    def _scales(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Scales and zero points [strips, groups] of centred codes, float32; each column's group [in].
+
+        A strip is the rows that share scales.
         """
-        bits = self.scheme.bits
-        parts = {part: self._tensor(part) for part in self.parts}
+        bits, form = self.scheme.bits, self.scheme.form
+        parts = {part: self._tensor(part) for part in self.parts if part != CODES[form]}
         zero = parts.get("weight_zero_point", parts.get("qzeros"))
-        if self.scheme.form == "gptq":
-            ones = sum(1 << at for at in range(0, 32, bits)) * self.scheme.minus_one
-            codes, zero = _unpack(parts["qweight"].T, bits), _unpack(zero + ones, bits).T
-        elif self.scheme.form == "awq":
-            codes, zero = _awq_unpack(parts["qweight"]).T, _awq_unpack(zero).T
-        elif self.scheme.form == "packed":
-            codes, zero = _unpack(parts["weight_packed"], bits), None if zero is None else _unpack(zero.T, bits).T
-        else:
-            codes = parts["weight"]
+        if form == "gptq":
+            zero = _unpack(zero + sum(1 << at for at in range(0, 32, bits)) * self.scheme.minus_one, bits).T
+        elif form == "awq":
+            zero = _awq_unpack(zero).T
+        elif form == "packed" and zero is not None:
+            zero = _unpack(zero.T, bits).T
         strips, groups = self.scheme.grid(self.shape)
         if zero is not None:
-            zero = zero[:strips].float().reshape(strips, groups)
-        if self.scheme.form != "plain":
-            codes = (codes - (1 << bits - 1)).view(torch.int8)
-            zero = None if zero is None else zero - (1 << bits - 1)
+            zero = zero[:strips].float().reshape(strips, groups) - (0 if form == "plain" else 1 << bits - 1)
         scale = (parts["scales"].T if "scales" in parts else parts["weight_scale"]).float().reshape(strips, groups)
-        return codes, scale, zero, self._groups(parts)
+        return scale, zero, self._groups(parts)
+
+    def _strips(self) -> Tensor:
+        """The strip of each row [out]."""
+        rows = self.shape[0]
+        return torch.arange(rows) // (self.scheme.block[0] or max(rows, 1))
 
     def _groups(self, parts: dict[str, Tensor]) -> Tensor:
         """The group of each column [in]."""
@@ -302,7 +315,7 @@ def _matrix(module: str, scheme: Scheme, rest: dict[str, Stored]) -> Quantized:
     where = f"{place(first.file)}: the matrix of {cut(first.name)} ({scheme})"
     if missing:
         raise UserError(f"{where} is not whole; missing: {', '.join(map(cut, missing))}")
-    codes = first if scheme.form != "plain" else parts["weight"]
+    codes = parts[CODES[scheme.form]]
     if len(codes.shape) != 2:
         raise UserError(f"{where}: {cut(codes.name)} must have two dimensions, not the shape {shown(codes.shape)}")
     shape = list(codes.shape)

@@ -1,69 +1,25 @@
 """Matrices in 8 or 4 bits, in place of `Linear` and of the embedding's table.
 
 Numbers are rounded to the nearest code, as gpt-fast and torchao do. In 8 bits each row of a matrix has a scale; in 4
-bits each 32 of its columns have a scale, in bfloat16, and a zero point in sixteenths of it. Shapes as in model.py.
+bits each 32 of its columns have a scale, in bfloat16, and a zero point in sixteenths of it. Codes that a file holds
+keep their own groups and scales, where a form can hold them (`holds`). Shapes as in model.py.
 
 The form is what multiplies a single row fastest: `Packed`, 4 bits on a CPU as PyTorch's own product wants them, and
 `Words`, whole numbers of 32 bits that a generated loop takes apart.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from bound import int4_block, int4_pack, int4_product, int8_product
+from codes import GROUP, PIECE, Codes
 from kernels import Linear
 from model import Transformer
 
 WEIGHT_FORMATS = ("auto", "int8", "int4")
-GROUP = 32  # columns of 4 bits that share a scale and a zero point
-CLIPPED = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)  # parts of a row's range that are tried as that of its codes of 8 bits
 FEW = 8  # rows up to which the products of codes are faster than those of the numbers that they stand for
-PIECE = 1 << 20  # elements that are numbers at a time
-
-
-class Codes(NamedTuple):
-    """The matrix (q - zero) * scale. q [out, in]: -128 to 127, or 0 to 15; scale, zero [out, groups] in float32."""
-
-    q: Tensor
-    scale: Tensor
-    zero: Tensor
-
-    @property
-    def bits(self) -> int:
-        return 8 if self.q.dtype == torch.int8 else 4
-
-    @staticmethod
-    def of(matrix: Tensor, bits: int) -> "Codes":
-        """matrix [out, in], a part of it at a time."""
-        best = [_nearest(part, bits) for part in matrix.split(max(1, PIECE // matrix.shape[1]))]
-        return Codes(*map(torch.cat, zip(*best, strict=True)))
-
-    def numbers(self) -> Tensor:
-        """The matrix, in float32."""
-        q = self.q.unflatten(1, (self.scale.shape[1], -1))
-        return ((q - self.zero[..., None]) * self.scale[..., None]).flatten(1)
-
-
-def _nearest(matrix: Tensor, bits: int) -> Codes:
-    groups = matrix.float().unflatten(1, (1, -1) if bits == 8 else (-1, GROUP))
-    if bits == 4:
-        bottom, top = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-        scale = ((top - bottom) / 15).clamp(min=1e-30).bfloat16().float()
-        zero = (-16 * bottom / scale).round().clamp(0, 255) / 16
-        q = (groups / scale[..., None] + zero[..., None]).round_().clamp_(0, 15)
-        return Codes(q.flatten(1).to(torch.uint8), scale, zero)
-    least = torch.full(groups.shape[:2], torch.inf, device=matrix.device)
-    scale, q = torch.empty_like(least), torch.empty_like(groups)
-    for part in CLIPPED:  # the range with the least squared error
-        tried = (groups.abs().amax(-1) * part / 127).clamp(min=1e-30)
-        codes = (groups / tried[..., None]).round_().clamp_(-127, 127)
-        error = (codes * tried[..., None] - groups).square().sum(-1)
-        better = error < least
-        least, scale = torch.where(better, error, least), torch.where(better, tried, scale)
-        q = torch.where(better[..., None], codes, q)
-    return Codes(q.flatten(1).to(torch.int8), scale, torch.zeros_like(scale))
 
 
 class Quantized(nn.Module):
@@ -140,7 +96,7 @@ class Words(Quantized):
         wide = torch.promote_types(x.dtype, torch.float32)
         bits, x = self.bits, x.to(wide).unflatten(0, (words.shape[1], 32 // self.bits, -1))
         total = sum((words << 32 - bits * (p + 1) >> 32 - bits).to(wide) * x[:, p] for p in range(32 // bits))
-        if scale.shape[1] == 1:
+        if zero is None and scale.shape[1] == 1:
             return total.sum((1, 2)) * scale[:, 0].to(wide)
         out = (total * scale.to(wide)[..., None]).sum((1, 2))
         return out if zero is None else out + (offset(scale, zero).to(wide) * x.sum((1, 2))).sum(1)
@@ -234,18 +190,55 @@ def module_of(codes: Codes, experts: int = 1) -> Words | Packed:
 def bits_of(model: Transformer, name: str, weights: str) -> int | None:
     """How many bits a number of the parameter `name` gets; None if it stays as it is.
 
-    Those are norms, biases, learned positions, a router, and rows that cannot be cut into words or groups: in 4 bits
-    these get 8. A table of embeddings gets 8, unless the head shares it.
+    Those are no matrices (`is_matrix`), and rows that cannot be cut into words or groups: in 4 bits these get 8. A
+    table of embeddings gets 8, unless the head shares it.
     """
-    module, _, kind = name.rpartition(".")
-    matrix = model.get_submodule(module)
-    whole = isinstance(matrix, Linear) or (isinstance(matrix, nn.Embedding) and module == "embed")
-    if weights == "auto" or kind != "weight" or not whole or module.endswith("router"):
+    if weights == "auto" or not is_matrix(model, name):
         return None
-    columns, alone = matrix.weight.shape[1], module == "embed" and not model.config.tie_embeddings
+    columns = model.get_parameter(name).shape[1]
+    alone = name == "embed.weight" and not model.config.tie_embeddings
     if weights == "int4" and not columns % GROUP and not alone:
         return 4
     return None if columns % 4 else 8
+
+
+def is_matrix(model: Transformer, name: str) -> bool:
+    """Whether codes can take the parameter's place: not of norms, biases, learned positions and a router."""
+    module, _, kind = name.rpartition(".")
+    matrix = model.get_submodule(module)
+    whole = isinstance(matrix, Linear) or (isinstance(matrix, nn.Embedding) and module == "embed")
+    return whole and kind == "weight" and not module.endswith("router")
+
+
+def holds(bits: int, columns: int, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a form can hold codes with these scales and zero points [..., groups] of a matrix of so many columns.
+
+    Groups must be whole words, and zero points exact: none in 8 bits, sixteenths up to 255 in 4. Scales of 4 bits are
+    rounded to bfloat16, which takes 3 bits from those of float16 (at most 0.2% of a number). No number may overflow
+    `dtype` or be none: who dequantizes finds that out, and says so.
+    """
+    sixteenths = 16 * zero
+    exact = (sixteenths == sixteenths.round().clamp(0, 255 if bits == 4 else 0)).all()
+    most = (scale.abs().amax() * 2**bits).to(torch.bfloat16).to(dtype)
+    return bool(exact and most.isfinite()) and columns // scale.shape[-1] % (32 // bits) == 0
+
+
+def held_bytes(shape: Sequence[int], bits: int, groups: int) -> int:
+    """Bytes of a matrix [out, in], or of several of so many rows together, in whichever form."""
+    rows, columns = shape
+    return rows * columns * bits // 8 + rows * groups * (4 if bits == 8 else 3)
+
+
+def own_groups(columns: int, bits: int) -> int:
+    """How many groups of columns `Codes.of` makes."""
+    return 1 if bits == 8 else columns // GROUP
+
+
+def quantize(model: Transformer, weights: str) -> None:
+    """Put codes in the place of all matrices of a model in memory, one after the other; "auto" leaves it as it is."""
+    for name in [name for name, _ in model.named_parameters()]:
+        if bits := bits_of(model, name, weights):
+            replace_matrix(model, name, Codes.of(model.get_parameter(name), bits))
 
 
 def replace_matrix(model: Transformer, name: str, codes: Codes) -> None:

@@ -30,6 +30,7 @@ FLOORS = {
     "chat": 1,
     "model": 1,
     "weights": 1.2,
+    "codes": -0.6,
     "gguf_file": -0.5,
     "quantized": -0.5,
     "files": -1,

@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import quantized
-from checkpoint import load, report
+import weights
+from checkpoint import load, main, report
 from config import ModelConfig
 from errors import UserError
+from kernels import Linear
+from model import Transformer
 
 Parts = dict[str, Tensor]
 Pack = Callable[[int, int, int], tuple[Parts, Tensor]]  # rows, columns, seed -> what the file holds, what it stands for
@@ -174,6 +177,11 @@ FORMS: dict[str, tuple[dict[str, Any], Pack, bool]] = {
         plain(torch.int8, (0, 0), 1),
         True,
     ),
+    "int8-block": (
+        tensors_config("int-quantized", **BYTES | {"strategy": "block", "block_structure": [16, 32]}),
+        plain(torch.int8, (16, 32)),
+        True,
+    ),
     "float8-channel": (tensors_config("float-quantized", **FP8), plain(E4M3, (1, 0)), False),
     "float8-tensor": (
         tensors_config("float-quantized", **FP8 | {"strategy": "tensor"}),
@@ -251,14 +259,46 @@ def stored(folder: Path, settings: dict[str, Any]) -> list[Any]:
     return quantized.joined(tensors, quantized.scheme(settings))
 
 
+def held(model: Transformer) -> dict[str, weights.Quantized]:
+    """The modules that hold codes."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, weights.Quantized)}
+
+
+def numbers(model: Transformer) -> Parts:
+    """All parameters as numbers."""
+    tensors, modules = model.state_dict(), held(model)
+    for name, module in modules.items():
+        columns = module.rows(torch.tensor([0])).shape[1]
+        for part in module.names:
+            del tensors[f"{name}.{part}"]
+        unit = torch.eye(columns, dtype=torch.float64)
+        products = [module.expert(expert, unit).T for expert in range(len(module.scale))]
+        tensors[f"{name}.weight"] = torch.cat(products).to(model.config.dtype)
+    return tensors
+
+
+def assert_same(got: Transformer, expected: Transformer, rtol: float = 2e-7) -> None:
+    got, expected = numbers(got), numbers(expected)
+    assert got.keys() == expected.keys()
+    for key, tensor in got.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=rtol, atol=0)
+
+
+# Zero points of 8 bits have no place in a form.
+DEQUANTIZED = ("gptq-8-bit-asymmetric", "int8-packed", "int8-asymmetric")
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_loads_as_what_it_stands_for(name: str, folders, tmp_path):
     settings, pack, has_codes = FORMS[name]
     packed_folder, floats = quantize(folders(WIDE), tmp_path, settings, pack)
-    expected, loaded = (load(path)[0].state_dict() for path in (floats, packed_folder))
-    assert loaded.keys() == expected.keys()
-    for key, tensor in loaded.items():
-        torch.testing.assert_close(tensor, expected[key], rtol=2e-7, atol=0)
+    expected, loaded = (load(path)[0] for path in (floats, packed_folder))
+    assert_same(loaded, expected)
+    for module, matrix in expected.named_modules():
+        if isinstance(matrix, Linear) and module.startswith("layers"):
+            columns = matrix.weight.shape[1]
+            whole = columns % min(max(settings.get("group_size", 1), 1), columns) == 0
+            assert (module in held(loaded)) == (has_codes and whole and name not in DEQUANTIZED), module
     meant = load_file(floats / "model.safetensors")
     for matrix in stored(packed_folder, settings):
         if isinstance(matrix, quantized.Quantized):
@@ -266,13 +306,11 @@ def test_loads_as_what_it_stands_for(name: str, folders, tmp_path):
             size = min(max(settings.get("group_size", 1), 1), columns := matrix.shape[1])
             assert (codes is not None) == (has_codes and columns % size == 0)
             if codes is not None:
-                assert codes.q.dtype == torch.int8
+                assert codes.bits == matrix.scheme.bits and codes.q.max() <= (15 if codes.bits == 4 else 127)
                 assert codes.scale.shape == codes.zero.shape
                 assert all(part.is_contiguous() for part in codes)
-                by_group = codes.q.double().unflatten(1, (codes.scale.shape[1], -1))
-                value = (by_group - codes.zero[..., None].double()) * codes.scale[..., None].double()
-                torch.testing.assert_close(value.flatten(1), meant[matrix.name].double(), rtol=2e-7, atol=0)
-                assert not settings.get("sym") or not codes.zero.any()
+                torch.testing.assert_close(codes.numbers(), meant[matrix.name].float(), rtol=2e-7, atol=0)
+                assert not settings.get("sym") or (codes.zero == (8 if codes.bits == 4 else 0)).all()
 
 
 ODD = [
@@ -280,29 +318,78 @@ ODD = [
 ]
 
 
+@pytest.mark.parametrize("form", ("int8", "int4-channel", "gptq-act-order"))
 @pytest.mark.parametrize("case", ODD, ids=str)
-def test_fused_interleaved_and_renamed_matrices(case, folders, tmp_path):
-    settings, pack, _ = FORMS["int8" if case.name in ("opt", "falcon") else "gptq-act-order"]
+def test_fused_interleaved_and_renamed_matrices(case, form, folders, tmp_path):
+    settings, pack, has_codes = FORMS[form]
     packed_folder, floats = quantize(folders(case), tmp_path, settings, pack)
     if case.name == "opt":
         file = packed_folder / "model.safetensors"
         save_file({name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}, file)
-    expected, loaded = (load(path)[0].state_dict() for path in (floats, packed_folder))
-    for key, tensor in loaded.items():
-        torch.testing.assert_close(tensor, expected[key], rtol=2e-7, atol=0)
+    expected, loaded = (load(path)[0] for path in (floats, packed_folder))
+    assert_same(loaded, expected)
+    assert ("layers.1.attention.wqkv" in held(loaded)) == has_codes
 
 
 def test_run_and_report(folders, tmp_path):
     settings, pack, _ = FORMS["gptq"]
     packed_folder, floats = quantize(folders(WIDE), tmp_path, settings, pack)
-    ids = families.token_ids(1, 12)
+    ids = families.token_ids(1, 20)  # so many are not multiplied in bfloat16
     with torch.inference_mode():
         ours, theirs = load(packed_folder)[0](ids), families.load_reference(floats)(ids).logits
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
     line = next(line for line in report(packed_folder).splitlines() if line.startswith("tensors"))
-    assert (
-        line == "tensors  29 in 1 file(s), 14 of them dequantized as they are read (gptq int4, groups of 32), all match"
-    )
+    assert line == "tensors  29 in 1 file(s), 14 of them quantized (gptq int4, groups of 32), all match"
+
+
+@pytest.mark.parametrize(
+    ("form", "kind", "bits", "words"),
+    [
+        ("int4", "auto", {4}, "in 4 bits and float32"),
+        ("gptq-8-bit", "auto", {8}, "in 8 bits and float32"),
+        ("gptq-8-bit-asymmetric", "auto", set(), "GiB in float32"),
+        ("int4", "int8", {8}, "in 8 bits and float32"),
+        ("int4-channel", "int4", {4, 8}, "in 4 bits and 8 bits and float32"),
+        ("int8", "int4", {4, 8}, "in 4 bits and 8 bits and float32"),
+    ],
+)
+def test_what_is_held_is_what_is_asked_for(form, kind, bits, words, folders, tmp_path, capsys):
+    """Stored codes where they have as many bits, made ones where not; and the report counts their bytes."""
+    settings, pack, _ = FORMS[form]
+    packed_folder, floats = quantize(folders(WIDE), tmp_path, settings, pack)
+    model, config = load(packed_folder, weights=kind)
+    assert {module.bits if isinstance(module, weights.Words) else 4 for module in held(model).values()} == bits
+    stored = form != "gptq-8-bit-asymmetric" and (kind == "auto" or kind[-1] == form[3])
+    wqkv, meant = "layers.1.attention.wqkv.weight", numbers(load(floats)[0])
+    assert numbers(model)[wqkv].allclose(meant[wqkv], rtol=2e-7, atol=0) == (stored or not bits)
+    assert (numbers(model)[wqkv] - meant[wqkv]).norm() < 0.1 * meant[wqkv].norm()
+    assert main([str(packed_folder), "--weights", kind, "--tokens", "1", "--memory", "0.001"]) == 0
+    out, token = capsys.readouterr().out, config.n_layers * 2 * config.n_kv_heads * config.head_dim * 4
+    left = int(0.001 * 2**30) - sum(parameter.nbytes for parameter in model.parameters())
+    assert words in out and f"{left // token:,} sequences of 1 tokens full" in out
+    count = 0 if stored else 14
+    assert (f"{count} dequantized as they are read" in out) == (count > 0)
+
+
+def test_parts_that_differ_are_dequantized(folders, tmp_path):
+    """A matrix of which one part is floats, or has a zero point where it cannot be held."""
+    settings, pack, _ = FORMS["int8-asymmetric"]
+    packed_folder, floats = quantize(folders(WIDE), tmp_path, settings, pack)
+    tensors, meant = (load_file(folder / "model.safetensors") for folder in (packed_folder, floats))
+    for name, tensor in tensors.items():
+        if name.endswith("zero_point") and "k_proj" not in name:
+            module = name.removesuffix(".weight_zero_point")
+            meant[f"{module}.weight"] = (tensors[f"{module}.weight"] * tensors[f"{module}.weight_scale"]).double()
+            tensor.zero_()
+    for part in ("weight", "weight_scale", "weight_zero_point"):
+        tensors.pop(f"{UP}.{part}")
+    tensors[f"{UP}.weight"] = meant[f"{UP}.weight"]
+    save_file(tensors, packed_folder / "model.safetensors")
+    save_file(meant, floats / "model.safetensors")
+    loaded = load(packed_folder)[0]
+    assert_same(loaded, load(floats)[0])
+    assert not any(name.endswith("wqkv") for name in held(loaded)) and "layers.1.feed_forward.w13" not in held(loaded)
+    assert {"layers.1.attention.wo", "layers.0.feed_forward.w13", "layers.1.feed_forward.w2"} <= held(loaded).keys()
 
 
 def test_shards_and_half_precision(folders, tmp_path):
@@ -318,9 +405,9 @@ def test_shards_and_half_precision(folders, tmp_path):
     (packed_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     for folder in (packed_folder, floats):
         families.change_config(folder, lambda raw: raw | {"dtype": "float16"})
-    expected, loaded = (load(path)[0].state_dict() for path in (floats, packed_folder))
-    for key, tensor in loaded.items():
-        torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=0)
+    expected, loaded = (load(path)[0] for path in (floats, packed_folder))
+    assert held(loaded) and loaded.norm.weight.dtype == torch.float16
+    assert_same(loaded, expected, rtol=1e-3)
 
 
 def test_large_matrices_are_read_in_pieces(monkeypatch, folders, tmp_path):
@@ -351,11 +438,7 @@ def test_biases_of_zeros(folders, tmp_path):
         if value:
             assert f"1 not known: {bias}" in line_of(packed_folder)
         else:
-            assert (
-                load(packed_folder)[0]
-                .layers[1]
-                .feed_forward.w13.weight.equal(load(floats)[0].layers[1].feed_forward.w13.weight)
-            )
+            assert_same(load(packed_folder)[0], load(floats)[0])
 
 
 # What is wrong with a folder, in one line.
@@ -429,6 +512,12 @@ SPOILED = {
     "bytes as fp8": ("fp8", put("weight", lambda t: t.view(torch.int8)), "weight is torch.int8 instead of .*e4m3fn"),
     "another fp8": ("fp8", put("weight", lambda t: t.view(torch.float8_e5m2)), "is torch.float8_e5m2 instead of"),
     "nan in scales": ("awq", put("scales", nan), f"{UP}.weight holds NaN or infinite"),
+    "infinite scales of bytes": ("int8", put("weight_scale", lambda t: t / 0), f"{UP}.weight holds NaN or infinite"),
+    "scales beyond bfloat16": (
+        "int4",
+        put("weight_scale", lambda t: torch.full_like(t.float(), 3.4e38)),
+        f"{UP}.weight holds NaN or infinite",
+    ),
     "nan in fp8": ("fp8", put("weight", lambda t: t.view(torch.uint8).fill_(127).view(E4M3)), "weight holds NaN"),
     "codes and floats": (
         "gptq",

@@ -15,12 +15,14 @@ from test_graphs import FORMS
 
 import bound
 import checkpoint
+import codes as codes_file
 import weights
+from codes import Codes
 from engine import Engine, Request
 from errors import UserError
 from kernels import Linear
 from model import Transformer
-from weights import Codes, Packed, Table, Words, bits_of, module_of, replace_matrix
+from weights import Packed, Table, Words, bits_of, held_bytes, holds, module_of, own_groups, quantize
 
 CASES = [(bits, form, experts) for bits, form in ((8, Words), (4, Words), (4, Packed)) for experts in (1, 3)]
 WIDE = dict(dim=64, ffn_dim=128, n_heads=4, head_dim=16, n_kv_heads=2, vocab_size=128)  # fits PyTorch's product
@@ -29,12 +31,11 @@ WIDE = dict(dim=64, ffn_dim=128, n_heads=4, head_dim=16, n_kv_heads=2, vocab_siz
 def quantized(model: Transformer, kind: str) -> tuple[Transformer, Transformer]:
     """The model with matrices of codes, and one of the numbers that they stand for. Both have their own tensors."""
     small, exact = copy.deepcopy(model), copy.deepcopy(model)
-    for name, parameter in list(model.named_parameters()):
-        if bits := bits_of(small, name, kind):
-            codes = Codes.of(parameter, bits)
-            replace_matrix(small, name, codes)
-            exact.get_parameter(name).copy_(codes.numbers())
+    for name, parameter in model.named_parameters():
+        if bits := bits_of(model, name, kind):
+            exact.get_parameter(name).copy_(Codes.of(parameter, bits).numbers())
     exact.tie()
+    quantize(small, kind)
     return small, exact
 
 
@@ -59,7 +60,7 @@ def test_ranges_are_cut_where_that_makes_the_rest_finer(monkeypatch):
     made = torch.randn(64, 4096, generator=torch.Generator().manual_seed(3))
     made[:, 7] = 6
     cut = (Codes.of(made, 8).numbers() - made).square().sum()
-    monkeypatch.setattr(weights, "CLIPPED", (1.0,))
+    monkeypatch.setattr(codes_file, "CLIPPED", (1.0,))
     assert cut < 0.995 * (Codes.of(made, 8).numbers() - made).square().sum()
 
 
@@ -80,9 +81,50 @@ def test_products_equal_those_of_the_numbers(case):
     torch.testing.assert_close(module.each(x), torch.einsum("rei,eoi->reo", x, stack))
     picked = torch.tensor([[0, experts - 1], [experts - 1, 0]])
     torch.testing.assert_close(module.chosen(picked, x[:, :1]), (stack[picked] @ x[:, :1, :, None]).squeeze(-1))
+    assert held_bytes(codes.q.shape, bits, own_groups(96, bits)) == sum(
+        p.nbytes for p in form(codes, experts).parameters()
+    )
     if experts == 1:
         ids = torch.tensor([[3, 63], [0, 31]])
         assert torch.equal(module.rows(ids), codes.numbers()[ids])
+
+
+@pytest.mark.parametrize(("bits", "groups"), [(8, 3), (4, 1), (4, 6), (4, 12)])
+def test_groups_of_files(bits, groups):
+    """Codes with other groups than ours."""
+    generator = torch.Generator().manual_seed(2)
+    q = torch.randint(-128 if bits == 8 else 0, 128 if bits == 8 else 16, (40, 96), generator=generator)
+    scale, zero = (torch.randint(1, 16, (40, groups), generator=generator).float() for _ in range(2))
+    codes = Codes(q.to(torch.int8 if bits == 8 else torch.uint8), scale / 64, zero * (bits == 4))
+    assert holds(bits, 96, codes.scale, codes.zero, torch.float32)
+    module, numbers, x = Words(codes), codes.numbers().double(), torch.randn(2, 96, dtype=torch.float64)
+    assert held_bytes(q.shape, bits, groups) == sum(parameter.nbytes for parameter in module.parameters())
+    torch.testing.assert_close(module(x), x @ numbers.T)
+    torch.testing.assert_close(module.loop(x[0], *(part for part in module.one(0))), numbers @ x[0])
+    assert torch.equal(module.rows(torch.arange(40)).double(), numbers)
+
+
+HELD = {  # bits, columns, scale, zero, dtype -> whether a form holds them
+    (8, 64, (1.0,), (0.0,), torch.float32): True,
+    (8, 64, (1.0,), (1.0,), torch.float32): False,
+    (8, 64, (1.0,), (-3.0,), torch.float32): False,
+    (8, 62, (1.0,), (0.0,), torch.float32): False,
+    (4, 64, (1.0, 2.0), (7.5, 15.0), torch.float32): True,
+    (4, 64, (1.0, 2.0), (7.5, 16.0), torch.float32): False,
+    (4, 64, (1.0, 2.0), (7.51, 8.0), torch.float32): False,
+    (4, 64, (1.0, 2.0), (8.0, -1.0), torch.float32): False,
+    (4, 24, (1.0, 2.0), (8.0, 8.0), torch.float32): False,
+    (4, 64, (float("nan"), 2.0), (8.0, 8.0), torch.float32): False,
+    (4, 64, (1.0, float("inf")), (8.0, 8.0), torch.float32): False,
+    (4, 64, (-5e3, 1.0), (8.0, 8.0), torch.float16): False,
+    (4, 64, (-5e3, 1.0), (8.0, 8.0), torch.bfloat16): True,
+}
+
+
+@pytest.mark.parametrize("case", HELD, ids=str)
+def test_what_a_form_holds(case):
+    bits, columns, scale, zero, dtype = case
+    assert holds(bits, columns, torch.tensor([scale]), torch.tensor([zero]), dtype) == HELD[case]
 
 
 @pytest.mark.parametrize("case", quick((8, Words, 1), of=CASES), ids=str)
@@ -152,7 +194,7 @@ def test_what_stays_as_it_is():
 def test_other_processors(instructions):
     """The order of PyTorch's product differs between them; what it gives does not."""
     code = (
-        "import torch; from weights import Codes, Packed, module_of; torch.manual_seed(0);"
+        "import torch; from codes import Codes; from weights import module_of; torch.manual_seed(0);"
         "codes = Codes.of(torch.randn(128, 96), 4); module = module_of(codes); x = torch.randn(2, 96).bfloat16();"
         "want = x.float() @ codes.numbers().T; rows = module.rows(torch.tensor([1, 40, 77]));"
         "print(type(module).__name__, float((module(x).float() - want).norm() / want.norm()),"
