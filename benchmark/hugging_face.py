@@ -11,13 +11,17 @@ import checkpoint
 from benchmark.race import Run
 from bound import compiled_graphs
 from engine import Request
+from errors import UserError
 from model import Transformer
+from weights import Quantized
 
 
 class HuggingFace:
     """Three ways to decode. raw: the config.json of the model."""
 
     def __init__(self, model: Transformer, raw: dict[str, Any]):
+        if any(isinstance(module, Quantized) for module in model.modules()):
+            raise UserError("transformers cannot have the same weights: ours are codes of 8 or 4 bits")
         logging.set_verbosity_error()
         self.device = model.device
         with torch.device(self.device):  # its own weights, let go in the next lines; buffers are filled here

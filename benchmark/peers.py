@@ -1,4 +1,7 @@
-"""Whom we are compared with, on the same weights. A new peer is one entry of PEERS."""
+"""Whom we are compared with, on the same weights. A new peer is one entry of PEERS.
+
+It is made at its first turn, so that one that cannot be is a row that says why.
+"""
 
 from collections.abc import Callable
 
@@ -6,8 +9,12 @@ from benchmark.race import Contestant
 from benchmark.subjects import Subject
 
 PEERS: dict[str, Callable[[Subject], Contestant]] = {
-    "generate": lambda subject: Contestant("transformers generate", subject.transformers.generate),
-    "eager": lambda subject: Contestant("transformers eager", subject.transformers.eager),
-    "static": lambda subject: Contestant("transformers static, compiled", subject.transformers.static, clean=False),
-    "llama.cpp": lambda subject: Contestant("llama.cpp", subject.llama_cpp.generate),
+    "generate": lambda subject: Contestant(
+        "transformers generate", lambda requests: subject.transformers.generate(requests)
+    ),
+    "eager": lambda subject: Contestant("transformers eager", lambda requests: subject.transformers.eager(requests)),
+    "static": lambda subject: Contestant(
+        "transformers static, compiled", lambda requests: subject.transformers.static(requests), clean=False
+    ),
+    "llama.cpp": lambda subject: Contestant("llama.cpp", lambda requests: subject.llama_cpp.generate(requests)),
 }

@@ -15,6 +15,7 @@ from config import ModelConfig
 from errors import UserError, shown
 from files import accessing, read_json
 from model import Transformer
+from weights import quantize
 
 
 def _config(model_type: str, vocab: int, dim: int, ffn: int, layers: int, heads: str, limit: int, **more: Any) -> dict:
@@ -83,13 +84,11 @@ def published(shape: str) -> dict[str, Any]:
 
 def make(shape: str, device: str, dtype: torch.dtype, weights: str = "auto") -> Subject:
     """The shape with random weights made on the device, or the embedded checkpoint or a GGUF file with its own."""
-    raw, stored = published(shape), {} if weights == "auto" else {"weights": weights}
+    raw = published(shape)
     if shape == "embedded" or gguf_file.is_gguf(Path(shape)):
         path = EMBEDDED if shape == "embedded" else Path(shape)
-        model, _ = checkpoint.load(path, device, dtype, **stored)
+        model, _ = checkpoint.load(path, device, dtype, weights)
         return Subject(raw, model, None if shape == "embedded" else path)
-    if stored:
-        raise UserError(f"--weights {weights} is for checkpoints; {shown(shape)} has random weights")
     with torch.device("meta"):
         model = Transformer(replace(ModelConfig.from_hf(raw), dtype=dtype)).to(dtype)
     model.to_empty(device=device).requires_grad_(False).tie()
@@ -99,4 +98,5 @@ def make(shape: str, device: str, dtype: torch.dtype, weights: str = "auto") -> 
             parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    quantize(model, weights)
     return Subject(raw, model.eval())

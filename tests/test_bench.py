@@ -19,6 +19,7 @@ from benchmark import picture, roofline, stages, subjects
 from benchmark.race import Contestant, Run, Sizes, attempt, race, turn
 from config import ModelConfig
 from engine import Engine, Request
+from kernels import Linear
 from kvcache import LayerCache
 from model import Transformer
 from needs import Needs
@@ -83,6 +84,17 @@ def test_a_peer_takes_prompts_of_any_lengths(tiny):
     ours = stages.generated(Engine(tiny.model), wanted).tokens
     theirs = stages.in_batches(Contestant("x", tiny.transformers.generate), 2, wanted).tokens
     assert all(own == their[: len(own)] for own, their in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("kind", ("int8", "int4"))
+def test_random_weights_of_few_bits(kind):
+    """They are measured; transformers, which has no such weights, is a row that says so."""
+    subject, sizes = subjects.make("tiny", "cpu", torch.float32, kind), Sizes("tiny", 12, 3, rounds=1, batches=(1,))
+    assert not any(isinstance(module, Linear) for module in subject.model.modules())
+    engines = [stages.ours(subject, "full", compile=False)]
+    *peers, full = stages.beside_peers(subject, engines, sizes, "full", "tokens_per_s")
+    assert full["tokens_per_s"] > 0 and full["of_roofline"] > 0
+    assert len(peers) == 2 and all("ours are codes of 8 or 4 bits" in peer["failed"] for peer in peers)
 
 
 def test_bytes_of_a_step_are_weights_and_filled_slots(tiny):
