@@ -124,6 +124,7 @@ class Packed(Quantized):
     """
 
     def __init__(self, codes: Codes, experts: int = 1):
+        self.bits, self.block = codes.bits, int4_block()  # found out here: Dynamo cannot trace that
         packed = torch.cat([int4_pack(part) for part in codes.q.split(64 * max(1, PIECE // codes.q[:64].numel()))])
         scale, zero = codes.scale.bfloat16(), (16 * codes.zero).to(torch.uint8)
         scale, zero = (part.unflatten(0, (experts, -1)).mT for part in (scale, zero))
@@ -147,7 +148,7 @@ class Packed(Quantized):
 
     def numbers(self, packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Some rows [R] of a matrix as columns [in, R] of numbers in float32."""
-        codes = packed.view(-1, 2 * packed.shape[1], int4_block() // 2)
+        codes = packed.view(-1, 2 * packed.shape[1], self.block // 2)
         codes = torch.cat((codes & 15, codes >> 4), dim=-1).transpose(0, 1).flatten(1)
         groups = codes.unflatten(0, (len(scale), -1)).float() - 8
         return (groups * scale.float()[:, None] + offset(scale, zero)[:, None]).flatten(0, 1)
@@ -155,7 +156,7 @@ class Packed(Quantized):
     def rows(self, ids: Tensor) -> Tensor:
         """ids [...] -> rows of the one matrix [..., in] in float32."""
         [packed, scale, zero] = (part[0] for part in self.one(slice(None)))
-        block, flat = int4_block(), ids.flatten()
+        block, flat = self.block, ids.flatten()
         halves = packed.view(-1, 2 * packed.shape[1], block // 2)
         codes = halves[flat // block, :, flat % (block // 2)]
         codes = torch.where((flat % block < block // 2)[:, None], codes & 15, codes >> 4)

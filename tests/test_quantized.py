@@ -358,7 +358,7 @@ def test_what_is_held_is_what_is_asked_for(form, kind, bits, words, folders, tmp
     settings, pack, _ = FORMS[form]
     packed_folder, floats = quantize(folders(WIDE), tmp_path, settings, pack)
     model, config = load(packed_folder, weights=kind)
-    assert {module.bits if isinstance(module, weights.Words) else 4 for module in held(model).values()} == bits
+    assert {module.bits for module in held(model).values()} == bits
     stored = form != "gptq-8-bit-asymmetric" and (kind == "auto" or kind[-1] == form[3])
     wqkv, meant = "layers.1.attention.wqkv.weight", numbers(load(floats)[0])
     assert numbers(model)[wqkv].allclose(meant[wqkv], rtol=2e-7, atol=0) == (stored or not bits)
