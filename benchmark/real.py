@@ -29,6 +29,7 @@ from files import accessing
 from policies.layers import Perturbation
 from policies.tokens import DropKV
 from request import Request
+from sampling import GREEDY
 
 FILE = Path(__file__).resolve().parent.parent / "checkpoints" / "real" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 # What the GGUF file holds, its number in general.file_type, and our dtype and --weights.
@@ -174,7 +175,7 @@ def parts(subject: Subject, sizes: Sizes, precision: str) -> Iterator[Row]:
     """Where the time of a compiled step goes, with hardly any cache and with a longer one."""
     model, engine = subject.model, Engine(subject.model, compile=True)
     for context in (8, SHORT, LONG // 2):
-        with engine.batch(1, context + sizes.new) as batch, torch.inference_mode():
+        with engine.batch(1, context + sizes.new, [GREEDY]) as batch, torch.inference_mode():
             batch.add(Request(subject.prompts(1, context)[0], sizes.new))
             for _ in range(4):
                 batch.step()
