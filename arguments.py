@@ -187,8 +187,8 @@ class Asked:
         self.eos_ids = frozenset() if args.ignore_eos else tokenizers.eos_ids(self.folder, tokenizer, talk)
         self.device = checkpoint.find_device(args.device)
         self.limit = machine.free(self.device) if args.max_memory is None else int(args.max_memory * 2**30)
-        config = checkpoint.read_config(self.folder, args.dtype)
-        self.sizing = Sizing(config, *policies, args.budget, plan, format=args.cache_format)
+        config, size = checkpoint.outline(self.folder, args.dtype, args.weights)
+        self.sizing = Sizing(config, *policies, args.budget, plan, format=args.cache_format, weights=size)
 
     def _template(self) -> chat.ChatTemplate | None:
         args = self.args

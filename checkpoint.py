@@ -213,6 +213,13 @@ def read_config(path: str | Path, dtype: str | torch.dtype = "auto") -> ModelCon
     return _matched(resolve(path), dtype)[0].config
 
 
+def outline(path: str | Path, dtype: str | torch.dtype, weights: str) -> tuple[ModelConfig, int]:
+    """The same, and the bytes of its weights."""
+    folder = resolve(path)
+    model, found = _matched(folder, dtype)
+    return model.config, _survey(model, found, _names(folder, model.config), weights)[0]
+
+
 def report(
     path: str | Path,
     dtype: str = "auto",

@@ -68,6 +68,7 @@ class Engine:
         self.device = model.device
         self.code, self.store = Code(compile, self.device), Store()
         form = {"dtype": model.dtype, "captured": self.code.capture is not None, "format": cache_format}
+        form["weights"] = sum(parameter.nbytes for parameter in model.parameters())
         self.sizing = Sizing(model.config, self.policy, self.layer_policy, budget, plan, **form)
         # Steps that are started before the tokens of the first of them are looked at, so that the device never waits.
         self.lag = 2 if self.device.type == "cuda" else 0

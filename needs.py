@@ -3,7 +3,6 @@
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
-from config import parameters
 from errors import UserError, in_bytes
 from machine import explained
 from model import FEED_CHUNK, PROMPT_CHUNK
@@ -62,7 +61,7 @@ class Needs(NamedTuple):
             step += 2 * wide * groups * widest
             held += 4 * wide * groups * prompt  # and while a prompt is encoded
         return Needs(
-            weights=parameters(c) * item,
+            weights=sizing.weights,
             row=sizes.total * (sizing.slot_bytes() + c.n_kv_heads * (wide + 8) * policy.scored),
             row_full=sizing.full_bytes(length),
             step=step,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from config import ModelConfig
+from config import ModelConfig, parameters
 from errors import UserError, integers, shown
 from formats import FORMATS, slot_bytes
 from policies.layers import LayerPolicy, Plan
@@ -66,7 +66,8 @@ class Sizing:
 
     budget: slots per layer, a share of the length, or None for one that suits it. plan: slots per layer, instead of
     what the layer policy and the budget would give. captured: what is captured is for one plan, so many lengths share
-    one. format: how slots hold keys and values (formats.py). UserError for a budget or a plan that makes no sense.
+    one. format: how slots hold keys and values (formats.py). weights: bytes of the model's, None if all are numbers of
+    `dtype`. UserError for a budget or a plan that makes no sense.
     """
 
     def __init__(
@@ -79,10 +80,12 @@ class Sizing:
         dtype: torch.dtype | None = None,
         captured: bool = False,
         format: str = "dense",
+        weights: int | None = None,
     ):
         self.config, self.policy, self.layer_policy, self.budget = config, policy, layer_policy, budget
         self.dtype, self.unit = dtype or config.dtype, CAPTURED_LENGTHS if captured else 1
         self.given, self.format = plan, format
+        self.weights = parameters(config) * self.dtype.itemsize if weights is None else weights
         if format not in FORMATS:
             raise UserError(f"cache-format must be one of {', '.join(FORMATS)}, not {shown(format)}")
         if budget is not None:

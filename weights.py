@@ -117,7 +117,8 @@ class Words(Quantized):
 
 
 class Packed(Quantized):
-    """4 bits for PyTorch's product on a CPU: packed [E, out, in / 2] in its order; scale, zero [E, groups, out].
+    """4 bits for PyTorch's product on a CPU: packed [E, out, in / 2] in its order; scale [E, groups, out / 2] and zero
+    [E, groups, out / 4] in words of 32 bits, of which part p of word w belongs to row p * W + w.
 
     That product wants each group's scale beside its offset; they are made of scale and zero when it is called, which
     takes a byte a group less. It computes in bfloat16 and adds in float32.
@@ -127,7 +128,9 @@ class Packed(Quantized):
         self.bits, self.block = codes.bits, int4_block()  # found out here: Dynamo cannot trace that
         packed = torch.cat([int4_pack(part) for part in codes.q.split(64 * max(1, PIECE // codes.q[:64].numel()))])
         scale, zero = codes.scale.bfloat16(), (16 * codes.zero).to(torch.uint8)
-        scale, zero = (part.unflatten(0, (experts, -1)).mT for part in (scale, zero))
+        scale, zero = (part.unflatten(0, (experts, -1)).mT.contiguous() for part in (scale, zero))
+        scale, zero = (part.unflatten(2, (n, -1)).mT.contiguous() for part, n in ((scale, 2), (zero, 4)))
+        scale, zero = (part.view(torch.int32).squeeze(-1) for part in (scale, zero))
         super().__init__(packed=packed.unflatten(0, (experts, -1)), scale=scale, zero=zero)
 
     @staticmethod
@@ -140,10 +143,10 @@ class Packed(Quantized):
     def product(self, x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """As of `expert`, with its tensors."""
         if len(x) <= 2 * FEW and x.dtype != torch.float64:
-            pairs = torch.stack((scale, offset(scale, zero).bfloat16()), dim=-1)
-            return int4_product(x.bfloat16(), packed, x.shape[1] // len(scale), pairs)
+            return int4_product(x.bfloat16(), packed, x.shape[1] // len(scale), pairs(scale, zero))
         rows = 64 * max(1, PIECE // x.shape[1] // 64)
-        parts = zip(packed.split(rows), scale.split(rows, 1), zero.split(rows, 1), strict=True)
+        row = torch.arange(len(packed), device=x.device)
+        parts = zip(packed.split(rows), *(part.split(rows, 1) for part in columns(scale, zero, row)), strict=True)
         return torch.cat([x @ self.numbers(*part).to(x.dtype) for part in parts], dim=1)
 
     def numbers(self, packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -151,7 +154,7 @@ class Packed(Quantized):
         codes = packed.view(-1, 2 * packed.shape[1], self.block // 2)
         codes = torch.cat((codes & 15, codes >> 4), dim=-1).transpose(0, 1).flatten(1)
         groups = codes.unflatten(0, (len(scale), -1)).float() - 8
-        return (groups * scale.float()[:, None] + offset(scale, zero)[:, None]).flatten(0, 1)
+        return (groups * scale[:, None] + offset(scale, zero)[:, None]).flatten(0, 1)
 
     def rows(self, ids: Tensor) -> Tensor:
         """ids [...] -> rows of the one matrix [..., in] in float32."""
@@ -160,10 +163,30 @@ class Packed(Quantized):
         halves = packed.view(-1, 2 * packed.shape[1], block // 2)
         codes = halves[flat // block, :, flat % (block // 2)]
         codes = torch.where((flat % block < block // 2)[:, None], codes & 15, codes >> 4)
-        scale, zero = scale[:, flat].T, zero[:, flat].T
+        scale, zero = (part.T for part in columns(scale, zero, flat))
         groups = codes.unflatten(1, (scale.shape[1], -1)).float() - 8
-        numbers = groups * scale.float()[..., None] + offset(scale, zero)[..., None]
+        numbers = groups * scale[..., None] + offset(scale, zero)[..., None]
         return numbers.view(*ids.shape, -1)
+
+
+def columns(scale: Tensor, zero: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Of some rows [R], what the words of `Packed` hold: scale in float32, zero in sixteenths, [groups, R]."""
+    half, quarter = scale.shape[1], zero.shape[1]
+    words = scale[:, rows % half]
+    words = torch.where(rows < half, words << 16, words & -65536)
+    return words.view(torch.float32), zero[:, rows % quarter] >> 8 * (rows // quarter) & 255
+
+
+def pairs(scale: Tensor, zero: Tensor) -> Tensor:
+    """The scales and offsets of all rows in bfloat16, [groups, out, 2]; made in words, so that loops stay vectors."""
+    found, quarter = [], zero.shape[1]
+    for part in range(4):
+        words = scale[:, part % 2 * quarter : (part % 2 + 1) * quarter]
+        words = words & -65536 if part > 1 else words << 16  # the bits of the scale in float32
+        bits = offset(words.view(torch.float32), zero >> 8 * part & 255).view(torch.int32)
+        nearest = bits + 0x7FFF + (bits >> 16 & 1) & -65536
+        found.append(words >> 16 & 0xFFFF | nearest)
+    return torch.cat(found, dim=1).view(torch.bfloat16).unflatten(1, (-1, 2))
 
 
 def offset(scale: Tensor, zero: Tensor) -> Tensor:

@@ -160,6 +160,27 @@ def real_speed() -> str:
     return f"{real_table(record['rows'])}\n\n{provenance(record, file)}"
 
 
+def start() -> str:
+    """From the shell to the tokens."""
+    stages = result("start_cpu.json")["stages"]
+    lines = ["| s from the shell | to the first token | to the second |", "|---|---|---|"]
+    for model, stage in stages.items():
+        for row in stage["rows"]:
+            seconds = f"{row['first_token_s']:.1f} | {row['second_token_s']:.1f}"
+            lines.append(f"| {Path(model).stem}, {row['what']} | {seconds} |")
+    return "\n".join([*lines, "", provenance(next(iter(stages.values())), "start_cpu.json")])
+
+
+def busy() -> str:
+    """Beside a process that keeps as many threads busy."""
+    record = result("busy_cpu.json")
+    lines = ["| decode | tokens/s alone | share beside it |", "|---|---|---|"]
+    for row in record["rows"]:
+        way = f"{row['what']}, {'compiled' if row['compiled'] else 'eager'}"
+        lines.append(f"| {way} | {row['alone']:.1f} | {row['share_beside']:.0%} |")
+    return "\n".join([*lines, "", provenance(record, "busy_cpu.json")])
+
+
 def first() -> str:
     """Equal layers and perturbation on a real model, and what the paper's plan does there."""
     fidelity, passkey = (f"eval_smollm2{name}/summary.json" for name in ("", "_passkey"))
@@ -279,6 +300,8 @@ PAGES = {
         "choices": partial(evaluation, "eval_smollm2_choices"),
         "kvpress": kvpress,
         "real_speed": real_speed,
+        "start": start,
+        "busy": busy,
         "decode": decode,
         "step": step,
         "throughput": throughput,

@@ -22,6 +22,7 @@ from engine import Engine, Request
 from errors import UserError
 from kernels import Linear
 from model import Transformer
+from needs import Needs
 from weights import Packed, Table, Words, bits_of, held_bytes, holds, module_of, own_groups, quantize
 
 CASES = [(bits, form, experts) for bits, form in ((8, Words), (4, Words), (4, Packed)) for experts in (1, 3)]
@@ -233,6 +234,9 @@ def test_loaded(tmp_path, kind, tied):
     assert tied == (loaded.head is loaded.embed.matrix) and not any(isinstance(m, Linear) for m in loaded.modules())
     ids = torch.tensor([random_ids(12)])
     assert torch.equal(loaded(ids), small(ids))
+    size = sum(parameter.nbytes for parameter in loaded.parameters())
+    assert checkpoint.outline(tmp_path, "auto", kind)[1] == size  # by which memory is planned before it is loaded
+    assert Needs.of(Engine(loaded).sizing, 20).weights == size
     with pytest.raises(UserError, match="weights must be one of auto, int8, int4, not 'int2'"):
         checkpoint.load(tmp_path, weights="int2")
 
