@@ -23,6 +23,7 @@ from files import checked, read_json, read_text, write_whole  # noqa: E402
 def result(name: str) -> dict:
     record, where = read_json(ROOT / "results" / name), f"results/{name}"
     needed = {"bench_cpu.json": ("decode", "throughput", "switch"), "bench_real_cpu.json": ("real",)}
+    needed["start_cpu.json"] = ("SmolLM2-135M-Instruct.Q4_1.gguf", "tiny")
     stages = {"stages": dict.fromkeys(needed.get(name, ()), STAGE)}
     return checked(record, stages if name in needed else ORIGIN, where)
 
