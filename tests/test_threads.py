@@ -124,17 +124,21 @@ def test_reasons_name_the_figures():
     )
 
 
+CHOSEN = (*threads.COUNTS, *threads.SPINS, threads.PAGES)
+
+
 def environment(program: str, others: float, quota: float, **given: str) -> list[str]:
-    """Number of threads and spins that a command line's PyTorch finds when it is imported, on 2 processors."""
+    """What a command line's PyTorch finds when it is imported, on 2 processors: threads, spins, large pages."""
     Path("sitecustomize.py").write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport threads\n"
         f"threads.affinity = lambda: {{0, 1}}\nthreads.os.cpu_count = lambda: 2\n"
         f"threads.quota = lambda root: {quota}\nthreads.Usage.others = lambda *_: {others}\n"
     )
     Path("torch.py").write_text(
-        "import os\nprint(os.environ.get('OMP_NUM_THREADS'), os.environ.get('GOMP_SPINCOUNT'))\nraise KeyboardInterrupt"
+        f"import os\nprint(*map(os.environ.get, ('OMP_NUM_THREADS', 'GOMP_SPINCOUNT', {threads.PAGES!r})))\n"
+        "raise KeyboardInterrupt"
     )
-    own = {name: value for name, value in os.environ.items() if name not in (*threads.COUNTS, *threads.SPINS)}
+    own = {name: value for name, value in os.environ.items() if name not in CHOSEN}
     command = [sys.executable, str(ROOT / f"{program}.py")]
     done = subprocess.run(command, env=own | {"PYTHONPATH": os.getcwd()} | given, capture_output=True, text=True)
     assert done.returncode == 130, done.stderr
@@ -144,15 +148,17 @@ def environment(program: str, others: float, quota: float, **given: str) -> list
 @pytest.mark.parametrize("program", ["generate", "evaluate", "bench"])
 def test_pytorch_finds_what_was_chosen_when_it_is_loaded(program, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert environment(program, 2.0, 2.0) == ["None", str(FEW)]
+    assert environment(program, 2.0, 2.0) == ["None", str(FEW), "1"]
     if program == "generate":
-        assert environment(program, 0.0, 2.0) == ["None", "None"]
-        assert environment(program, 2.0, 1.5) == ["1", "None"]
-        assert environment(program, 2.0, 1.5, OMP_NUM_THREADS="2", GOMP_SPINCOUNT="5") == ["2", "5"]
+        assert environment(program, 0.0, 2.0) == ["None", "None", "1"]
+        assert environment(program, 2.0, 1.5) == ["1", "None", "1"]
+        own = {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "5", threads.PAGES: "0"}
+        assert environment(program, 2.0, 1.5, **own) == ["2", "5", "0"]
 
 
 def test_a_library_sets_nothing():
-    code = "import os, threads; threads.Usage.others = lambda *_: 9.0; names = threads.COUNTS + threads.SPINS\n"
+    code = "import os, threads; threads.Usage.others = lambda *_: 9.0\n"
+    code += "names = [*threads.COUNTS, *threads.SPINS, threads.PAGES]\n"
     code += "before = [os.environ.get(name) for name in names]; import commandline, engine\n"
     code += "assert before == [os.environ.get(name) for name in names] and commandline.THREADS == ()"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
