@@ -208,13 +208,8 @@ def load(
     return model.eval(), config
 
 
-def read_config(path: str | Path, dtype: str | torch.dtype = "auto") -> ModelConfig:
-    """The config of what `load` would give, and the same UserErrors, without its weights."""
-    return _matched(resolve(path), dtype)[0].config
-
-
-def outline(path: str | Path, dtype: str | torch.dtype, weights: str) -> tuple[ModelConfig, int]:
-    """The same, and the bytes of its weights."""
+def outline(path: str | Path, dtype: str | torch.dtype = "auto", weights: str = "auto") -> tuple[ModelConfig, int]:
+    """The config of what `load` would give, the bytes of its weights, and the same UserErrors; no weights are read."""
     folder = resolve(path)
     model, found = _matched(folder, dtype)
     return model.config, _survey(model, found, _names(folder, model.config), weights)[0]

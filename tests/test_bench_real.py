@@ -84,7 +84,7 @@ def test_a_file_of_each_precision_holds_the_same_model(source):
     assert whole.dtype == torch.float32 and half.dtype == torch.bfloat16
     for (name, own), other in zip(checkpoint.load(source)[0].named_parameters(), whole.parameters(), strict=True):
         assert torch.equal(own, other), name
-    assert checkpoint.read_config(files["Q4_0"]) == checkpoint.read_config(source)
+    assert checkpoint.outline(files["Q4_0"]) == checkpoint.outline(source)
     before = os.stat(files["F32"])
     assert os.stat(real.written(source, "F32")) == before and len(list(source.parent.iterdir())) == 1 + len(files)
 
