@@ -5,6 +5,7 @@ import gc
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
@@ -137,6 +138,8 @@ if PROGRAM.suffix == ".py" and PROGRAM.parent == Path(__file__).resolve().parent
     # fifth of the time until the first token.
     gc.set_threshold(100_000, 20, 20)
     THREADS = threads.start()
+    # What it thinks of the code that we give it is for us, not for who reads the report.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\._inductor\.")
 
 
 def complain(program: str, error: Exception | str) -> None:

@@ -2,8 +2,8 @@
 # Everything that needs a GPU. Usage: scripts/gpu_suite.sh OUTDIR [STAGE...]
 # Where no stage is named: tests switch prefill decode, which by estimate take 9 minutes together. Each other one may
 # take as long alone: decode16 static throughput throughput_llama2 long batching chat int8 int4 cache8.
-# A stage that fails, or has not ended after 9 minutes (tests: 4.5), does not keep the next ones from running; they are
-# named at the end. What has been measured until then is in OUTDIR.
+# A stage that fails, or has not ended after 9 minutes (tests: 4.5; or after LIMIT seconds of the environment), does not
+# keep the next ones from running; they are named at the end. What has been measured until then is in OUTDIR.
 # Without CUDA the tests skip and the rest runs tiny on the CPU, so that the script itself can be tried.
 set -euo pipefail
 default="tests switch prefill decode"
@@ -27,11 +27,15 @@ bench() { # [ARGUMENT...]; results go into bench_DEVICE$suffix.json, of $shape i
     if [ "$device" = cpu ]; then
         sizes=(--shape tiny --prompt 64 --new 8 --batches 1 --rounds 1)
     fi
-    timeout -k 15 540 "$python" bench.py --device "$device" --out "$out/bench_$device${suffix:-}.json" "$@" "${sizes[@]}"
+    timeout -k 15 "${LIMIT:-540}" "$python" bench.py --device "$device" --out "$out/bench_$device${suffix:-}.json" "$@" "${sizes[@]}"
 }
 
 # By SIGINT pytest still says which tests have failed so far.
-tests() { timeout -s INT -k 15 270 "$python" -m pytest -v -m gpu -p no:cacheprovider tests/test_gpu.py; }
+tests() {
+    local several=()
+    "$python" -c 'import xdist' 2>/dev/null && several=(-n "$(($(nproc) < 6 ? $(nproc) : 6))" --dist worksteal)
+    timeout -s INT -k 15 "${LIMIT:-270}" "$python" -m pytest -v -m gpu -p no:cacheprovider "${several[@]}" tests/test_gpu.py
+}
 switch() { bench --stage switch; }
 prefill() { bench --stage prefill; }
 decode() { bench --stage decode --batches 1; }

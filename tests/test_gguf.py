@@ -443,9 +443,11 @@ def test_byte_level(pre: str, tmp_path):
 
 
 def test_words_are_those_of_transformers():
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
-    assert {pre: GGUF_PRE_TOKENIZER_SPLITS[pre] for pre in gguf_file.WORDS} == gguf_file.WORDS
+    theirs = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
+    splits = getattr(theirs, "GGUF_PRE_TOKENIZER_SPLITS", None)
+    if splits is None:
+        pytest.skip("this transformers has no such table")
+    assert {pre: splits[pre] for pre in gguf_file.WORDS} == gguf_file.WORDS
 
 
 def test_sentencepiece(tmp_path):

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import begun, random_ids, random_model
-from test_engine import BOUNDED, PLAN, run, teacher_forced
+from test_engine import BOUNDED, NEW, PLAN, run, teacher_forced
 from test_prefill import DEEP, LONG, ORDERS, SHARE, P, all_at_once, signals
 
 import generate
@@ -172,7 +172,7 @@ def test_cuda_equals_cpu(policy, compiled, form):
     torch._dynamo.reset()
     model = random_model()
     ids, following = random_ids(41), random_ids(40, seed=3)
-    plan = [81] * 4 if policy == "full" else PLAN
+    plan = [82] * 4 if policy == "full" else PLAN
     want = teacher_forced(Engine(model, policy, plan=plan, cache_format=form), ids, following)
     engine = Engine(model.cuda(), policy, plan=plan, compile=compiled, cache_format=form)
     torch.testing.assert_close(teacher_forced(engine, ids, following).cpu(), want, rtol=0, atol=1e-9)
@@ -198,6 +198,6 @@ def test_ragged_batch_equals_single(policy):
     model = random_model().cuda()
     prompts = [random_ids(count, seed=count) for count in (2, 31, 8)]
     singles = [run(Engine(model, policy, plan=PLAN), ids) for ids in prompts]
-    requests = [Request(ids, max_new_tokens=40) for ids in prompts]
+    requests = [Request(ids, max_new_tokens=NEW) for ids in prompts]
     done = {id(completion.request): completion for completion in Engine(model, policy, plan=PLAN).generate(requests)}
     assert [done[id(request)].tokens for request in requests] == singles

@@ -158,7 +158,8 @@ def test_the_sizes_of_a_larger_budget_are_the_end_of_those_of_a_smaller():
     for cap, floor in product((1, 5, 40, 1000), (1, 2, 5, 9)):
         most = sizes_of(1, cap, floor)
         for budget in range(1, 1000, 7):
-            assert (sizes := sizes_of(budget, cap, floor)) == most[-len(sizes) :] and sizes[0] >= min(floor, cap)
+            sizes = sizes_of(budget, cap, floor)
+            assert sizes == most[-len(sizes) :] and sizes[0] >= min(floor, cap)
 
 
 def test_equal_curves_without_weights_are_uniform():

@@ -699,6 +699,7 @@ def test_fp8_as_transformers_has_it(shape: tuple[int, ...], tmp_path):
     weight, scale = torch.randn(256, 384).to(E4M3), torch.rand(shape)
     parts = {"weight": weight, "weight_scale_inv": scale}
     expected = theirs.Fp8Dequantize(None).convert(parts)["weight"]
+    expected = expected[0] if isinstance(expected, list) else expected  # before transformers 5.20
     save_file({f"layer.{name}": tensor for name, tensor in parts.items()}, tmp_path / "model.safetensors")
     settings = dict(quant_method="fp8", weight_block_size=[128, 128] if shape else None)
     assert stored(tmp_path, settings)[0].read().equal(expected)
