@@ -7,7 +7,7 @@ from torch import Tensor
 
 GROUP = 32  # columns of 4 bits that share a scale and a zero point, where we choose
 CLIPPED = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)  # parts of a row's range that are tried as that of its codes of 8 bits
-PIECE = 1 << 20  # elements that are numbers at a time
+PIECE = 1 << 20  # elements that are numbers at a time on a CPU, whose caches they should not leave
 
 
 class Codes(NamedTuple):
@@ -27,13 +27,18 @@ class Codes(NamedTuple):
     @staticmethod
     def of(matrix: Tensor, bits: int) -> "Codes":
         """matrix [out, in], a part of it at a time."""
-        best = [_nearest(part, bits) for part in matrix.split(max(1, PIECE // matrix.shape[1]))]
+        best = [_nearest(part, bits) for part in matrix.split(rows_at_a_time(matrix, matrix.shape[1]))]
         return Codes(*map(torch.cat, zip(*best, strict=True)))
 
     def numbers(self) -> Tensor:
         """The matrix, in float32."""
         q = self.q.unflatten(1, (self.scale.shape[1], -1))
         return ((q - self.zero[..., None]) * self.scale[..., None]).flatten(1)
+
+
+def rows_at_a_time(tensor: Tensor, columns: int) -> int:
+    """How many rows of a matrix on the tensor's device should be numbers at a time: few calls matter on a GPU."""
+    return max(1, (PIECE if tensor.device.type == "cpu" else PIECE << 6) // columns)
 
 
 def _nearest(matrix: Tensor, bits: int) -> Codes:

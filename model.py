@@ -140,7 +140,10 @@ class Block(nn.Module):
 
     def branch(self, out: Tensor) -> Tensor:
         """What attention's output adds to the residual stream, both [..., C]."""
-        return self.post_attention_norm(out) * self.residual_scale
+        return self.scaled(self.post_attention_norm(out))
+
+    def scaled(self, out: Tensor) -> Tensor:
+        return out if self.residual_scale == 1 else out * self.residual_scale
 
     def feed(self, x: Tensor, normed: Tensor, after: Tensor) -> Tensor:
         """What follows attention, which read `normed` and made `after` of x, all [B, T, C]."""
@@ -150,7 +153,7 @@ class Block(nn.Module):
             fed = self.feed_forward(normed)
         else:
             fed = torch.cat([self.feed_forward(part) for part in normed.split(FEED_CHUNK, dim=1)], dim=1)
-        return after + self.post_ffn_norm(fed) * self.residual_scale
+        return after + self.scaled(self.post_ffn_norm(fed))
 
 
 class Causal:
@@ -248,8 +251,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: Tensor, cache: Causal | Slots) -> Tensor:
         """x [B, T, C] -> output [B, T, C]."""
         q, k_raw, v = self.project(x)
-        positions = cache.positions(x)[:, None]
-        q, k = self.turn(q, positions, rotary), self.turn(k_raw, positions, rotary)
+        angles = rotary_angles(cache.positions(x)[:, None], rotary, self.rope_scale)
+        q, k = rotate(q, *angles), rotate(k_raw, *angles)
         return self.wo(cache.attend(self, q, k, v, k_raw, rotary).transpose(1, 2).flatten(2))
 
     def over_prompt(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -396,7 +399,8 @@ class RMSNorm(nn.Module):
 def rotary_angles(positions: Tensor, rotary: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """cos, sin [..., R / 2] of positions [...], times `scale`. Computed, not read from a table that ends."""
     turns = positions[..., None].to(rotary.dtype) * rotary
-    return turns.cos() * scale, turns.sin() * scale
+    cos, sin = turns.cos(), turns.sin()
+    return (cos, sin) if scale == 1 else (cos * scale, sin * scale)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

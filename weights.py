@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bound import int4_block, int4_pack, int4_product, int8_product
-from codes import GROUP, PIECE, Codes
+from codes import GROUP, PIECE, Codes, rows_at_a_time
 from kernels import Linear
 from model import Transformer
 
@@ -88,7 +88,7 @@ class Words(Quantized):
         plain = zero is None and scale.shape[1] == 1
         if plain and len(x) <= FEW and x.dtype == torch.bfloat16 and not x.is_cuda:
             return int8_product(x, words.view(torch.int8).flatten(1), scale[:, 0].to(x.dtype))
-        parts = (part.split(max(1, PIECE // x.shape[1])) for part in (words, scale, zero) if part is not None)
+        parts = (part.split(rows_at_a_time(x, x.shape[1])) for part in (words, scale, zero) if part is not None)
         return torch.cat([x @ self.ordered(*part).to(x.dtype).T for part in zip(*parts, strict=True)], dim=1)
 
     def loop(self, x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
