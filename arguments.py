@@ -21,6 +21,7 @@ from formats import FORMATS
 from needs import Needs
 from policies import layers as layer_policies
 from policies import tokens as token_policies
+from promptcache import About, read_about
 from sampling import Sampling
 from sizing import Sizing, check_budget
 from tokenizer import TextStream
@@ -34,6 +35,12 @@ APART = (  # an argument, those that do not go with it, and why
     ("input", (*SOURCES, "interactive"), "--input brings the prompts; it does not go with {}"),
     ("rendered", (*TALKS, "prompt_ids"), "--rendered is for a prompt that needs no template; it does not go with {}"),
     ("interactive", ("json",), "--interactive prints text as it comes; it has no {}"),
+    ("save_cache", ("input", "interactive"), "--save-cache keeps one prompt; it does not go with {}"),
+    (
+        "load_cache",
+        ("policy", "layers", "squeeze", "budget", "p", "sinks", "plan", *TALKS, "system"),
+        "--load-cache goes on under its own policy and plan, without a template; it does not go with {}",
+    ),
 )
 
 
@@ -70,6 +77,8 @@ def parse(argv: list[str] | None, manual: str = "") -> argparse.Namespace:
     add("--cache-format", choices=FORMATS, default="dense", help="numbers in slots: the model's (default) or of 8 bits")
     add("--plan", metavar="FILE", help="slots per layer from a file (a JSON list, or what --save-plan or --json wrote)")
     add("--save-plan", metavar="FILE", help="write the plan that was used")
+    add("--save-cache", metavar="F", help="write what the cache holds of the prompt, to go on from it later")
+    add("--load-cache", metavar="F", help="go on from what --save-cache wrote, under its policy and plan")
     add = parser.add_argument_group("the new tokens").add_argument
     add("--max-new-tokens", type=int, default=128, metavar="N")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -134,6 +143,12 @@ def choose_policies(args: argparse.Namespace) -> tuple[token_policies.TokenPolic
     return token_policies.make(args.policy or "full", **sinks), layer_policies.make(args.layers or "uniform", **p)
 
 
+def go_on(args: argparse.Namespace, about: About) -> None:
+    """The settings of a prompt cache instead of what is not given."""
+    args.policy, args.layers, args.cache_format = about.policy, about.layers, about.format
+    args.dtype = about.dtype if args.dtype == "auto" else args.dtype
+
+
 def read_plan(path: str) -> list[int]:
     plan = read_json(path, (dict, list))
     plan = plan.get("plan") if isinstance(plan, dict) else plan
@@ -147,11 +162,18 @@ def check_paths(args: argparse.Namespace, folder: Path) -> None:
     """UserError unless every output can be written and is no other path of the run."""
     state = None if args.output is None else f"{args.output}.job.json"
     outputs = {"--output": args.output, "--save-plan": args.save_plan, "the state of --output": state}
+    outputs |= {"--save-cache": args.save_cache}
     inputs = {"--input": args.input, "--prompt-file": args.prompt_file, "--plan": args.plan, "--checkpoint": folder}
+    inputs |= {"--load-cache": args.load_cache}
     outputs, inputs = ({flag: path for flag, path in paths.items() if path is not None} for paths in (outputs, inputs))
     for flag, path in outputs.items():
         check_output(path, flag)
     check_apart(outputs, inputs)
+
+
+def said(args: argparse.Namespace) -> bool:
+    """Whether the arguments bring a prompt."""
+    return any(getattr(args, name) is not None for name in SOURCES)
 
 
 def text_of(given: str, name: str) -> str:
@@ -168,17 +190,23 @@ class Asked:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         check_together(args)
+        self.about = about = None if args.load_cache is None else read_about(args.load_cache)
+        if about:
+            go_on(args, about)
         policies = choose_policies(args)
         for stop in args.stop:
             text_of(stop, "--stop")
         self.sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
         plan = None if args.plan is None else read_plan(args.plan)
+        if about and policies[0].bounded:
+            plan = about.plan
         if args.budget is not None:
             check_budget(args.budget)
         self.folder = checkpoint.resolve(args.checkpoint)
         check_paths(args, self.folder)
         tokenizer = tokenizers.load(self.folder)
-        if tokenizer is None and args.prompt_ids is None and args.input is None:
+        given = args.prompt_ids is not None or args.load_cache is not None and not said(args)
+        if tokenizer is None and not given and args.input is None:
             raise UserError(f"{place(args.checkpoint)} has no tokenizer; give the prompt as --prompt-ids")
         self.tokenizer = tokenizer or tokenizers.NONE
         self.turns = chat.Turns(self.tokenizer, self._template(), args.system)
@@ -205,9 +233,12 @@ class Asked:
         """The text of an answer, nothing yet."""
         return TextStream(self.tokenizer, self.args.stop, continues=True)
 
-    def ids(self, prompt: str, rendered: bool | None = None) -> list[int]:
-        """Of a prompt; its line in a job may say whether it is rendered."""
-        return self.turns.ids(prompt, bool(self.args.rendered) if rendered is None else rendered)
+    def ids(self, prompt: str, rendered: bool | None = None, behind: bool = False) -> list[int]:
+        """Of a prompt; its line in a job may say whether it is rendered. behind: it goes on from a prompt cache."""
+        rendered = bool(self.args.rendered) if rendered is None else rendered
+        if behind:
+            return self.tokenizer.encode(prompt, special=False, parse_special=rendered)
+        return self.turns.ids(prompt, rendered)
 
     @property
     def compiles(self) -> bool:

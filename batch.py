@@ -1,7 +1,8 @@
 """A job: requests from a file of JSON lines, results into another, each written when it is done.
 
     a line in    {"id": "a", "prompt": "..."} or "prompt_ids": [...]; also max_new_tokens, temperature, seed,
-                 and "rendered": true for a prompt that a chat template has made already
+                 and "rendered": true for a prompt that a chat template has made already, "load_cache": a prompt cache's
+                 file, behind which the prompt stands
     a line out   {"id": "a", "text": "...", "tokens": [...], "finish_reason": "eos", "prompt_tokens": 12}
                  "error", one line, where the finish_reason is "error": logits that are not finite
 
@@ -21,6 +22,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from hashlib import sha256
 from io import FileIO
 from itertools import islice, zip_longest
@@ -34,7 +36,10 @@ from engine import Engine
 from errors import UserError, cut, in_bytes, place, shown
 from files import NATURAL, POSITIVE, Lines
 from needs import Needs
+from policies import options
 from prefill import plan_for
+from promptcache import PromptCache, read_about
+from promptcache import check as check_about
 from request import Completion, Figures, Request
 from sampling import Sampling
 from sizing import Sizing
@@ -45,6 +50,7 @@ FIELDS = {  # of a line in: kind, and what that is called
     "prompt": (str, "a string"),
     "prompt_ids": ([int], "a list of integers"),
     "rendered": (bool, "true or false"),
+    "load_cache": (str, "the path of a file"),
     "max_new_tokens": (int, "an integer"),
     "temperature": ((int, float), "a number"),
     "seed": (int, "an integer"),
@@ -116,11 +122,13 @@ class Job:
     sizing: Sizing
     asked: dict[str, Any]  # the settings that decide what the results are; with others it is another job
     default: Request  # what a line does not say; its sampling has the job's seed or none
-    encode: Callable[[str, bool | None], list[int]]  # to ids, of a prompt and what its line says of `rendered`
+    encode: Callable[[str, bool | None, bool], list[int]]  # to ids, of a prompt, what its line says of `rendered`, and
+    # whether it stands behind a prompt cache
     text: Callable[[], TextStream]  # makes the text of an answer
     resume: bool = False
     max_length: int | None = None  # of a prompt and its answer, in tokens
     limit: float = math.inf  # of bytes
+    load_cache: str | None = None  # of lines that do not name another
 
     def __post_init__(self):
         source, output = self.source, self.output
@@ -134,6 +142,8 @@ class Job:
         if begun and not self.file.exists():
             lost = f"exists without {place(self.file.name)}, so --resume cannot go on with it"
             raise UserError(f"{place(output)} {lost}; name another --output")
+        self.past = lru_cache(2)(self._past)  # of the lines that are read now
+        self.engine: Engine | None = None
         self.state: dict[str, Any] = {}  # what was decided; empty for a new job
         if self.file.exists():
             where = f"{place(self.file)} is no state of a job (name another --output)"
@@ -182,10 +192,11 @@ class Job:
         return survey
 
     def _check(self, line: Line) -> None:
-        self.sizing.check(line.ids, line.max_new_tokens)
+        self.sizing.check(line.ids, line.max_new_tokens, line.seen, ready=line.past is not None)
         prompt, new, most = len(line.ids), line.max_new_tokens, self.max_length or self.state.get("max_length")
         if most is not None and line.length > most:
-            raise UserError(f"{prompt} prompt + {new} new tokens exceed max-length {most}")
+            before = f"{line.seen} earlier + " * bool(line.seen)
+            raise UserError(f"{before}{prompt} prompt + {new} new tokens exceed max-length {most}")
         if line.length > self.sizing.config.max_positions:  # it must not make the cache of all too large
             Needs.of(self.sizing, line.length, prompt, apart=True).check(1, self.limit)
 
@@ -218,9 +229,11 @@ class Job:
 
     def decide(self, engine: Engine, survey: Survey, rows: int, max_length: int) -> None:
         """Everything the results depend on goes to the disk, before the first of them does."""
+        self.engine = engine
+        self.past.cache_clear()
         if not self.state:
             # some to spare, for prompts whose importance is not finite
-            first = islice(self.requests(survey), rows + 64)
+            first = islice((line for line in self.requests(survey) if line.past is None), rows + 64)
             plan, importance = plan_for(engine.model, engine.sizing, first, max_length, rows)
             self.state = {
                 "asked": self.asked,
@@ -237,6 +250,7 @@ class Job:
     def run(self, engine: Engine, survey: Survey, file: FileIO, done: set[str | int]) -> tuple[Summary, Figures]:
         """The requests that are not done yet, under the plan that was decided."""
         summary, length, rows = Summary(len(done)), self.state["max_length"], self.state["batch_size"]
+        figures = Figures(self.state["plan"])
         engine.plan = self.state["plan"]
         lines = (line for line in self.requests(survey) if line.id not in done)
         started = time.perf_counter()
@@ -245,15 +259,25 @@ class Job:
                 line, error = completion.request, completion.error
                 line.text.flush()
                 result = {"id": line.id, "text": line.text.text, "tokens": completion.tokens}
-                result |= {"finish_reason": completion.finish_reason, "prompt_tokens": len(line.ids)}
+                result |= {"finish_reason": completion.finish_reason, "prompt_tokens": line.seen + len(line.ids)}
                 result |= {} if error is None else {"error": error}
                 files.append(file, json.dumps(result, allow_nan=False).encode() + b"\n", self.output)
                 summary.add(completion, time.perf_counter() - started)
+                figures = completion.figures or figures  # none of a line that could not run
                 bar.update()
                 bar.set_postfix_str(f"{summary.tokens_per_s:,.0f} tokens/s")
         with files.accessing(self.output):
             os.fsync(file.fileno())
-        return summary, replace(completion.figures, groups=self.state["groups"], importance=self.state["importance"])
+        importance = self.state["importance"] or figures.importance
+        return summary, replace(figures, groups=self.state["groups"], importance=importance)
+
+    def _past(self, path: str) -> PromptCache:
+        """What the file says of itself, and what it holds as soon as there is an engine."""
+        if self.engine is not None:
+            return PromptCache.load(path, self.engine)
+        about, sizing = read_about(path), self.sizing
+        check_about(path, about, policy=options.word(sizing.policy), format=sizing.format)
+        return PromptCache(about, [])
 
     def _line(self, number: int, raw: bytes) -> Line:
         said = fields(raw)
@@ -261,17 +285,23 @@ class Job:
             raise UserError("give one of prompt and prompt_ids")
         if "prompt_ids" in said and "rendered" in said:
             raise UserError("rendered is for a prompt, not for prompt_ids")
-        if said.get("prompt") == "":
+        name = said.get("load_cache", self.load_cache)
+        past = None if name is None else self.past(name)
+        if said.get("prompt") == "" and past is None:
             raise UserError("the prompt is empty; give some text")
+        ids = said.get("prompt_ids")
+        if ids is None:
+            ids = self.encode(said["prompt"], said.get("rendered"), past is not None)
         line_id, sampling, text = said.get("id", number), self.default.sampling, self.text()
         drawn = sha256(json.dumps([self.seed, line_id]).encode()).digest()
         seed = said.get("seed", int.from_bytes(drawn[:8]) >> 1)
         return Line(
-            said["prompt_ids"] if "prompt_ids" in said else self.encode(said["prompt"], said.get("rendered")),
+            ids,
             said.get("max_new_tokens", self.default.max_new_tokens),
             replace(sampling, temperature=said.get("temperature", sampling.temperature), seed=seed),
             self.default.eos_ids,
             text.ends,
+            past,
             id=line_id,
             text=text,
         )

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from bound import mark_dynamic
 from graphs import Code
-from kvcache import KVCache, Memory
+from kvcache import KVCache, LayerCache, Memory
 from model import Chunk, Slots, Transformer
 from policies.tokens import TokenPolicy
 from prefill import Part
+from promptcache import PromptCache
 from sampling import Sampler, Sampling
 
 APPEND_CHUNK = 256  # tokens of a later turn that go through the model at once
@@ -70,6 +71,22 @@ class Decoder:
         for layer, parts in zip(self.cache.layers, layers, strict=True):
             for part, prompt in parts:
                 layer.fill(rows[part], prompt.stored, prompt.scores, prompt.positions)
+        self._enter(rows, lengths, logits, samplings, rotary)
+
+    def begin_behind(self, row: Tensor, behind: "Behind", logits: Tensor, sampling: Sampling) -> None:
+        """row [1] goes on with what was appended to a prompt cache; logits [1, vocab] follow it."""
+        for layer, own in zip(self.cache.layers, behind.held(), strict=True):
+            layer.fill(row, own.stored, own.score, own.position)
+        self._enter(row, behind.seen, logits, [sampling], behind.rotary)
+
+    def _enter(
+        self,
+        rows: Tensor,
+        lengths: Tensor,
+        logits: Tensor,
+        samplings: Sequence[Sampling],
+        rotary: Sequence[Tensor],
+    ) -> None:
         for frequencies, own in zip(self.rotary, rotary, strict=True):
             if own.dim() > 1:  # else they are everybody's
                 frequencies[rows] = own
@@ -110,21 +127,61 @@ class Decoder:
         return wait
 
     def append(self, ids: Tensor) -> Iterator[Tensor]:
-        """Feed ids [B, T], which follow what was seen, in chunks; yields x [B, t, C] after the last block for each.
+        """Feed ids [B, T], which follow what was seen: as of the function."""
+        return append(self.model, self.slots, self.rotary, self.seen, ids)
 
-        For policies that place a token by its position it is the same as T steps; those that score decide at the end
-        of each chunk what goes.
-        """
-        sinks = max(slots.policy.sinks for slots in self.slots)
-        while ids.shape[1]:
-            alone = int(self.seen.min()) < sinks  # sinks have to be in the cache before a chunk can turn them
-            chunk = ids[:, : 1 if alone else APPEND_CHUNK]
-            x = self.model.embedded(chunk, self.seen[:, None] + torch.arange(chunk.shape[1], device=ids.device))
-            for block, rotary, slots in zip(self.model.layers, self.rotary, self.slots, strict=True):
-                x = block(x, rotary, slots if alone else Chunk(*slots))
-            self.seen += chunk.shape[1]
-            ids = ids[:, chunk.shape[1] :]
-            yield x
+    def of_row(self, row: int) -> list[LayerCache]:
+        """A copy of what a row's filled slots hold."""
+        seen = int(self.seen[row])
+        return [layer.of_row(row, min(seen, layer.slots)) for layer in self.cache.layers]
+
+
+class Behind:
+    """A row by itself that goes on from a prompt cache, until it enters a decoder.
+
+    seen [1]: tokens so far. Its slots are those of the decoder's plan.
+    """
+
+    def __init__(self, decoder: Decoder, past: PromptCache):
+        model, own = decoder.model, decoder.cache
+        form = (model.dtype, own.device, bool(own.state), None, own.layers[0].stored.format)
+        cache = KVCache(own.plan, 1, model.config.n_kv_heads, model.config.head_dim, *form)
+        row = torch.zeros(1, dtype=torch.int64, device=own.device)
+        for layer, kept in zip(cache.layers, past.layers, strict=True):
+            layer.fill(row, kept.stored, kept.score, kept.position)
+        self.model, self.seen, self.cache = model, row + past.seen, cache
+        self.rotary = model.rotary_of([past.about.length])
+        policies = (slots.policy for slots in decoder.slots)
+        self.slots = [Slots(layer, self.seen, policy) for layer, policy in zip(cache.layers, policies, strict=True)]
+
+    def append(self, ids: Tensor) -> Iterator[Tensor]:
+        """Feed ids [1, T]: as of the function."""
+        return append(self.model, self.slots, self.rotary, self.seen, ids)
+
+    def held(self) -> list[LayerCache]:
+        """What the filled slots hold."""
+        seen = int(self.seen)
+        return [layer.of_row(0, min(seen, layer.slots)) for layer in self.cache.layers]
+
+
+def append(
+    model: Transformer, slots: Sequence[Slots], rotary: Sequence[Tensor], seen: Tensor, ids: Tensor
+) -> Iterator[Tensor]:
+    """Feed ids [B, T], which follow the `seen` [B] tokens, in chunks; yields x [B, t, C] after the last block for each.
+
+    For policies that place a token by its position it is the same as T steps; those that score decide at the end of
+    each chunk what goes.
+    """
+    sinks = max(own.policy.sinks for own in slots)
+    while ids.shape[1]:
+        alone = int(seen.min()) < sinks  # sinks have to be in the cache before a chunk can turn them
+        chunk = ids[:, : 1 if alone else APPEND_CHUNK]
+        x = model.embedded(chunk, seen[:, None] + torch.arange(chunk.shape[1], device=ids.device))
+        for block, frequencies, own in zip(model.layers, rotary, slots, strict=True):
+            x = block(x, frequencies, own if alone else Chunk(*own))
+        seen += chunk.shape[1]
+        ids = ids[:, chunk.shape[1] :]
+        yield x
 
 
 class Store:

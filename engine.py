@@ -14,21 +14,27 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cached_property
+from itertools import takewhile
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from bound import compiled_graphs
-from decoder import Decoder, Store
+from decoder import Behind, Decoder, Store
 from errors import UserError, shown, whole
 from graphs import Code
 from kvcache import KVCache, Memory
 from model import Transformer
 from policies import layers as layer_policies
+from policies import options
 from policies import tokens as token_policies
 from policies.layers import LayerPolicy, Plan
 from policies.layers.base import mean_finite
 from policies.tokens import TokenPolicy
 from prefill import Held, NotFinite, Prompts, read
+from promptcache import About, PromptCache, fingerprint
 from request import Completion, Figures, Request, Stream
 from sampling import GREEDY, NOT_FINITE, Sampler, Sampling, kind_of, not_finite
 from sizing import Sizing, rows_at_once
@@ -89,18 +95,43 @@ class Engine:
         max_new_tokens: int = 128,
         eos_ids: Collection[int] = (),
         stop: Callable[[list[int]], bool] | None = None,
+        past: PromptCache | None = None,
+        keep: str | None = None,
     ) -> Stream:
-        """One request's tokens as they are made. UserError, before anything is allocated, for one that cannot run."""
-        request = Request(ids, max_new_tokens, sampling, eos_ids, stop)
-        self.sizing.check(request.ids, max_new_tokens)
-        batch = self.batch(1, request.length, [sampling])
+        """One request's tokens as they are made. UserError, before anything is allocated, for one that cannot run.
+
+        past, keep: as of `Request`.
+        """
+        request = Request(ids, max_new_tokens, sampling, eos_ids, stop, past, keep)
+        if refusal := self.refusal(request):
+            raise UserError(refusal)
+        batch = self.batch(1, request.length, [sampling], keeps=keep == "answer")
+        if misfit := batch.misfit(request):
+            raise UserError(misfit)
         return Stream(batch, Completion(request), within=batch)
 
     def batch(
-        self, rows: int, max_length: int, samplings: Collection[Sampling] | None = None, apart: bool = False
+        self,
+        rows: int,
+        max_length: int,
+        samplings: Collection[Sampling] | None = None,
+        apart: bool = False,
+        keeps: bool = False,
     ) -> "Batch":
         """Rows for requests that come and go, of at most `max_length` tokens with their answers. See `Batch`."""
-        return Batch(self, rows, max_length, samplings, apart)
+        return Batch(self, rows, max_length, samplings, apart, keeps=keeps)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.model)
+
+    def about(self, **row: Any) -> About:
+        """What a prompt cache says of the engine that made it, and of its row."""
+        sizing = self.sizing
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        own = {"fingerprint": self.fingerprint, "format": sizing.format, "dtype": dtype}
+        own |= {"policy": options.word(self.policy), "layers": options.word(self.layer_policy)}
+        return About(**own | {"policies": [], "plan": [], "seen": 0, "length": 0} | row)
 
     def generate(
         self,
@@ -149,7 +180,16 @@ class Engine:
         """Why the request cannot run whatever the budget, in one line."""
         if not isinstance(request, Request):
             return f"a request must be a Request, not {shown(request)}"
-        return self.sizing.refusal(request.ids, request.max_new_tokens)
+        past = request.past
+        if past and any(getattr(past.about, name) != own for name, own in self._form().items()):
+            return "the prompt cache is of another model, policy or format"
+        ready = past is not None and past.logits is not None
+        return self.sizing.refusal(request.ids, request.max_new_tokens, request.seen, ready)
+
+    def _form(self) -> dict[str, str]:
+        """What a prompt cache must have in common with the engine."""
+        own = self.about()
+        return {name: getattr(own, name) for name in ("fingerprint", "policy", "format", "dtype")}
 
     def decoder(
         self,
@@ -191,7 +231,8 @@ class Batch:
 
     max_length: the most tokens of a prompt and its answer; it fixes the arena. samplings: all ways in which requests
     sample, if that is known: no step computes more. apart: what a request gets must not depend on the others, not even
-    in the last bits, so prompts are read one by one. endless: there is one row, which is a conversation's.
+    in the last bits, so prompts are read one by one. keeps: requests may keep their answers, so no step runs ahead of
+    their ends. endless: there is one row, which is a conversation's.
     """
 
     def __init__(
@@ -202,6 +243,7 @@ class Batch:
         samplings: Collection[Sampling] | None = None,
         apart: bool = False,
         endless: bool = False,
+        keeps: bool = False,
     ):
         if samplings is not None and not all(isinstance(sampling, Sampling) for sampling in samplings):
             raise UserError(f"samplings must be some of Sampling, not {shown(samplings)}")
@@ -211,7 +253,7 @@ class Batch:
         self.sizes = engine.sizing.at(max_length, endless)
         if apart and self.sizes.plan is None:
             raise UserError(f"requests that run apart need a plan; {engine.layer_policy.name} makes it from prompts")
-        self.apart, self.lag = apart, 0 if endless else engine.lag  # what a conversation has fed cannot be taken back
+        self.apart, self.lag = apart, 0 if endless or keeps else engine.lag  # what has been fed cannot be taken back
         self.decoder: Decoder | None = None
         self.figures = Figures()
         self._waiting: deque[Completion] = deque()  # not read yet
@@ -219,6 +261,7 @@ class Batch:
         self._running: list[Completion | None] = [None] * rows
         self._reading: Iterator[None] | None = None
         self._wanted = [0] * rows  # tokens of each row that have been asked for
+        self._placed: dict[int, tuple[int, list[Tensor]]] = {}  # by row that is watched: see `held`
         self._asked: deque[tuple[list[Completion | None], Callable[[], list[int]], bool]] = deque()
         self._news: dict[int, Completion] = {}  # those that got a token or ended since the last `collect`, by id
         self._step_s, self._graphs = 0.0, compiled_graphs()  # what is not in the figures yet; graphs before it
@@ -250,11 +293,20 @@ class Batch:
         """Why the request does not fit into a row of this batch, in one line."""
         sampling, (greedy, restricted) = request.sampling, self._kind
         if not self.endless and request.length > self.max_length:
-            new = request.max_new_tokens
-            return f"{len(request.ids)} prompt + {new} new tokens exceed max-length {self.max_length}"
+            before = f"{request.seen} earlier + " * bool(request.seen)
+            tokens = f"{before}{len(request.ids)} prompt + {request.max_new_tokens} new tokens"
+            return f"{tokens} exceed max-length {self.max_length}"
         if greedy and sampling.temperature > 0 or sampling.restricted and not restricted:
             return f"the batch's samplings have none like {shown(sampling)}"
-        return None
+        if request.keep == "answer" and self.lag:
+            return "in this batch steps run ahead of the ends of answers, so they cannot be kept"
+        if request.past is None:
+            return None
+        if self.sizes.plan is None:
+            return "going on from a prompt cache takes a plan that is given, such as its own"
+        if request.watched and request.past.placed is None and not self.engine.policy.scored:
+            return "the prompt cache does not say which tokens it holds, so it cannot be watched"
+        return request.past.misfit(self.sizes.plan.slots, self.sizes.policies)
 
     def add(self, request: Request) -> Completion:
         """Queue a request, which is read as soon as there is a row for it. UserError if it cannot run."""
@@ -293,6 +345,7 @@ class Batch:
         self._read()
         self.figures.prefill_s += (now := time.perf_counter()) - started
         if len(self._asked) <= self.lag and (rows := self._wanting()):
+            self._suit()
             self.decoder.step()
             self._ask(rows, stepped=True)
         self._step_s += time.perf_counter() - now
@@ -303,6 +356,12 @@ class Batch:
             self._take(*self._asked.popleft())
         news, self._news = [*self._news.values()], {}
         return news
+
+    def _suit(self) -> None:
+        """The next draws are for the rows that are there, unless a captured step has fixed what it computes."""
+        if self.engine.code.capture is None:
+            own = [*self._entering.values(), *filter(None, self._running)]
+            self.decoder.sampler.suit([completion.request.sampling for completion in own])
 
     def _wanting(self) -> list[int]:
         """Rows of which more tokens are to be asked for."""
@@ -333,6 +392,7 @@ class Batch:
             except BaseException as error:  # of its `stop`; the others get their tokens first
                 failed, completion.finish_reason = failed or error, "interrupted"
             if completion.finish_reason and self._running[row] is completion:
+                self._keep("answer", row, completion)
                 self._running[row] = None
             self._news[id(completion)] = completion
         seconds, self._step_s = self._step_s + time.perf_counter() - started, 0.0
@@ -345,7 +405,7 @@ class Batch:
         """The next part of the prompts: one chunk if other rows go on meanwhile, else all that waits and has a row."""
         most, done = CHUNK * len(self.sizes.caps) if any(self._running) else math.inf, 0
         while self._reading is not None or self._enter():
-            tokens = max(len(completion.request.ids) for completion in self._entering.values())
+            tokens = max(1, *(len(completion.request.ids) for completion in self._entering.values()))
             part = tokens * min(len(self._entering), rows_at_once(tokens))
             if done and done + part > most:
                 return
@@ -369,13 +429,17 @@ class Batch:
         rows = [row for row, own in enumerate(self._running) if own is None][: len(self._waiting)]
         if not rows:
             return False
-        if self.apart:
+        fresh = sum(1 for _ in takewhile(lambda own: own.request.past is None, self._waiting))
+        rows = rows[: max(1, fresh)]
+        if self.apart or not fresh:
             rows = rows[:1]
         elif self.sizes.plan is not None:  # else it is made from all that are there
             rows = rows[: rows_at_once(max(len(own.request.ids) for own in self._waiting))]
         self._entering = {row: self._waiting.popleft() for row in rows}
-        turn = self.endless and self.decoder is not None
-        self._reading = self._read_turn() if turn else self._read_prompts()
+        if self.endless and self.decoder is not None:
+            self._reading = self._read_turn()
+        else:
+            self._reading = self._read_prompts() if fresh else self._read_behind()
         return True
 
     def _read_prompts(self) -> Iterator[None]:
@@ -392,7 +456,72 @@ class Batch:
             self.figures.importance = mean.tolist()
         rows = torch.tensor(list(self._entering), device=engine.device)
         samplings = [request.sampling for request in requests]
+        self._suit()
         self.decoder.begin(rows, prompts.lengths, held.layers, logits, samplings, prompts.rotary)
+        for number, (row, completion) in enumerate(self._entering.items()):
+            if completion.request.watched:
+                self._placed[row] = len(completion.request.ids), held.positions(number)
+            self._keep("prompt", row, completion, logits[number : number + 1])
+
+    def _read_behind(self) -> Iterator[None]:
+        """Read a prompt that follows a prompt cache into its row."""
+        [(row, completion)] = self._entering.items()
+        request, model, past, figures = completion.request, self.engine.model, completion.request.past, self.figures
+        if self.decoder is None:
+            self._prepare(self.sizes.plan)
+        behind, logits = Behind(self.decoder, past), past.logits
+        for x in behind.append(torch.tensor([request.ids], dtype=torch.int64, device=self.engine.device)):
+            last = x[:, -1]
+            yield
+        if request.ids:
+            logits = model.logits(last)
+        figures.importance = figures.importance or past.about.importance
+        figures.groups = figures.groups or past.about.groups
+        self._suit()
+        self.decoder.begin_behind(torch.tensor([row], device=self.engine.device), behind, logits, request.sampling)
+        if request.watched:
+            self._placed[row] = past.seen, past.placed
+        self._keep("prompt", row, completion, logits)
+
+    def _keep(self, what: str, row: int, completion: Completion, logits: Tensor | None = None) -> None:
+        """Give a completion that wants it a copy of its row. logits [1, vocab] follow it; None if they are spent."""
+        request, figures = completion.request, self.figures
+        if request.keep != what:
+            return
+        past, sizes = request.past, self.sizes
+        own = {"plan": sizes.plan.slots, "policies": list(map(repr, sizes.policies))}
+        own |= {"seen": int(self.decoder.seen[row]), "length": past.about.length if past else request.length}
+        own |= {"importance": figures.importance, "groups": figures.groups}
+        placed = self._held(row) if request.watched else None
+        about, logits = self.engine.about(**own), None if logits is None else logits.clone()
+        completion.cache = PromptCache(about, self.decoder.of_row(row), logits, placed)
+
+    @torch.inference_mode()
+    def held(self, completion: Completion) -> list[Tensor]:
+        """Of each layer, the positions [1 or K, n] of the tokens in its filled slots, on the CPU.
+
+        UserError for a request that is not watched or not running.
+        """
+        rows = [row for row, own in enumerate(self._running) if own is completion and row in self._placed]
+        if not (rows and completion.request.watched):
+            raise UserError("only what a watched request holds while it runs is known")
+        return self._held(rows[0])
+
+    def _held(self, row: int) -> list[Tensor]:
+        seen, (before, placed) = int(self.decoder.seen[row]), self._placed[row]
+        found = []
+        for number, (layer, policy) in enumerate(zip(self.decoder.cache.layers, self.sizes.policies, strict=True)):
+            n = min(seen, layer.slots)
+            if policy.scored:
+                found.append(layer.position[row, :, :n].cpu())
+                continue
+            first = placed[number].cpu()
+            position = torch.full((len(first), n), -1)
+            position[:, : first.shape[1]] = first
+            new = torch.arange(before, seen)
+            place = policy.place(new, layer.slots).expand(len(first), -1)
+            found.append(position.scatter_reduce_(1, place, new.expand_as(place), "amax"))
+        return found
 
     def _read_turn(self) -> Iterator[None]:
         """A later turn of a conversation, which goes on behind what its row holds."""
@@ -401,6 +530,7 @@ class Batch:
         for x in decoder.append(torch.tensor([request.ids], device=self.engine.device)):
             last = x[:, -1]
             yield
+        self._suit()
         decoder.tokens.copy_(decoder.sampler(self.engine.model.logits(last)))
 
     def _prepare(self, plan: Plan) -> None:

@@ -25,19 +25,21 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import machine
-from arguments import Asked, parse, text_of
+from arguments import Asked, parse, said, text_of
 from batch import Job, Summary
 from checkpoint import EMBEDDED
 from conversation import Conversation
 from errors import UserError, in_bytes, place, shown
 from files import PROMPT_BYTES, accessing, decoded, exclusive, read_stream, read_text
 from needs import Needs
+from promptcache import PromptCache
 from request import Completion, Figures, Request, Stream
 from tokenizer import TextStream
 
@@ -82,7 +84,12 @@ def report(asked: Asked, result: dict[str, Any], of: str) -> list[str]:
         group = groups[layer] if groups else "-"
         bar = "#" * max(1, round(40 * slots / max(plan)))
         lines.append(f"{layer:5}  {signal:>6}  {group:>5}  {slots:5}  {bar}")
-    given, sizing, kv, full = asked.args.plan, asked.sizing, result["kv_bytes"], result["kv_bytes_full"]
+    given, sizing, kv, full = (
+        asked.args.plan or asked.args.load_cache,
+        asked.sizing,
+        result["kv_bytes"],
+        result["kv_bytes_full"],
+    )
     layers = f"the plan in {place(given)}" if given else result["layers"]
     chosen = " (chosen to suit; --budget sets it)" if sizing.budget is given is None and sizing.policy.bounded else ""
     return [
@@ -106,18 +113,25 @@ def on_threads(args: argparse.Namespace) -> list[str]:
 
 def answer_prompt(asked: Asked) -> int:
     args, text, ids = asked.args, asked.text(), prompt_ids(asked)
-    asked.sizing.check(ids, args.max_new_tokens)
-    with asked.engine_for(len(ids) + args.max_new_tokens) as engine:
-        stream = engine.stream(ids, asked.sampling, args.max_new_tokens, asked.eos_ids, text.ends)
-        completion = follow(stream, text, echo=not args.json)
+    about, keep = asked.about, None if args.save_cache is None else "prompt"
+    seen = about.seen if about else 0
+    asked.sizing.check(ids, args.max_new_tokens, seen, ready=about is not None)
+    with asked.engine_for(seen + len(ids) + args.max_new_tokens) as engine:
+        past = PromptCache.load(args.load_cache, engine) if about else None
+        how = (asked.sampling, args.max_new_tokens, asked.eos_ids, text.ends, past, keep)
+        completion = follow(engine.stream(ids, *how), text, echo=not args.json)
     figures, tokens, reason = completion.figures, completion.tokens, completion.finish_reason
     asked.save_plan(figures.plan)
-    own = {"tokens": tokens, "text": text.text, "finish_reason": reason, "prompt_tokens": len(ids)}
+    if keep:
+        completion.cache.save(args.save_cache)
+    own = {"tokens": tokens, "text": text.text, "finish_reason": reason, "prompt_tokens": seen + len(ids)}
+    own |= {"cached_tokens": seen} if about else {}
     result = result_json(asked, own | {"max_new_tokens": args.max_new_tokens}, figures)
     if args.json:
         print(json.dumps(result, allow_nan=False))
         return 0
-    print("", *report(asked, result, f" for {len(ids)} + {args.max_new_tokens} tokens"), sep="\n")
+    before = f"{seen} cached + " * bool(seen)
+    print("", *report(asked, result, f" for {before}{len(ids)} + {args.max_new_tokens} tokens"), sep="\n")
     compiled = f", compiled in {figures.compile_s:.1f} s" if figures.compile_s else ""
     print(f"prefill  {figures.prefill_tokens / figures.prefill_s:,.0f} tokens/s ({figures.prefill_s:.3f} s)")
     print(f"decode   {figures.decode_tokens_per_s:,.1f} tokens/s ({len(tokens)} new, {reason}){compiled}")
@@ -125,8 +139,11 @@ def answer_prompt(asked: Asked) -> int:
 
 
 def prompt_ids(asked: Asked) -> list[int]:
+    behind = asked.about is not None
+    if behind and not said(asked.args):
+        return []
     if (given := asked.args.prompt_ids) is None:
-        return asked.ids(prompt_text(asked.args))
+        return asked.ids(prompt_text(asked.args), behind=behind)
     try:
         return [int(part) for part in given.split(",") if part.strip()]
     except ValueError:
@@ -269,7 +286,7 @@ def run_job(asked: Asked) -> int:
         complain("generate.py", line)
 
     default = Request((), args.max_new_tokens, asked.sampling, asked.eos_ids)
-    how = {"resume": args.resume, "max_length": args.max_length, "limit": limit}
+    how = {"resume": args.resume, "max_length": args.max_length, "limit": limit, "load_cache": args.load_cache}
     job = Job(Path(args.input), Path(args.output), sizing, job_settings(asked), default, asked.ids, asked.text, **how)
     survey = job.survey(bad)
     length = job.state.get("max_length") or args.max_length or survey.longest
@@ -308,6 +325,9 @@ def job_settings(asked: Asked) -> dict[str, Any]:
     settings = {f"--{name.replace('_', '-')}": getattr(asked.args, name) for name in names}
     if asked.sizing.format != "dense":  # which job files of earlier versions do not name
         settings["--cache-format"] = asked.sizing.format
+    if asked.about:
+        with accessing(asked.args.load_cache), open(asked.args.load_cache, "rb") as file:
+            settings["--load-cache"] = file_digest(file, "sha256").hexdigest()
     if asked.args.weights != "auto":
         settings["--weights"] = asked.args.weights
     dtype = str(asked.sizing.dtype).removeprefix("torch.")

@@ -97,6 +97,11 @@ class LayerCache(NamedTuple):
             self.score[rows, :, :n] = scores
             self.position[rows, :, :n] = positions
 
+    def of_row(self, row: int, n: int) -> "LayerCache":
+        """A copy of what a row's first n slots hold: a layer of one row."""
+        own = [None if part is None else part[row : row + 1, :, :n].clone() for part in (self.score, self.position)]
+        return LayerCache(self.stored.each(lambda part: part[row : row + 1, :, :n].clone()), *own)
+
 
 class Memory:
     """Flat storage in which the arenas of one plan after another live, as long as they fit."""

@@ -215,6 +215,14 @@ class Held:
         self.evidence: list[Any] = []  # of each layer, the mean over the prompts
         self.layers: list[list[Part]] = []
 
+    def positions(self, row: int) -> list[Tensor]:
+        """Of each layer, the positions [1 or K, n] of a prompt's tokens in the slots that they fill."""
+        found = []
+        for parts, slots in zip(self.layers, self.plan.slots, strict=True):
+            [(rows, prompt)] = [part for part in parts if part[0].start <= row < part[0].stop]
+            found.append(prompt.positions[row - rows.start, :, : min(slots, int(self.prompts.lengths[row]))].cpu())
+        return found
+
     def keep(self, evidence: Tensor | None, parts: list[Part]) -> None:
         """Take in the next layer. NotFinite if its evidence is not, for any prompt."""
         if evidence is not None:

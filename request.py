@@ -7,6 +7,7 @@ from typing import Protocol
 
 from config import ModelConfig
 from errors import UserError, integers, shown, whole
+from promptcache import PromptCache
 from sampling import GREEDY, Sampling
 
 MOST_TOKENS = 2**20  # of a prompt and its answer, unless the model has more positions: more is a slip
@@ -17,6 +18,8 @@ class Request:
     """Token ids in. `stop` is asked after each token, with all new ids so far, whether to end.
 
     ids: a sequence, an array or a tensor [S] of integers; a list of ints is kept as it is. UserError for other types.
+    past: what they follow; with its logits there may be none. keep: "prompt" or "answer", after which the completion
+    gets its row's cache. watched: `Batch.held` will be asked what the row holds.
     """
 
     ids: Sequence[int]
@@ -24,6 +27,9 @@ class Request:
     sampling: Sampling = GREEDY
     eos_ids: Collection[int] = ()
     stop: Callable[[list[int]], bool] | None = None
+    past: PromptCache | None = None
+    keep: str | None = None
+    watched: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "ids", integers(self.ids, "prompt ids"))
@@ -34,11 +40,18 @@ class Request:
             raise UserError(f"sampling must be a Sampling, not {shown(self.sampling)}")
         if self.stop is not None and not callable(self.stop):
             raise UserError(f"stop must be a function of the new ids, not {shown(self.stop)}")
+        if self.keep not in (None, "prompt", "answer"):
+            raise UserError(f"keep must be prompt or answer, not {shown(self.keep)}")
+
+    @property
+    def seen(self) -> int:
+        """Tokens before the prompt."""
+        return self.past.seen if self.past else 0
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt and the longest answer."""
-        return len(self.ids) + self.max_new_tokens
+        """Tokens of the prompt, what it follows, and the longest answer."""
+        return self.seen + len(self.ids) + self.max_new_tokens
 
 
 @dataclass
@@ -91,6 +104,7 @@ class Completion:
     finish_reason: str | None = None
     figures: Figures | None = None
     error: str | None = None
+    cache: PromptCache | None = None  # if the request keeps it
 
     @classmethod
     def refused(cls, request: Request, error: str) -> "Completion":
@@ -160,13 +174,18 @@ def longest(config: ModelConfig, endless: bool) -> tuple[int, str]:
     return positions, f"the model's {positions} {'learned ' if learned else ''}positions; shorten them{way}"
 
 
-def refusal(config: ModelConfig, endless: bool, ids: Sequence[int], new: int, seen: int = 0) -> str | None:
-    """Why a prompt with `new` tokens after it, and `seen` before it, cannot run, in one line."""
-    if not len(ids):
+def refusal(
+    config: ModelConfig, endless: bool, ids: Sequence[int], new: int, seen: int = 0, ready: bool = False
+) -> str | None:
+    """Why a prompt with `new` tokens after it, and `seen` before it, cannot run, in one line.
+
+    ready: what follows the tokens before it is known, so that the prompt may be empty.
+    """
+    if not (len(ids) or ready):
         return "the prompt is empty; give at least one token"
     if new < 1:
         return f"max-new-tokens must be at least 1, not {shown(new)}"
-    if not (min(ids) >= 0 and max(ids) < config.vocab_size):
+    if len(ids) and not (min(ids) >= 0 and max(ids) < config.vocab_size):
         wrong = next(i for i in ids if not 0 <= i < config.vocab_size)
         return f"token id {shown(wrong)} is outside the vocabulary (0 to {config.vocab_size - 1})"
     most, why = longest(config, endless)

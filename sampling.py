@@ -93,6 +93,10 @@ class Sampler:
         )
         self.set(torch.arange(rows, device=device), samplings)
 
+    def suit(self, samplings: Collection[Sampling]) -> None:
+        """From now on only these are drawn by, so that no step computes what nobody asks for."""
+        self.greedy, self.restricted = kind_of(samplings)
+
     def set(self, rows: Tensor, samplings: Sequence[Sampling]) -> None:
         """From now on rows [R] are other requests'."""
         for buffer, values in (

@@ -113,16 +113,16 @@ class Sizing:
         """Whether a sequence may be longer than the model's positions."""
         return self.policy.bounded and self.config.position_offset is None
 
-    def refusal(self, ids: Sequence[int], new: int, seen: int = 0) -> str | None:
+    def refusal(self, ids: Sequence[int], new: int, seen: int = 0, ready: bool = False) -> str | None:
         """Why a prompt with `new` tokens after it cannot run whatever the budget, in one line.
 
-        seen: the tokens of a conversation that come before it.
+        seen: the tokens that come before it. ready: what follows those is known, so that the prompt may be empty.
         """
-        return refusal(self.config, self.endless, ids, new, seen)
+        return refusal(self.config, self.endless, ids, new, seen, ready)
 
-    def check(self, ids: Sequence[int], new: int, seen: int = 0) -> None:
+    def check(self, ids: Sequence[int], new: int, seen: int = 0, ready: bool = False) -> None:
         """UserError if the prompt cannot run."""
-        if why := self.refusal(ids, new, seen):
+        if why := self.refusal(ids, new, seen, ready):
             raise UserError(why)
 
     def at(self, length: int, endless: bool = False) -> Sizes:

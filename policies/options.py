@@ -40,6 +40,17 @@ def make(kind: str, known: Mapping[str, type], word: str, given: Mapping[str, An
     return known[name](**options)
 
 
+def word(policy: Any) -> str:
+    """What `make` makes this policy of: its name, and its options as far as they are not the default."""
+    options = []
+    for field in fields(policy):
+        value = getattr(policy, field.name)
+        if value != field.default:
+            text = "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            options.append(f"{field.name}={text.lower() if isinstance(value, bool) else text}")
+    return policy.name + ":" * bool(options) + ",".join(options)
+
+
 def words(text: str) -> list[str]:
     """The words of a list, with ; or , between them.
 

@@ -20,6 +20,7 @@ FLOORS = {
     "child": -1,
     "decoder": 2.5,
     "prefill": 2,
+    "promptcache": 0.5,
     "request": 1,
     "formats": -0.3,
     "conversation": 3.2,
