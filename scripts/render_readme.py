@@ -23,6 +23,7 @@ from files import checked, read_json, read_text, write_whole  # noqa: E402
 def result(name: str) -> dict:
     record, where = read_json(ROOT / "results" / name), f"results/{name}"
     needed = {"bench_cpu.json": ("decode", "throughput", "switch"), "bench_real_cpu.json": ("real",)}
+    needed["bench_cuda.json"] = ("decode", "throughput", "switch")
     needed["start_cpu.json"] = ("SmolLM2-135M-Instruct.Q4_1.gguf", "tiny")
     stages = {"stages": dict.fromkeys(needed.get(name, ()), STAGE)}
     return checked(record, stages if name in needed else ORIGIN, where)
@@ -172,6 +173,24 @@ def start() -> str:
     return "\n".join([*lines, "", provenance(next(iter(stages.values())), "start_cpu.json")])
 
 
+def cuda() -> str:
+    """One GPU: decode against transformers, the largest batches, and what a new plan costs."""
+    stages = result("bench_cuda.json")["stages"]
+    lines = ["| shape, tokens | what | rows | tokens/s | ms a step | of the roofline | times transformers | KV |"]
+    lines.append("|---" * 8 + "|")
+    for row in (row for name in ("decode", "throughput") for row in stages[name]["rows"]):
+        job = f"{row['shape']}, {row['prompt_tokens']} + {row['new_tokens']}"
+        times = row["times"].get("transformers generate")
+        kv = f"{row['kv_bytes'] / 2**20:,.0f} MiB" if row.get("kv_bytes") else "-"
+        cells = [job, row["what"], str(row["batch"]), f"{row['tokens_per_s']:,.0f}", f"{row['ms_per_step']:.1f}"]
+        cells += [f"{row['of_roofline']:.0%}", "-" if times is None else f"{times:.1f}", kv]
+        lines.append(f"| {' | '.join(cells)} |")
+    [switch] = stages["switch"]["rows"]
+    cost = f"{switch['ms_median']:.0f} ms each (median), in which its step is captured"
+    lines += ["", f"{switch['what']} of {switch['shape']}: {switch['recompilations']} recompilation, {cost}."]
+    return "\n".join([*lines, "", *(provenance(stages[name], "bench_cuda.json") + "  " for name in stages)]).rstrip()
+
+
 def busy() -> str:
     """Beside a process that keeps as many threads busy."""
     record = result("busy_cpu.json")
@@ -303,6 +322,7 @@ PAGES = {
         "real_speed": real_speed,
         "start": start,
         "busy": busy,
+        "cuda": cuda,
         "decode": decode,
         "step": step,
         "throughput": throughput,
