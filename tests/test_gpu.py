@@ -15,7 +15,9 @@ from conversation import Conversation
 from engine import Engine, Request
 from formats import FORMATS
 from policies.layers.squeeze import Squeeze
+from promptcache import PromptCache
 from sampling import GREEDY, Sampling
+from weights import quantize
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -176,6 +178,43 @@ def test_cuda_equals_cpu(policy, compiled, form):
     want = teacher_forced(Engine(model, policy, plan=plan, cache_format=form), ids, following)
     engine = Engine(model.cuda(), policy, plan=plan, compile=compiled, cache_format=form)
     torch.testing.assert_close(teacher_forced(engine, ids, following).cpu(), want, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_codes_on_cuda_equal_the_same_codes_on_a_cpu(weights, compiled):
+    """Also of several rows, which take another product."""
+    torch._dynamo.reset()
+    model = random_model(dim=64, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=96).cuda()
+    quantize(model, weights)
+    ids, following = random_ids(41), random_ids(40, seed=3)
+    requests = [Request(random_ids(n, n), 12) for n in (9, 30, 17)]
+    found = []
+    for device, compiles in (("cuda", compiled), ("cpu", False)):
+        engine = Engine(model.to(device), "h2o", plan=PLAN, compile=compiles)
+        logits = teacher_forced(engine, ids, following).cpu()
+        found.append((logits, sorted(completion.tokens for completion in engine.generate(requests))))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-4)  # numbers of codes are float32
+    assert found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_prompt_cache_on_cuda(policy, tmp_path):
+    """Going on from a file, and from an answer that was kept, is as going on without."""
+    plan = None if policy == "full" else PLAN
+    engine = Engine(random_model(max_positions=100).cuda(), policy, plan=plan)
+    stream = engine.stream(random_ids(33), max_new_tokens=12, keep="prompt")
+    answer = list(stream)
+    stream.completion.cache.save(tmp_path / "a.safetensors")
+    assert (
+        list(engine.stream([], max_new_tokens=12, past=PromptCache.load(tmp_path / "a.safetensors", engine))) == answer
+    )
+    kept = engine.stream(random_ids(33), max_new_tokens=5, keep="answer")
+    talk, said, more = Conversation(engine), list(kept), random_ids(7, 2)
+    assert list(talk.stream(random_ids(33), 5)) == said
+    assert list(talk.stream(more, 6)) == list(
+        engine.stream([said[-1], *more], max_new_tokens=6, past=kept.completion.cache)
+    )
 
 
 @pytest.mark.parametrize("policy", POLICIES)
