@@ -1,8 +1,8 @@
-"""The arguments of generate.py, and what they ask for: checked as far as possible before weights are loaded."""
+"""The arguments of generate.py, and what serve.py shares: checked as far as possible before weights are loaded."""
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from sizing import Sizing, check_budget
 from tokenizer import TextStream
 from weights import WEIGHT_FORMATS
 
+ON_OFF = argparse.BooleanOptionalAction
 SQUEEZE_LAYERS, SQUEEZE_POLICY = "perturbation", "dropkv"  # what a bare --squeeze is (RESULTS.md, choices)
 TALK_POLICY = "streaming"  # in a conversation, where no first turn says what will be asked, and the latest counts
 SOURCES, TALKS = ("prompt", "prompt_file", "prompt_ids"), ("chat", "interactive")
@@ -46,13 +47,12 @@ APART = (  # an argument, those that do not go with it, and why
 
 def parse(argv: list[str] | None, manual: str = "") -> argparse.Namespace:
     parser = Parser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
-    on_off = argparse.BooleanOptionalAction
     add = parser.add_argument_group("the prompt").add_argument
-    add("--checkpoint", default=str(EMBEDDED), help="Hugging Face folder, .gguf file or hub id (default: embedded)")
+    add_checkpoint(add)
     add("--prompt", metavar="TEXT|-", help="the prompt; - reads standard input")
     add("--prompt-file", metavar="F", help="a UTF-8 file with the prompt")
     add("--prompt-ids", metavar="1,2,3", help="token ids, taken as they are")
-    add("--chat", action=on_off, help="use the checkpoint's chat template (--interactive: if any)")
+    add("--chat", action=ON_OFF, help="use the checkpoint's chat template (--interactive: if any)")
     rendered = (
         "the prompt is a chat already rendered: names of special tokens in it are those tokens, and none is added"
     )
@@ -66,6 +66,28 @@ def parse(argv: list[str] | None, manual: str = "") -> argparse.Namespace:
     add("--strict", action="store_true", help="end at the first bad line of --input (default: report it and go on)")
     add("--batch-size", type=rows, metavar="N|auto", help="rows at a time (default auto: what fits into memory)")
     add("--max-length", type=positive, metavar="N", help="tokens of prompt and answer (default: the longest line)")
+    add = add_cache(parser)
+    add("--save-cache", metavar="F", help="write what the cache holds of the prompt, to go on from it later")
+    add("--load-cache", metavar="F", help="go on from what --save-cache wrote, under its policy and plan")
+    add = parser.add_argument_group("the new tokens").add_argument
+    add("--max-new-tokens", type=int, default=128, metavar="N")
+    add("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    add("--top-k", type=int)
+    add("--top-p", type=float, default=1.0)
+    add("--seed", type=int, help="equal seeds give equal text (default: a new one each time)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be repeated")
+    add("--ignore-eos", action="store_true", help="do not stop at end-of-sequence")
+    add("--json", action="store_true", help="print one JSON object instead of text")
+    add_running(parser)
+    return parser.parse_args(argv)
+
+
+def add_checkpoint(add: Callable) -> None:
+    add("--checkpoint", default=str(EMBEDDED), help="Hugging Face folder, .gguf file or hub id (default: embedded)")
+
+
+def add_cache(parser: argparse.ArgumentParser) -> Callable:
+    """The arguments that say what a cache is like. Returns what adds more of them."""
     add = parser.add_argument_group("the cache").add_argument
     word = {"metavar": "NAME[:opt=value,...]"}
     add("--policy", **word, help=f"tokens a layer keeps: {', '.join(token_policies.TOKEN_POLICIES)} (default: full)")
@@ -77,25 +99,18 @@ def parse(argv: list[str] | None, manual: str = "") -> argparse.Namespace:
     add("--cache-format", choices=FORMATS, default="dense", help="numbers in slots: the model's (default) or of 8 bits")
     add("--plan", metavar="FILE", help="slots per layer from a file (a JSON list, or what --save-plan or --json wrote)")
     add("--save-plan", metavar="FILE", help="write the plan that was used")
-    add("--save-cache", metavar="F", help="write what the cache holds of the prompt, to go on from it later")
-    add("--load-cache", metavar="F", help="go on from what --save-cache wrote, under its policy and plan")
-    add = parser.add_argument_group("the new tokens").add_argument
-    add("--max-new-tokens", type=int, default=128, metavar="N")
-    add("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    add("--top-k", type=int)
-    add("--top-p", type=float, default=1.0)
-    add("--seed", type=int, help="equal seeds give equal text (default: a new one each time)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be repeated")
-    add("--ignore-eos", action="store_true", help="do not stop at end-of-sequence")
+    return add
+
+
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say where and how a model runs."""
     add = parser.add_argument_group("where and how it runs").add_argument
     add("--max-memory", type=float, metavar="GIB", help="refuse what may need more (default: what is free)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="auto", help="auto (the config's), bf16, fp16, fp32 or float64")
     add("--weights", choices=WEIGHT_FORMATS, default="auto", help="matrices as stored (default), or of 8 or 4 bits")
     add("--threads", type=thread_count, metavar="N", help="of the CPU (default: what the process may use)")
-    add("--compile", action=on_off, help="compile decode (default: on for CUDA)")
-    add("--json", action="store_true", help="print one JSON object instead of text")
-    return parser.parse_args(argv)
+    add("--compile", action=ON_OFF, help="compile decode (default: on for CUDA)")
 
 
 def rows(text: str) -> int | None:
@@ -123,8 +138,6 @@ def check_together(args: argparse.Namespace) -> None:
         raise UserError(f"{only[0]} is for a file of prompts; give --input and --output")
     if args.interactive and args.prompt == "-":
         raise UserError("--interactive reads its turns from standard input; the first one can be a --prompt-file")
-    if args.max_memory is not None and not 0 < args.max_memory * 2**30 < math.inf:
-        raise UserError(f"--max-memory must be a positive number of GiB, not {args.max_memory}")
 
 
 def choose_policies(args: argparse.Namespace) -> tuple[token_policies.TokenPolicy, layer_policies.LayerPolicy]:
@@ -158,13 +171,8 @@ def read_plan(path: str) -> list[int]:
     return plan
 
 
-def check_paths(args: argparse.Namespace, folder: Path) -> None:
-    """UserError unless every output can be written and is no other path of the run."""
-    state = None if args.output is None else f"{args.output}.job.json"
-    outputs = {"--output": args.output, "--save-plan": args.save_plan, "the state of --output": state}
-    outputs |= {"--save-cache": args.save_cache}
-    inputs = {"--input": args.input, "--prompt-file": args.prompt_file, "--plan": args.plan, "--checkpoint": folder}
-    inputs |= {"--load-cache": args.load_cache}
+def check_paths(outputs: Mapping[str, Path | str | None], inputs: Mapping[str, Path | str | None]) -> None:
+    """UserError unless every output can be written and is no other path of the run. Keys: the flags that name them."""
     outputs, inputs = ({flag: path for flag, path in paths.items() if path is not None} for paths in (outputs, inputs))
     for flag, path in outputs.items():
         check_output(path, flag)
@@ -184,39 +192,80 @@ def text_of(given: str, name: str) -> str:
         raise UserError(f"{name} holds half of a surrogate pair, which is no character") from None
 
 
-class Asked:
-    """What the arguments ask for."""
+class Setup:
+    """The model and its cache, as the arguments that all command lines share ask for them. No weights are loaded yet.
 
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
-        check_together(args)
-        self.about = about = None if args.load_cache is None else read_about(args.load_cache)
-        if about:
-            go_on(args, about)
+    talk: each answer is a turn of a chat. about: the prompt cache that it goes on from, if it does.
+    """
+
+    def __init__(self, args: argparse.Namespace, talk: bool = False, about: About | None = None):
+        self.args, self.about = args, about
         policies = choose_policies(args)
-        for stop in args.stop:
-            text_of(stop, "--stop")
-        self.sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
         plan = None if args.plan is None else read_plan(args.plan)
         if about and policies[0].bounded:
             plan = about.plan
         if args.budget is not None:
             check_budget(args.budget)
+        if args.max_memory is not None and not 0 < args.max_memory * 2**30 < math.inf:
+            raise UserError(f"--max-memory must be a positive number of GiB, not {args.max_memory}")
         self.folder = checkpoint.resolve(args.checkpoint)
-        check_paths(args, self.folder)
-        tokenizer = tokenizers.load(self.folder)
-        given = args.prompt_ids is not None or args.load_cache is not None and not said(args)
-        if tokenizer is None and not given and args.input is None:
-            raise UserError(f"{place(args.checkpoint)} has no tokenizer; give the prompt as --prompt-ids")
-        self.tokenizer = tokenizer or tokenizers.NONE
-        self.turns = chat.Turns(self.tokenizer, self._template(), args.system)
-        self.text()  # or the stop strings make none
-        talk = bool(args.chat or args.interactive)
-        self.eos_ids = frozenset() if args.ignore_eos else tokenizers.eos_ids(self.folder, tokenizer, talk)
+        check_paths(*self.paths())
+        self.tokenizer = tokenizers.load(self.folder) or tokenizers.NONE
+        self.eos_ids = self.ends(talk)
         self.device = checkpoint.find_device(args.device)
         self.limit = machine.free(self.device) if args.max_memory is None else int(args.max_memory * 2**30)
         config, size = checkpoint.outline(self.folder, args.dtype, args.weights)
         self.sizing = Sizing(config, *policies, args.budget, plan, format=args.cache_format, weights=size)
+
+    def paths(self) -> tuple[dict[str, Path | str | None], dict[str, Path | str | None]]:
+        """What is written and what is read, by the flags that name it."""
+        return {"--save-plan": self.args.save_plan}, {"--plan": self.args.plan, "--checkpoint": self.folder}
+
+    def ends(self, talk: bool) -> frozenset[int]:
+        """The ids that end an answer."""
+        return tokenizers.eos_ids(self.folder, None if self.tokenizer is tokenizers.NONE else self.tokenizer, talk)
+
+    @property
+    def compiles(self) -> bool:
+        return self.device.type == "cuda" if self.args.compile is None else self.args.compile
+
+    def engine(self) -> Engine:
+        model, _ = checkpoint.load(self.folder, self.device, self.args.dtype, self.args.weights)
+        s = self.sizing
+        return Engine(model, s.policy, s.layer_policy, s.budget, s.given, self.compiles, s.format)
+
+    def save_plan(self, plan: list[int]) -> None:
+        if self.args.save_plan is not None:
+            names = {"policy": self.sizing.policy.name, "layers": self.sizing.layer_policy.name}
+            write_json(self.args.save_plan, {"plan": plan, **names})
+
+
+class Asked(Setup):
+    """What the arguments of generate.py ask for."""
+
+    def __init__(self, args: argparse.Namespace):
+        check_together(args)
+        for stop in args.stop:
+            text_of(stop, "--stop")
+        self.sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+        about = None if args.load_cache is None else read_about(args.load_cache)
+        if about:
+            go_on(args, about)
+        super().__init__(args, bool(args.chat or args.interactive), about)
+        given = args.prompt_ids is not None or about and not said(args)
+        if self.tokenizer is tokenizers.NONE and not given and args.input is None:
+            raise UserError(f"{place(args.checkpoint)} has no tokenizer; give the prompt as --prompt-ids")
+        self.turns = chat.Turns(self.tokenizer, self._template(), args.system)
+        self.text()  # or the stop strings make none
+        if args.ignore_eos:
+            self.eos_ids = frozenset()
+
+    def paths(self) -> tuple[dict[str, Path | str | None], dict[str, Path | str | None]]:
+        args, (outputs, inputs) = self.args, super().paths()
+        state = None if args.output is None else f"{args.output}.job.json"
+        outputs = {"--output": args.output, **outputs, "the state of --output": state, "--save-cache": args.save_cache}
+        inputs = {"--input": args.input, "--prompt-file": args.prompt_file, **inputs, "--load-cache": args.load_cache}
+        return outputs, inputs
 
     def _template(self) -> chat.ChatTemplate | None:
         args = self.args
@@ -240,15 +289,6 @@ class Asked:
             return self.tokenizer.encode(prompt, special=False, parse_special=rendered)
         return self.turns.ids(prompt, rendered)
 
-    @property
-    def compiles(self) -> bool:
-        return self.device.type == "cuda" if self.args.compile is None else self.args.compile
-
-    def engine(self) -> Engine:
-        model, _ = checkpoint.load(self.folder, self.device, self.args.dtype, self.args.weights)
-        s = self.sizing
-        return Engine(model, s.policy, s.layer_policy, s.budget, s.given, self.compiles, s.format)
-
     @contextmanager
     def engine_for(self, length: int) -> Iterator[Engine]:
         """The engine, to be used within, for one sequence of `length` tokens. UserError for want of memory."""
@@ -257,8 +297,3 @@ class Asked:
             needs.check(1, self.limit)
         with needs.explained(1, self.limit), compiling(self.compiles):
             yield self.engine()
-
-    def save_plan(self, plan: list[int]) -> None:
-        if self.args.save_plan is not None:
-            names = {"policy": self.sizing.policy.name, "layers": self.sizing.layer_policy.name}
-            write_json(self.args.save_plan, {"plan": plan, **names})

@@ -14,7 +14,7 @@ MOST_ROWS = 256  # more of them give no more tokens per second, but later result
 
 class Needs(NamedTuple):
     """Bytes: the weights; a row of the cache, and of the full one; a row in a step; a prompt while it goes through a
-    block, `at_once` of them together; and what is held of each row's prompt meanwhile.
+    block, `at_once` of them together; what is held of each row's prompt meanwhile; what stands beside the rows.
     """
 
     weights: int
@@ -24,6 +24,7 @@ class Needs(NamedTuple):
     prefill: int
     held: int = 0
     at_once: int = 1
+    beside: int = 0
 
     @staticmethod
     def of(sizing: Sizing, length: int, longest_prompt: int | None = None, apart: bool = False) -> "Needs":
@@ -72,7 +73,8 @@ class Needs(NamedTuple):
 
     def total(self, rows: int) -> int:
         """At the most: steps go on while a prompt is read."""
-        return self.weights + rows * (self.row + self.step + self.held) + min(rows, self.at_once) * self.prefill
+        each, reading = self.row + self.step + self.held, min(rows, self.at_once) * self.prefill
+        return self.weights + rows * each + reading + self.beside
 
     def rows(self, most: int, limit: int) -> int:
         """The largest batch that fits, at least 1 and at most `most`."""

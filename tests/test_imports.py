@@ -11,6 +11,8 @@ FLOORS = {
     "bench": 4,
     "evaluate": 4,
     "generate": 4,
+    "serve": 4.5,
+    "serving": 4.2,
     "benchmark": 3.5,
     "evaluation": 3.5,
     "arguments": 3.5,
@@ -48,7 +50,7 @@ FLOORS = {
     "sampling": 0,
     "tokenizer": 0,
 }
-PACKAGES = ("benchmark", "evaluation", "policies", "scripts")
+PACKAGES = ("benchmark", "evaluation", "policies", "scripts", "serving")
 FILES = sorted([*ROOT.glob("*.py"), *(file for package in PACKAGES for file in ROOT.glob(f"{package}/**/*.py"))])
 
 

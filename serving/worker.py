@@ -1,0 +1,344 @@
+"""The engine thread: it alone runs the model, for many clients at a time over one batch.
+
+The event loop hands it calls through a queue and hears of them once a step, of all rows together. The thread never
+waits for the network, and sleeps while there is nothing to do. What goes wrong in one request ends that one alone.
+"""
+
+import asyncio
+import queue
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from threading import Thread
+from typing import NamedTuple
+
+from engine import Batch, Engine
+from errors import UserError, reason
+from prefill import plan_for
+from request import Completion, Request
+from serving.metrics import Metrics
+from tokenizer import TextStream
+
+
+class End(NamedTuple):
+    """How an answer ended. status: the HTTP status that suits its error."""
+
+    reason: str
+    error: str | None = None
+    status: int = 500
+
+
+class News(NamedTuple):
+    """What the event loop hears of an answer after a step: its text so far, how many tokens, and how it ended."""
+
+    answer: "Answer"
+    text: str
+    tokens: int
+    end: End | None
+
+
+class Answer:
+    """One choice of a call: the request that gives it, and what the event loop has heard of it so far.
+
+    The engine thread alone uses `stream`, `completion` and `fault`.
+    """
+
+    def __init__(self, ids: Sequence[int], new: int, stream: TextStream, lane: str | None = None, **how):
+        self.stream, self.lane, self.fault = stream, lane, None
+        self.request = Request(ids, new, stop=self._stop, **how)
+        self.completion = Completion(self.request)
+        self.call: Call | None = None
+        self.text, self.tokens, self.end = "", 0, None
+
+    def _stop(self, tokens: list[int]) -> bool:
+        try:
+            return self.stream.ends(tokens)
+        except Exception as error:  # ends this answer alone
+            self.fault = error
+            return True
+
+    def news(self) -> News | None:
+        """After a step: None if nobody waits for it."""
+        completion = self.completion
+        if completion.finish_reason is None:
+            if not self.call.streamed:
+                return None
+            return News(self, self.stream.text, len(completion.tokens), None)
+        if self.fault is not None:
+            traceback.print_exception(self.fault)
+            end = End("error", f"the server failed on this request: {reason(self.fault)}")
+        else:
+            self.stream.flush()
+            end = End(completion.finish_reason, completion.error)
+        return News(self, self.stream.text, len(completion.tokens), end)
+
+    def failed(self, error: Exception) -> News:
+        """It could not run, or what it ran in has failed."""
+        if isinstance(error, UserError):
+            end = End("error", str(error), 400)
+        else:
+            end = End("error", f"the server failed while it ran this request: {reason(error)}")
+        return News(self, self.stream.text, len(self.completion.tokens), end)
+
+
+class Call:
+    """A client's request: its answers, and an event for whoever waits for them."""
+
+    def __init__(self, answers: list[Answer], streamed: bool = False):
+        self.answers, self.streamed, self.changed, self.gone = answers, streamed, asyncio.Event(), False
+        for answer in answers:
+            answer.call = self
+
+    @property
+    def ended(self) -> bool:
+        return all(answer.end for answer in self.answers)
+
+
+class Lane:
+    """Requests that share a batch, which `make` opens for the first of them; `lasting`: and which stays open."""
+
+    def __init__(self, rows: int, make: Callable[[Request], Batch], lasting: bool):
+        self.rows, self.make, self.lasting = rows, make, lasting
+        self.batch: Batch | None = None
+        self.waiting: deque[Answer] = deque()
+        self.running: dict[Completion, Answer] = {}
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running or (self.batch and self.batch.busy))
+
+    def cancel(self, answer: Answer) -> None:
+        if answer in self.waiting:
+            self.waiting.remove(answer)
+        elif self.running.pop(answer.completion, None):
+            self.batch.cancel(answer.completion)
+
+    def step(self) -> list[News]:
+        """Let requests in, and all rows make a step."""
+        news = self._admit()
+        if self.batch is None:
+            return news
+        try:
+            self.batch.step()
+            moved = self.batch.collect()
+        except Exception as error:
+            traceback.print_exception(error)
+            return news + self._failed(error)
+        for completion in moved:
+            if answer := self.running.get(completion):  # else it was cancelled
+                if completion.finish_reason:
+                    del self.running[completion]
+                news.append(answer.news())
+        if not (self.lasting or self.running):
+            self.close()
+        return list(filter(None, news))
+
+    def _admit(self) -> list[News]:
+        refused = []
+        while self.waiting and (self.batch is None or self.batch.free > 0):
+            answer = self.waiting.popleft()
+            try:
+                self.batch = self.batch or self.make(answer.request)
+                if refusal := self.batch.engine.refusal(answer.request) or self.batch.misfit(answer.request):
+                    raise UserError(refusal)
+                self.batch.admit(answer.completion)
+            except Exception as error:
+                if not isinstance(error, UserError):
+                    traceback.print_exception(error)
+                refused.append(answer.failed(error))
+            else:
+                self.running[answer.completion] = answer
+        return refused
+
+    def _failed(self, error: Exception) -> list[News]:
+        """A step has failed: with it the requests that it ended, such as a prompt that did not fit into memory, or else
+        all that were in it, and then the next ones get another batch.
+        """
+        own = [completion for completion in self.running if completion.finish_reason]
+        failed = [self.running.pop(completion) for completion in own or list(self.running)]
+        if not own:
+            self.close()
+        return [answer.failed(error) for answer in failed]
+
+    def close(self) -> None:
+        if self.batch is not None:
+            self.batch.__exit__(None, None, None)
+            self.batch = None
+
+
+class Worker:
+    """The engine thread, and what the event loop does with it.
+
+    make_engine: loads the model, within the thread. lanes: engines of other caches over the same model, by name, for
+    one request at a time. plan_ids: the prompt that the plan is made from; None: the first request's. queue: how many
+    requests may wait.
+    """
+
+    def __init__(
+        self,
+        make_engine: Callable[[], Engine],
+        rows: int,
+        max_length: int,
+        metrics: Metrics,
+        queue_length: int = 64,
+        plan_ids: Sequence[int] | None = None,
+        make_lanes: Callable[[Engine], dict[str, Engine]] = lambda engine: {},
+    ):
+        self.make_engine, self.make_lanes, self.plan_ids = make_engine, make_lanes, plan_ids
+        self.rows, self.max_length, self.queue_length, self.metrics = rows, max_length, queue_length, metrics
+        self.plan: list[int] | None = None
+        self.source = ""  # what the plan was made from
+        self.engine: Engine | None = None
+        self.lanes: dict[str | None, Lane] = {}
+        self.loads: dict[str | None, int] = {}  # answers in flight, as the event loop counts them
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopped = False
+        self._ready: Future = Future()
+        self._thread = Thread(target=self._run, name="engine", daemon=True)
+
+    # ---- for the event loop's thread
+
+    def start(self) -> None:
+        """Returns when the model is loaded and a first token made; raises what went wrong meanwhile."""
+        self._thread.start()
+        self._ready.result()
+
+    def stop(self) -> None:
+        self._commands.put(self._stop)
+        self._thread.join()
+
+    def refusal(self, answer: Answer) -> str | None:
+        """Why the request cannot run, in one line."""
+        request = answer.request
+        if request.length > self.max_length:
+            return (
+                f"{len(request.ids)} prompt + {request.max_new_tokens} new tokens exceed max-length {self.max_length}"
+            )
+        return self.engine.refusal(request)
+
+    def room(self, lane: str | None) -> int:
+        """How many more answers may come."""
+        return self.most(lane) - self.loads[lane]
+
+    def most(self, lane: str | None) -> int:
+        return self.lanes[lane].rows + self.queue_length
+
+    def submit(self, call: Call) -> None:
+        for answer in call.answers:
+            self.loads[answer.lane] += 1
+        self._commands.put(partial(self._add, call))
+
+    def cancel(self, call: Call) -> None:
+        """End what still runs of a call: nobody waits for it any more."""
+        left = [answer for answer in call.answers if answer.end is None]
+        for answer in left:
+            self._ended(answer, End("interrupted"))
+        if left:
+            self._commands.put(lambda: [self.lanes[answer.lane].cancel(answer) for answer in left])
+
+    def _deliver(self, news: list[News]) -> None:
+        for answer, text, tokens, end in news:
+            if answer.end is None:  # else it was cancelled meanwhile
+                answer.text, answer.tokens = text, tokens
+                if end:
+                    self._ended(answer, end)
+                answer.call.changed.set()
+
+    def _ended(self, answer: Answer, end: End) -> None:
+        answer.end = end
+        self.loads[answer.lane] -= 1
+        self.metrics.new_tokens.inc(answer.tokens)
+
+    @property
+    def waiting(self) -> int:
+        return sum(len(lane.waiting) for lane in self.lanes.values())
+
+    @property
+    def running(self) -> int:
+        return sum(len(lane.running) for lane in self.lanes.values())
+
+    @property
+    def kv_bytes(self) -> int:
+        batches = filter(None, [lane.batch for lane in self.lanes.values()])
+        return sum(batch.figures.kv_bytes + batch.figures.state_bytes for batch in batches)
+
+    # ---- for the engine thread
+
+    def _run(self) -> None:
+        try:
+            self._prepare()
+        except BaseException as error:  # the other thread raises it
+            self._ready.set_exception(error)
+            return
+        self._ready.set_result(None)
+        while not self._stopped:
+            self._obey()
+            news, started = [], time.perf_counter()
+            busy = [lane for lane in self.lanes.values() if lane.busy]
+            for lane in busy:
+                news += lane.step()
+            if busy:
+                self.metrics.step_seconds.observe(time.perf_counter() - started)
+            if news:
+                self._tell(news)
+        for lane in self.lanes.values():
+            lane.close()
+
+    def _obey(self) -> None:
+        """Do what was asked for; wait for it if there is nothing else to do."""
+        idle = not any(lane.busy for lane in self.lanes.values())
+        with suppress(queue.Empty):
+            while not self._stopped:
+                self._commands.get(block=idle)()
+                idle = False
+
+    def _tell(self, news: list[News]) -> None:
+        with suppress(RuntimeError):  # the loop has been closed: nobody waits
+            self.loop.call_soon_threadsafe(self._deliver, news)
+
+    def _stop(self) -> None:
+        self._stopped = True
+
+    def _add(self, call: Call) -> None:
+        for answer in call.answers:
+            self.lanes[answer.lane].waiting.append(answer)
+
+    def _prepare(self) -> None:
+        """Load, plan, and make two tokens, so that code is compiled and memory taken before a client comes."""
+        self.engine = self.make_engine()
+        self.lanes[None] = Lane(self.rows, self._own_batch, lasting=True)
+        for name, engine in self.make_lanes(self.engine).items():
+            batch = lambda request, engine=engine: engine.batch(1, request.length, [request.sampling])  # noqa: E731
+            self.lanes[name] = Lane(1, batch, lasting=False)
+        self.loads = dict.fromkeys(self.lanes, 0)
+        sizes = self.engine.sizing.at(self.max_length)
+        if sizes.plan is None and self.plan_ids is None:
+            return
+        ids = [0] if self.plan_ids is None else self.plan_ids
+        lane = self.lanes[None]
+        lane.batch = self._own_batch(Request(ids[: self.max_length - 1], 1))
+        if self.max_length > 2:
+            lane.batch.add(Request(ids[: min(8, self.max_length - 2)], 2))
+        while lane.batch.busy:
+            lane.batch.step()
+            lane.batch.collect()
+
+    def _own_batch(self, first: Request) -> Batch:
+        """Rows under the server's plan, which is made from the first request if there is none yet."""
+        engine = self.engine
+        if self.plan is None:
+            self.source = "a file" if engine.plan else engine.layer_policy.name
+            if engine.sizing.at(self.max_length).plan is None:
+                plan, _ = plan_for(engine.model, engine.sizing, [first], self.max_length, 1)
+                engine.plan, self.source = plan.slots, "the first request" if self.plan_ids is None else "a text"
+            self.plan = engine.sizing.at(self.max_length).plan.slots
+            self.metrics.planned(self.plan, self.source)
+            if self._ready.done():
+                print(f"serve.py: plan from {self.source}: {self.plan}", file=sys.stderr)
+        return engine.batch(self.rows, self.max_length, apart=True)

@@ -1,0 +1,488 @@
+"""serve.py: a live server and its clients. Answers are those of `Engine.stream`; what goes wrong ends nothing else."""
+
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from threading import Event
+
+import httpx
+import openai
+import pytest
+from serving_tools import TEMPLATE, chat_folder, connected, events, request_bytes, serving, until
+
+import chat
+import serve
+import tokenizer as tokenizers
+from checkpoint import EMBEDDED
+from engine import Engine
+from tokenizer import TextStream
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKENIZER = tokenizers.load(EMBEDDED)
+PROMPTS = ["def main", "import os\n", "class A:\n    def __init__(self", "# a comment"]
+GREEDY = {"model": "tiny-chat", "temperature": 0}
+ASK = {"prompt": "def main", "max_tokens": 4, "temperature": 0}
+PATH = "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory):
+    folder = chat_folder(tmp_path_factory.mktemp("served"))
+    with serving("--checkpoint", str(folder), "--queue", "6", "--max-body", "1", "--timeout", "20") as live:
+        yield live
+
+
+@pytest.fixture(autouse=True)
+def _all_rows_are_free_again(request):
+    """Whatever a test did: nothing of it runs on, and the next request is answered."""
+    yield
+    if "live" in request.fixturenames:
+        live = request.getfixturevalue("live")
+        until(lambda: live.worker.running == live.worker.waiting == 0 == live.worker.loads[None])
+        until(lambda: not live.server.handled)
+        assert live.http.post(PATH, json=ASK).json()["choices"][0]["text"] == alone(live, "def main", 4)
+
+
+def alone(live, prompt: str | list[int], new: int, eos: bool = True) -> str:
+    """The answer that the request gets by itself, under the server's plan."""
+    ids = TOKENIZER.encode(prompt) if isinstance(prompt, str) else prompt
+    return by_itself(live.worker.engine, tuple(live.worker.plan), tuple(ids), new, eos)
+
+
+@lru_cache
+def by_itself(engine: Engine, plan: tuple[int, ...], ids: tuple[int, ...], new: int, eos: bool) -> str:
+    other = Engine(engine.model, engine.policy, plan=plan)
+    return TOKENIZER.decode(list(other.stream(ids, max_new_tokens=new, eos_ids=[0] if eos else [])))
+
+
+def error_of(response: httpx.Response) -> dict:
+    """The error of an answer in OpenAI's form."""
+    assert set(response.json()) == {"error"}
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and "\n" not in error["message"]
+    return error
+
+
+# ---- answers
+
+
+def test_completions_whole_and_streamed_are_those_of_the_engine(live):
+    for number, prompt in enumerate(PROMPTS):
+        new = 5 + 9 * number
+        wanted = alone(live, prompt, new)
+        whole = live.openai.completions.create(**GREEDY, prompt=prompt, max_tokens=new)
+        assert whole.choices[0].text == wanted
+        usage = whole.usage
+        assert (usage.prompt_tokens, usage.total_tokens) == (
+            len(TOKENIZER.encode(prompt)),
+            usage.prompt_tokens + usage.completion_tokens,
+        )
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        chunks = list(live.openai.completions.create(**GREEDY, prompt=prompt, max_tokens=new, **options))
+        assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == wanted
+        assert chunks[-1].usage == usage and {chunk.usage for chunk in chunks[:-1]} == {None}
+        assert [c.finish_reason for chunk in chunks for c in chunk.choices if c.finish_reason] == [
+            whole.choices[0].finish_reason
+        ]
+        assert len({chunk.id for chunk in chunks}) == 1 and whole.id.startswith("cmpl-")
+
+
+def test_many_prompts_are_choices_in_order(live):
+    ids = [TOKENIZER.encode(prompt) for prompt in PROMPTS]
+    for prompt in (PROMPTS, ids):
+        found = live.openai.completions.create(**GREEDY, prompt=prompt, max_tokens=6)
+        assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
+        assert [choice.text for choice in found.choices] == [alone(live, each, 6) for each in PROMPTS]
+        texts = [""] * 4
+        for chunk in live.openai.completions.create(**GREEDY, prompt=prompt, max_tokens=6, stream=True):
+            texts[chunk.choices[0].index] += chunk.choices[0].text
+        assert texts == [choice.text for choice in found.choices]
+    assert live.openai.completions.create(**GREEDY, prompt=ids[0], max_tokens=6).choices[0].text == texts[0]
+
+
+def test_chat_goes_through_the_template(live):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "def f"}]
+    template = chat.ChatTemplate(TEMPLATE, TOKENIZER, {})
+    wanted = alone(live, template.prompt(messages), 8)
+    whole = live.openai.chat.completions.create(**GREEDY, messages=messages, max_completion_tokens=8)
+    assert (whole.choices[0].message.content, whole.choices[0].message.role) == (wanted, "assistant")
+    parts = [
+        messages[0],
+        {"role": "user", "content": [{"type": "text", "text": "de"}, {"type": "text", "text": "f f"}]},
+    ]
+    chunks = list(live.openai.chat.completions.create(**GREEDY, messages=parts, max_tokens=8, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted
+    assert whole.usage.prompt_tokens == len(template.prompt(messages))
+    # What the client returns can be sent again.
+    again = [*messages, whole.choices[0].message, {"role": "user", "content": "and g"}]
+    live.openai.chat.completions.create(**GREEDY, messages=again, max_tokens=2)
+
+
+def test_stop_strings_and_reasons(live):
+    text = alone(live, "def main", 40)
+    stop = text[10:13]
+    found = live.openai.completions.create(**GREEDY, prompt="def main", max_tokens=40, stop=["never there", stop])
+    assert (found.choices[0].text, found.choices[0].finish_reason) == (text[: text.index(stop)], "stop")
+    chunks = live.openai.completions.create(**GREEDY, prompt="def main", max_tokens=40, stop=stop, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == text[: text.index(stop)]
+    length = live.openai.completions.create(**GREEDY, prompt="def main", max_tokens=3)
+    assert (length.choices[0].finish_reason, length.usage.completion_tokens) == ("length", 3)
+    assert len(live.openai.completions.create(**GREEDY, prompt="x").choices[0].text) > 0
+    assert live.openai.completions.create(**GREEDY, prompt="x").usage.completion_tokens <= 16
+
+
+def test_equal_seeds_give_equal_text(live):
+    own = {"prompt": "def main", "max_tokens": 12, "temperature": 1.5, "top_p": 0.9}
+    texts = [live.http.post(PATH, json={**own, "seed": seed}).json()["choices"][0]["text"] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    drawn = {live.http.post(PATH, json={**own, "top_k": 50}).json()["choices"][0]["text"] for _ in range(3)}
+    assert len(drawn) > 1
+    one = live.http.post(PATH, json={**own, "top_k": 1}).json()["choices"][0]["text"]
+    assert one == alone(live, "def main", 12)
+
+
+def test_requests_at_a_time_get_what_they_get_alone(live):
+    asked = [(PROMPTS[n % 4], 3 + 7 * n % 40) for n in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(lambda own: live.openai.completions.create(**GREEDY, prompt=own[0], max_tokens=own[1]), asked)
+        assert [each.choices[0].text for each in found] == [alone(live, *own) for own in asked]
+
+
+def test_what_else_it_serves(live):
+    assert [model.id for model in live.openai.models.list()] == ["tiny-chat"]
+    assert live.openai.models.retrieve("tiny-chat").id == "tiny-chat"
+    assert live.http.get("/health").json()["status"] == "ok"
+    text = live.http.get("/metrics").text
+    for line in ("squeeze_fast_rows 2.0", 'squeeze_fast_plan_slots{layer="0"} 64.0', "squeeze_fast_queue_length 0.0"):
+        assert line in text.splitlines()
+    assert 'squeeze_fast_requests_total{endpoint="/v1/completions",outcome="200"}' in text
+    document = live.http.get("/openapi.json").json()
+    assert "prompt" in document["components"]["schemas"]["CompletionBody"]["required"]
+    for path, status in (("/nowhere", 404), ("/v1/models/other", 404), ("/", 404)):
+        response = live.http.get(path)
+        assert response.status_code == status and error_of(response)
+    assert error_of(live.http.get(PATH)) and live.http.get(PATH).status_code == 405
+
+
+# ---- bad requests
+
+
+BAD = [  # a change of a good body, the parameter that is named, and a part of the message
+    ({"prompt": None}, "prompt", "prompt must be a string"),
+    ({"prompt": 5}, "prompt", "not 5"),
+    ({"prompt": []}, "prompt", "prompt must be"),
+    ({"prompt": [[]]}, "prompt", "prompt must be"),
+    ({"prompt": [1, "a"]}, "prompt", "prompt must be"),
+    ({"prompt": [True]}, "prompt", "prompt must be"),
+    ({"prompt": [5000]}, None, "token id 5000 is outside the vocabulary (0 to 2047)"),
+    ({"prompt": [10**30]}, None, "token id 1000"),
+    ({"prompt": "x", "max_tokens": 256}, None, "1 prompt + 256 new tokens exceed max-length 256"),
+    ({"prompt": "a b " * 2000}, None, "exceed max-length 256"),
+    ({"prompt": ["x"] * 9}, "prompt", "9 prompts are more than 2 rows and 6 that may wait"),
+    ({"max_tokens": 0}, "max_tokens", "max_tokens must be an integer of at least 1, not 0"),
+    ({"max_tokens": True}, "max_tokens", "not True"),
+    ({"max_tokens": 10**400}, None, ""),
+    ({"temperature": -1}, "temperature", "from 0 to 2"),
+    ({"temperature": "hot"}, "temperature", "not 'hot'"),
+    ({"top_p": 0}, "top_p", "above 0"),
+    ({"top_k": 1.5}, "top_k", "not 1.5"),
+    ({"seed": 2**63}, "seed", "2**63"),
+    ({"stop": ""}, "stop", "1 to 256 characters"),
+    ({"stop": ["x"] * 17}, "stop", "at most 16"),
+    ({"stop": ["x" * 300]}, "stop", "1 to 256 characters"),
+    ({"stream": 1}, "stream", "not 1"),
+    ({"stream_options": {"include_usage": True}}, "stream_options", "goes with stream"),
+    ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other", "unknown field 'other'"),
+    ({"watch": True}, "watch", "goes with stream"),
+    ({"lane": "full"}, "lane", "--no-page"),
+    ({"lane": "fast"}, "lane", "full, uniform or squeezed"),
+    ({"save_cache": "../x"}, "save_cache", "letters"),
+    ({"n": 2}, "n", "n must be 1"),
+    ({"best_of": 2}, "best_of", "best_of must be 1"),
+    ({"logprobs": 1}, "logprobs", "logprobs must be null"),
+    ({"echo": True}, "echo", "echo must be false"),
+    ({"presence_penalty": 0.5}, "presence_penalty", "must be 0"),
+    ({"logit_bias": {"5": 1}}, "logit_bias", "must be {}"),
+    ({"sufix": "x"}, "sufix", "unknown field 'sufix'"),
+    ({"y" * 500: 1}, None, "unknown field 'yyy"),
+    ({"model": "gpt-4"}, "model", "there is no model 'gpt-4' here, only 'tiny-chat'"),
+]
+BAD_CHATS = [
+    ({"messages": None}, "messages", "a list of messages"),
+    ({"messages": []}, "messages", "a list of messages"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content", "is missing"),
+    ({"messages": [{"role": "owner", "content": "x"}]}, "messages[0].role", "system, user or assistant"),
+    ({"messages": [{"role": "user", "content": "x", "colour": 1}]}, "messages[0].colour", "unknown field"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "type text"),
+    ({"messages": ["x"]}, "messages[0]", "not 'x'"),
+    ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens", "give one of"),
+    ({"tools": [{"type": "function"}]}, "tools", "must be []"),
+    ({"response_format": {"type": "json_object"}}, "response_format", "supports nothing else"),
+    ({"max_tokens": None, "max_completion_tokens": 300}, None, "exceed max-length 256"),
+]
+NEUTRAL = {
+    "n": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0.0,
+    "logit_bias": {},
+    "user": "me",
+    "metadata": {"a": "b"},
+    "stop": None,
+    "seed": None,
+    "stream": False,
+}
+
+
+@pytest.mark.parametrize(("change", "param", "part"), BAD, ids=[str(bad[0])[:40] for bad in BAD])
+def test_a_bad_field_is_named(live, change, param, part):
+    if "max_tokens" in change and change["max_tokens"] == 10**400:
+        response = live.http.post(PATH, content=b'{"prompt": "x", "max_tokens": 1' + b"0" * 9000 + b"}", headers=JSON)
+    else:
+        response = live.http.post(PATH, json=ASK | change)
+    assert response.status_code == (404 if change.get("model") else 400)
+    error = error_of(response)
+    assert part in error["message"] and len(error["message"]) < 500
+    assert param is None or error["param"] == param
+
+
+@pytest.mark.parametrize(("change", "param", "part"), BAD_CHATS, ids=[str(bad[0])[:40] for bad in BAD_CHATS])
+def test_a_bad_field_of_a_chat_is_named(live, change, param, part):
+    good = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+    response = live.http.post("/v1/chat/completions", json=good | change)
+    assert response.status_code == 400
+    assert part in error_of(response)["message"] and error_of(response)["param"] == param
+
+
+def test_neutral_values_of_what_is_not_supported(live):
+    more = {"best_of": 1, "echo": False, "logprobs": None, "suffix": None}
+    assert live.http.post(PATH, json=ASK | NEUTRAL | more).status_code == 200
+    more = {"logprobs": False, "tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "store": False}
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2} | NEUTRAL | more
+    assert live.http.post("/v1/chat/completions", json=body).status_code == 200
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b'{"prompt": "\\ud800"}', b'{"prompt": NaN}', b"[" * 100_000]
+    + [b'{"prompt": "x", "temperature": 1e999}', b'{"prompt": "x", "temperature": NaN}'],
+    ids=lambda data: data[:20],
+)
+def test_a_broken_body(live, data):
+    response = live.http.post(PATH, content=data, headers=JSON)
+    assert response.status_code == 400 and error_of(response)
+
+
+def test_a_body_must_say_that_it_is_json(live):
+    assert live.http.post(PATH, content=json.dumps(ASK)).status_code == 415
+    assert error_of(live.http.post(PATH, data=ASK))
+
+
+@pytest.mark.parametrize("length", ["given", "not given", "too small"])
+def test_a_body_that_is_too_large(live, length):
+    data = json.dumps({"prompt": "x" * (3 << 20)}).encode()
+    if length == "too small":  # what follows the declared length is no request
+        with connected(live.url) as wire:
+            wire.sendall(request_bytes(PATH, b"{}").replace(b"}", b"}" + b"x" * 5000))
+            assert b"400" in wire.recv(1000)
+        return
+    content = data if length == "given" else iter([data[:1000], data[1000:]])
+    response = live.http.post(PATH, content=content, headers=JSON)
+    assert response.status_code == 413 and "1 MiB" in error_of(response)["message"]
+
+
+def test_a_body_that_does_not_come(live, monkeypatch):
+    monkeypatch.setattr("serving.app.BODY_SECONDS", 0.2)
+    with connected(live.url) as wire:
+        wire.sendall(request_bytes(PATH, ASK)[:-3])
+        answer = b"".join(iter(lambda: wire.recv(4000), b""))  # until the connection is closed
+        assert b"408" in answer.splitlines()[0] and b"did not come in time" in answer
+
+
+# ---- clients that leave, queues, faults, time, ends
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_row(live, stream, monkeypatch):
+    """Within 2 steps of the engine hearing of it."""
+    steps, lane = [], live.worker.lanes[None]
+    step, cancel = lane.step, lane.cancel
+    monkeypatch.setattr(lane, "step", lambda: (steps.append(lane.batch.free), time.sleep(0.02), step())[2])
+    left = []
+    monkeypatch.setattr(lane, "cancel", lambda answer: (left.append(len(steps)), cancel(answer)))
+    with connected(live.url) as wire:
+        wire.sendall(request_bytes(PATH, ASK | {"max_tokens": 240, "ignore_eos": True, "stream": stream}))
+        until(lambda: live.worker.running == 1 and len(steps) > 3)
+        if stream:
+            assert b"200 OK" in wire.recv(100)
+    before = len(steps)
+    until(lambda: left)
+    until(lambda: live.worker.running == 0 and lane.batch.free == 2)
+    assert left[0] - before < 20  # hearing of it takes a moment of the event loop, not an answer
+    assert len(steps) - left[0] <= 2
+
+
+def test_a_full_queue_is_a_429(live, monkeypatch):
+    """With 2 in rows and 6 that wait."""
+    lane, go = live.worker.lanes[None], Event()
+    step = lane.step
+    monkeypatch.setattr(lane, "step", lambda: (go.wait(20), step())[1])
+    with ThreadPoolExecutor(8) as pool:
+        accepted = [pool.submit(lambda: httpx.post(live.url + PATH, json=ASK, timeout=30)) for _ in range(8)]
+        until(lambda: len(live.server.handled) == 8)
+        refused = live.http.post(PATH, json=ASK)
+        with pytest.raises(openai.RateLimitError):
+            live.openai.completions.create(**GREEDY, prompt="x")
+        go.set()
+        assert [each.result().status_code for each in accepted] == [200] * 8
+    assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+    assert error_of(refused)["type"] == "rate_limit_error"
+    with pytest.raises(openai.BadRequestError):
+        live.openai.completions.create(model="tiny-chat", prompt=5)
+
+
+def test_a_fault_of_one_request_ends_it_alone(live, monkeypatch):
+    """Its text cannot be made; the one beside it goes on."""
+
+    class Faulty(TextStream):
+        def __init__(self, tokenizer, stops, continues):
+            super().__init__(tokenizer, stops, continues)
+            self.faulty = stops == ["zz"]
+
+        def ends(self, tokens):
+            if self.faulty and len(tokens) == 3:
+                raise KeyError("a fault")
+            return super().ends(tokens)
+
+    monkeypatch.setattr("serving.forms.TextStream", Faulty)
+    with ThreadPoolExecutor(2) as pool:
+        good = pool.submit(lambda: live.http.post(PATH, json=ASK | {"max_tokens": 20}))
+        bad = live.http.post(PATH, json=ASK | {"max_tokens": 20, "stop": "zz"})
+    assert bad.status_code == 500 and "a fault" in error_of(bad)["message"]
+    assert good.result().json()["choices"][0]["text"] == alone(live, "def main", 20)
+    streamed = live.http.post(PATH, json=ASK | {"max_tokens": 20, "stop": "zz", "stream": True})
+    last = events(streamed.text)[-1]
+    assert streamed.status_code == 200 and "a fault" in last["error"]["message"]
+
+
+@pytest.mark.parametrize("where", ["step", "begin"])
+def test_a_step_that_fails(live, where, monkeypatch):
+    """Out of memory, say: of a step, all in flight fail; of a prompt that is read, only its own request."""
+    lane, failures = live.worker.lanes[None], [1]
+    decoder = lane.batch.decoder
+    method = getattr(decoder, where)
+
+    def failing(*args):
+        if failures and live.worker.running == 2:
+            failures.pop()
+            raise RuntimeError("can't allocate memory")
+        return method(*args)
+
+    with ThreadPoolExecutor(2) as pool:
+        body = ASK | {"max_tokens": 60, "ignore_eos": True}
+        first = pool.submit(lambda: live.http.post(PATH, json=body))
+        until(lambda: live.worker.running == 1)
+        monkeypatch.setattr(decoder, where, failing)
+        second = live.http.post(PATH, json=body)
+        first = first.result()
+    assert second.status_code == 500 and "allocate memory" in error_of(second)["message"]
+    assert first.status_code == (500 if where == "step" else 200) and not failures
+
+
+def test_logits_that_are_not_finite(live, monkeypatch):
+    decoder = live.worker.lanes[None].batch.decoder
+    ask = decoder.ask
+    monkeypatch.setattr(decoder, "ask", lambda: lambda: [-1] * len(ask()()))
+    response = live.http.post(PATH, json=ASK)
+    assert response.status_code == 500 and "not finite in float32" in error_of(response)["message"]
+    monkeypatch.undo()
+
+
+def test_a_request_that_takes_too_long(live, monkeypatch):
+    lane = live.worker.lanes[None]
+    step = lane.step
+    monkeypatch.setattr(lane, "step", lambda: (time.sleep(0.05), step())[1])
+    slow = ASK | {"max_tokens": 200, "ignore_eos": True}
+    monkeypatch.setattr(live.server, "settings", replace(live.server.settings, timeout=0.3))
+    response = live.http.post(PATH, json=slow)
+    assert response.status_code == 504 and "--timeout" in error_of(response)["message"]
+    streamed = events(live.http.post(PATH, json=slow | {"stream": True}).text)
+    assert streamed[-1]["error"]["code"] == "timeout" and len(streamed) > 1
+
+
+def test_the_end_comes_when_all_is_answered():
+    """What was accepted is answered, running or waiting; what comes later gets a 503. The first one made the plan."""
+    with serving("--plan-text", "first", "--layers", "perturbation") as live:
+        assert live.worker.plan is None
+        prompt = "def main(argv):\n    return [x for x in argv if x]\n\n" * 7
+        body = ASK | {"prompt": prompt, "max_tokens": 40, "ignore_eos": True}
+        with ThreadPoolExecutor(6) as pool:
+            accepted = [pool.submit(lambda: httpx.post(live.url + PATH, json=body, timeout=30)) for _ in range(6)]
+            until(lambda: len(live.server.handled) == 6)
+            live.stop()
+            late = live.http.post(PATH, json=body)
+            assert late.status_code == 503 and error_of(late)["type"] == "server_error"
+            assert live.http.get("/health").status_code == 503
+            texts = {each.result().json()["choices"][0]["text"] for each in accepted}
+        assert texts == {alone(live, prompt, 40, eos=False)}
+        assert sum(live.worker.plan) == 64 * 8 and len(set(live.worker.plan)) > 1
+        assert live.worker.source == "the first request"
+
+
+def test_a_key_and_an_origin():
+    with serving("--api-key", "secret", "--cors", "http://page.example") as live:
+        for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer \u00e9".encode("latin-1")}):
+            for response in (live.http.post(PATH, json=ASK, headers=given), live.http.get("/v1/models", headers=given)):
+                assert response.status_code == 401 and error_of(response)["type"] == "authentication_error"
+        own = {"Authorization": "Bearer secret", "Origin": "http://page.example"}
+        response = live.http.post(PATH, json=ASK, headers=own)
+        assert response.status_code == 200
+        assert response.headers["access-control-allow-origin"] == "http://page.example"
+        other = live.http.post(PATH, json=ASK, headers=own | {"Origin": "http://other.example"})
+        assert "access-control-allow-origin" not in other.headers
+        assert live.http.get("/health").status_code == 200
+
+
+# ---- the command line
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--port", "70000"], "no port"),
+        (["--host", "no.such.host.invalid"], "cannot listen on --host 'no.such.host.invalid'"),
+        (["--timeout", "0"], "--timeout must be a positive number"),
+        (["--max-body", "nan"], "--max-body must be"),
+        (["--max-length", "100000"], "exceeds the model's 2048 positions"),
+        (["--plan", "x", "--plan-text", "first"], "give one of --plan and --plan-text"),
+        (["--plan-text", "/nowhere"], "/nowhere"),
+        (["--max-memory", "0.001"], "out of memory"),
+        (["--prompt", "x"], "unrecognized arguments"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_one_line(capsys, argv, part):
+    assert serve.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and part in err and len(err.splitlines()) == 1
+
+
+def test_a_missing_package_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert serve.main([]) == 2
+    assert "pip install -r requirements-serve.txt" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # test_imports.py shows the same of our own files
+def test_generate_imports_nothing_of_it():
+    code = "import sys, generate; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"serving", *serve.PACKAGES} & set(done.stdout.split())
