@@ -36,7 +36,7 @@ from arguments import (
 )
 from engine import Engine
 from errors import UserError, place, shown
-from files import PROMPT_BYTES, read_text
+from files import PROMPT_BYTES, accessing, check_folder, read_text
 from needs import Needs
 from policies import layers as layer_policies
 from policies import tokens as token_policies
@@ -77,6 +77,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--queue", type=positive, default=64, metavar="N", help="requests that may wait for a row (default: 64)")
     add("--timeout", type=number, default=600, metavar="SECONDS", help="the most for one request (default: 600)")
     add("--max-body", type=number, default=8, metavar="MIB", help="the largest body of a request (default: 8)")
+    add("--keep", type=natural, default=4, metavar="N", help="conversations that go on from their caches (default: 4)")
+    add("--cache-dir", metavar="DIR", help="where save_cache writes prompt caches, and load_cache finds them")
     plan_text = "make the plan from this text, or from the first request (default: a text about a river)"
     add("--plan-text", metavar="FILE|first", help=plan_text)
     add("--quiet", action="store_true", help="no line for each request")
@@ -84,6 +86,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_running(parser)
     parser.set_defaults(interactive=False)
     return parser.parse_args(argv)
+
+
+def natural(text: str) -> int:
+    return 0 if text == "0" else positive(text)
 
 
 def port(text: str) -> int:
@@ -104,6 +110,11 @@ class Serving(Setup):
         if args.plan and args.plan_text:
             raise UserError("give one of --plan and --plan-text")
         super().__init__(args)
+        if args.cache_dir is not None:
+            with accessing(args.cache_dir):
+                if not Path(args.cache_dir).is_dir():
+                    raise UserError(f"--cache-dir {place(args.cache_dir)} is no folder; make it first")
+            check_folder(Path(args.cache_dir), "--cache-dir")
         self.template = None if self.tokenizer is tokenizers.NONE else chat.load(self.folder, self.tokenizer)
         self.max_length = args.max_length or min(self.sizing.config.max_positions, LENGTH)
         self.lanes = self._lanes() if args.page else {}
@@ -140,10 +151,10 @@ class Serving(Setup):
         return {name: Sizing(own.config, *each, **about) for name, each in chosen.items()}
 
     def _needs(self) -> Needs:
-        """Of the rows and of the lanes, which read one prompt at a time all together."""
+        """Of the rows, of the conversations that are kept, and of the lanes; one prompt is read at a time."""
         own = Needs.of(self.sizing, self.max_length, apart=True)
         lanes = [Needs.of(lane, self.max_length) for lane in self.lanes.values()]
-        beside = sum(lane.row + lane.step + lane.held for lane in lanes)
+        beside = self.args.keep * own.row + sum(lane.row + lane.step + lane.held for lane in lanes)
         return own._replace(beside=beside, prefill=max(needs.prefill for needs in (own, *lanes)))
 
     def _plan_ids(self) -> Sequence[int] | None:
@@ -202,11 +213,13 @@ def make_server(asked: Serving) -> tuple["Server", "Worker"]:
 
     args, metrics = asked.args, Metrics()
     words = Words(asked.tokenizer, asked.template, asked.eos_ids, asked.ends(talk=True))
-    how = (asked.rows, asked.max_length, metrics, args.queue, asked.plan_ids)
+    keeps = bool(args.keep or args.page)
+    how = (asked.rows, asked.max_length, metrics, args.queue, asked.plan_ids, keeps)
     worker = Worker(asked.engine, *how, asked.lane_engines)
     limits = {"timeout": args.timeout, "max_body": int(args.max_body * 2**20)}
     access = {"api_key": args.api_key, "cors": args.cors, "page": args.page, "quiet": args.quiet}
-    return Server(Settings(asked.model_name, **limits, **access), worker, words, metrics), worker
+    settings = Settings(asked.model_name, **limits, **access, keep=args.keep, cache_dir=args.cache_dir)
+    return Server(settings, worker, words, metrics), worker
 
 
 if __name__ == "__main__":

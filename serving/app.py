@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from errors import UserError, cut, in_bytes, reason, shown
 from serving.bodies import parsed
+from serving.conversations import Conversations
 from serving.errors import ApiError
 from serving.forms import REASONS, Chat, Completions, Form, Words, usage
 from serving.metrics import Metrics
@@ -37,7 +38,9 @@ CLOSE = {"Connection": "close"}
 
 @dataclass(frozen=True)
 class Settings:
-    """timeout: seconds of a request. max_body: bytes. page: whether there is one, and its lanes."""
+    """timeout: seconds of a request. max_body: bytes. page: whether there is one, and its lanes. keep: conversations.
+    cache_dir: of prompt caches.
+    """
 
     model: str
     timeout: float = 600.0
@@ -45,6 +48,8 @@ class Settings:
     api_key: str | None = None
     cors: Collection[str] = ()
     page: bool = True
+    keep: int = 0
+    cache_dir: str | None = None
     quiet: bool = False
 
 
@@ -56,11 +61,15 @@ class Server:
         self.created, self.draining = int(time.time()), False
         self.handled: set[Call] = set()  # accepted, and not answered to the end
         self.drained: Callable[[], None] = lambda: None  # called when nothing of that is left and no more will come
-        self.forms = [form(words, settings.model, worker.max_length) for form in (Completions, Chat)]
+        self.kept = Conversations(settings.keep)
+        caches = None if settings.cache_dir is None else Path(settings.cache_dir)
+        self.forms = [form(words, settings.model, worker, self.kept, caches) for form in (Completions, Chat)]
         metrics.gauge("queue_length", "Requests that wait for a row", lambda: worker.waiting)
         metrics.gauge("rows", "Rows of the batch", lambda: worker.rows)
         metrics.gauge("rows_in_use", "Requests that have a row", lambda: worker.running)
         metrics.gauge("kv_bytes", "Bytes of keys, values and what policies hold", lambda: worker.kv_bytes)
+        metrics.gauge("kept_conversations", "Conversations that are kept", lambda: len(self.kept))
+        metrics.gauge("kept_bytes", "Bytes of kept conversations", lambda: self.kept.nbytes)
 
     @property
     def app(self) -> Starlette:
@@ -231,6 +240,8 @@ class Answering:
         if call is not None:
             own = usage(call)
             metrics.prompt_tokens.inc(own["prompt_tokens"])
+            metrics.cached_tokens.inc(own["prompt_tokens_details"]["cached_tokens"])
+            metrics.kept_hits.inc(sum(answer.turn is not None for answer in call.answers))
             tokens = f", {own['prompt_tokens']} + {own['completion_tokens']} tokens"
         if not self.server.settings.quiet:
             print(f"{self.form.path} {outcome}{tokens}, {seconds:.2f} s", file=sys.stderr)
@@ -286,6 +297,7 @@ class Reply:
         while not self.call.ended:
             if not await self._changed():
                 return
+        await self.form.finish(self.call, self.body)
         response = JSONResponse(self.form.whole(self.call, self.created))
         self.began = True
         await self.send({"type": "http.response.start", "status": 200, "headers": response.raw_headers})
@@ -301,8 +313,13 @@ class Reply:
             if not await self._changed():
                 return
             events = []
+            if call.ended:
+                await self.form.finish(call, self.body)
             for index, answer in list(left.items()):
                 first, text = sent[index] < 0, answer.text[max(0, sent[index]) :]
+                for seen in answer.seen:
+                    events.append(head | {"choices": [], "cache": seen})
+                answer.seen.clear()
                 if text or (first and (answer.tokens or answer.end)):
                     sent[index] = len(answer.text)
                     events.append(head | {"choices": [self.form.delta(index, text, None, first)]})

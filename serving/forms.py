@@ -1,17 +1,23 @@
 """The two calls of the API: from a body to answers, and from answers to the objects that a client gets."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 from uuid import uuid4
 
 from chat import ChatTemplate
+from promptcache import PromptCache
 from sampling import Sampling
 from serving.bodies import Body, ChatBody, CompletionBody
+from serving.conversations import Conversations, Turn, key_of
 from serving.errors import ApiError
-from serving.worker import Answer, Call
+from serving.watching import Watch
+from serving.worker import Answer, Call, Worker
 from tokenizer import NONE, TextStream, Tokenizer
 
+NOTHING = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
 REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
 
 
@@ -26,7 +32,7 @@ class Words:
 
 
 class Form:
-    """What the forms have in common. Usage and choices are those of a call that has ended."""
+    """What the forms have in common. caches: the folder of prompt caches, if there is one."""
 
     body: ClassVar[type[Body]]
     prefix: ClassVar[str]
@@ -35,28 +41,59 @@ class Form:
     path: ClassVar[str]
     slow: ClassVar[bool] = False  # whether reading even a small body waits for something
 
-    def __init__(self, words: Words, model: str, max_length: int):
-        self.words, self.model, self.max_length = words, model, max_length
+    def __init__(self, words: Words, model: str, worker: Worker, kept: Conversations, caches: Path | None):
+        self.words, self.model, self.worker, self.kept, self.caches = words, model, worker, kept, caches
 
     def answers(self, body: Body) -> list[Answer]:
         """The requests of a body. ApiError or UserError for what cannot be made one."""
         raise NotImplementedError
 
-    def answer(self, body: Body, ids: list[int], new: int | None, eos_ids: frozenset[int]) -> Answer:
-        words = self.words
+    def answer(self, body: Body, ids: list[int], new: int | None, eos_ids: frozenset[int], **how: Any) -> Answer:
+        """how: past, keep and turn."""
+        words, past = self.words, how.get("past")
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
         if stops and words.tokenizer is NONE:
             raise ApiError(400, "stop needs a tokenizer, and the checkpoint has none", "stop")
         temperature = 1.0 if body.temperature is None else body.temperature
         top_p = 1.0 if body.top_p is None else body.top_p
+        before = how.pop("before", None) or [None] * (past.seen if past else 0)
+        watch = Watch(words.tokenizer, before) if body.watch else None
+        if body.save_cache:
+            how["keep"] = "prompt"
+        elif watch:
+            how["keep"] = "answer"  # which says what is held at the end
         return Answer(
             ids,
-            new if new is not None else max(1, self.max_length - len(ids)),
+            new if new is not None else max(1, self.worker.max_length - len(before) - len(ids)),
             TextStream(words.tokenizer, stops, continues=True),
             body.lane,
+            watch,
             sampling=Sampling(float(temperature), body.top_k, float(top_p), body.seed),
             eos_ids=frozenset() if body.ignore_eos else eos_ids,
+            **how,
         )
+
+    def past(self, body: Body) -> PromptCache | None:
+        """The prompt cache that a body names."""
+        for name in ("save_cache", "load_cache"):
+            if getattr(body, name) is not None:
+                if self.caches is None:
+                    raise ApiError(400, "this server keeps no prompt caches (--cache-dir)", name)
+                if body.lane is not None:
+                    raise ApiError(400, f"{name} is for the server's own cache; it does not go with lane", name)
+        if body.load_cache is None:
+            return None
+        if not (path := self._file(body.load_cache)).exists():
+            raise ApiError(400, f"there is no prompt cache {body.load_cache}; save_cache makes one", "load_cache")
+        return PromptCache.load(path, self.worker.engine)
+
+    def _file(self, name: str) -> Path:
+        return self.caches / f"{name}.safetensors"
+
+    async def finish(self, call: Call, body: Body) -> None:
+        """All answers have ended: write or keep what the next calls may go on from. The client learns of it then."""
+        if body.save_cache is not None:
+            await asyncio.to_thread(call.answers[0].completion.cache.save, self._file(body.save_cache))
 
     def head(self, created: int, chunk: bool) -> dict[str, Any]:
         kind = self.chunk_kind if chunk else self.kind
@@ -75,9 +112,11 @@ class Form:
 
 
 def usage(call: Call) -> dict[str, Any]:
-    prompt = sum(len(answer.request.ids) for answer in call.answers)
+    cached = sum(answer.request.seen for answer in call.answers)
+    prompt = cached + sum(len(answer.request.ids) for answer in call.answers)
     new = sum(answer.tokens for answer in call.answers)
-    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+    own = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+    return own | {"prompt_tokens_details": {"cached_tokens": cached}}
 
 
 class Completions(Form):
@@ -85,15 +124,17 @@ class Completions(Form):
     path = "/v1/completions"
 
     def answers(self, body: CompletionBody) -> list[Answer]:
-        new = 16 if body.max_tokens is None else body.max_tokens
-        return [self.answer(body, self._ids(each), new, self.words.eos_ids) for each in prompts(body.prompt)]
+        new, past, asked = 16 if body.max_tokens is None else body.max_tokens, self.past(body), prompts(body.prompt)
+        if body.save_cache and len(asked) > 1:
+            raise ApiError(400, "save_cache keeps one prompt, so give one", "save_cache")
+        return [self.answer(body, self._ids(each, past), new, self.words.eos_ids, past=past) for each in asked]
 
-    def _ids(self, prompt: str | list[int]) -> list[int]:
+    def _ids(self, prompt: str | list[int], past: PromptCache | None) -> list[int]:
         if isinstance(prompt, list):
             return prompt
         if self.words.tokenizer is NONE:
             raise ApiError(400, "the checkpoint has no tokenizer; give the prompt as token ids", "prompt")
-        return self.words.tokenizer.encode(prompt)
+        return self.words.tokenizer.encode(prompt, special=past is None)
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         return self.delta(index, answer.text, REASONS[answer.end.reason], False)
@@ -117,8 +158,33 @@ class Chat(Form):
         if None not in (body.max_tokens, body.max_completion_tokens):
             raise ApiError(400, "give one of max_tokens and max_completion_tokens", "max_tokens")
         new = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        ids = self.words.template.prompt([message.plain for message in body.messages])
-        return [self.answer(body, ids, new, self.words.turn_ids)]
+        messages = [message.plain for message in body.messages]
+        past = self.past(body)
+        if past:  # as after an answer that said nothing
+            ids = self.words.template.next_turn([*NOTHING, *messages])
+            return [self.answer(body, ids, new, self.words.turn_ids, past=past)]
+        own = self.kept.most and body.lane is None
+        turn = self.kept.find(messages[:-1]) if own and messages[-1]["role"] == "user" else None
+        keep = "answer" if own else None
+        if turn:
+            ids = [*turn.unfed, *self.words.template.next_turn(messages)]
+            how = {"past": turn.cache, "before": turn.ids}
+            return [self.answer(body, ids, new, self.words.turn_ids, keep=keep, turn=turn, **how)]
+        return [self.answer(body, self.words.template.prompt(messages), new, self.words.turn_ids, keep=keep)]
+
+    async def finish(self, call: Call, body: ChatBody) -> None:
+        await super().finish(call, body)
+        [answer] = call.answers
+        completion, stream = answer.completion, answer.stream
+        if body.load_cache is not None or body.save_cache is not None or not (self.kept.most and body.lane is None):
+            return
+        said = completion.tokens[-1:]
+        # A token that ended the answer is not fed: what the next turn begins with closes this one.
+        closed = stream.stopped and said[0] in self.words.tokenizer.special_ids.values()
+        unfed = [] if closed or completion.finish_reason == "eos" else said
+        messages = [message.plain for message in body.messages] + [{"role": "assistant", "content": answer.text}]
+        ids = [*(answer.turn.ids if answer.turn else ()), *answer.request.ids, *completion.tokens[:-1]]
+        self.kept.keep(Turn(key_of(messages), completion.cache, unfed, ids), answer.turn)
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         message = {"role": "assistant", "content": answer.text, "refusal": None}

@@ -15,13 +15,15 @@ from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from threading import Thread
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from engine import Batch, Engine
 from errors import UserError, reason
 from prefill import plan_for
 from request import Completion, Request
+from serving.conversations import Turn
 from serving.metrics import Metrics
+from serving.watching import Watch
 from tokenizer import TextStream
 
 
@@ -40,20 +42,31 @@ class News(NamedTuple):
     text: str
     tokens: int
     end: End | None
+    seen: dict[str, Any] | None = None  # of its cache, if the client watches it
 
 
 class Answer:
     """One choice of a call: the request that gives it, and what the event loop has heard of it so far.
 
-    The engine thread alone uses `stream`, `completion` and `fault`.
+    turn: the conversation that it goes on from. how: as of `Request`.
+    The engine thread alone uses `stream`, `completion`, `fault` and `watch`, until the answer has ended.
     """
 
-    def __init__(self, ids: Sequence[int], new: int, stream: TextStream, lane: str | None = None, **how):
-        self.stream, self.lane, self.fault = stream, lane, None
-        self.request = Request(ids, new, stop=self._stop, **how)
+    def __init__(
+        self,
+        ids: Sequence[int],
+        new: int,
+        stream: TextStream,
+        lane: str | None = None,
+        watch: Watch | None = None,
+        turn: Turn | None = None,
+        **how: Any,
+    ):
+        self.stream, self.lane, self.watch, self.turn, self.fault = stream, lane, watch, turn, None
+        self.request = Request(ids, new, stop=self._stop, watched=watch is not None, **how)
         self.completion = Completion(self.request)
         self.call: Call | None = None
-        self.text, self.tokens, self.end = "", 0, None
+        self.text, self.tokens, self.end, self.seen = "", 0, None, []
 
     def _stop(self, tokens: list[int]) -> bool:
         try:
@@ -62,20 +75,22 @@ class Answer:
             self.fault = error
             return True
 
-    def news(self) -> News | None:
+    def news(self, batch: Batch, rows: int) -> News | None:
         """After a step: None if nobody waits for it."""
-        completion = self.completion
+        completion, seen = self.completion, None
+        if self.watch and completion.tokens:
+            seen = self.watch.event(batch, rows, completion)
         if completion.finish_reason is None:
             if not self.call.streamed:
                 return None
-            return News(self, self.stream.text, len(completion.tokens), None)
+            return News(self, self.stream.text, len(completion.tokens), None, seen)
         if self.fault is not None:
             traceback.print_exception(self.fault)
             end = End("error", f"the server failed on this request: {reason(self.fault)}")
         else:
             self.stream.flush()
             end = End(completion.finish_reason, completion.error)
-        return News(self, self.stream.text, len(completion.tokens), end)
+        return News(self, self.stream.text, len(completion.tokens), end, seen)
 
     def failed(self, error: Exception) -> News:
         """It could not run, or what it ran in has failed."""
@@ -133,7 +148,7 @@ class Lane:
             if answer := self.running.get(completion):  # else it was cancelled
                 if completion.finish_reason:
                     del self.running[completion]
-                news.append(answer.news())
+                news.append(answer.news(self.batch, self.rows))
         if not (self.lasting or self.running):
             self.close()
         return list(filter(None, news))
@@ -176,7 +191,7 @@ class Worker:
 
     make_engine: loads the model, within the thread. lanes: engines of other caches over the same model, by name, for
     one request at a time. plan_ids: the prompt that the plan is made from; None: the first request's. queue: how many
-    requests may wait.
+    requests may wait. keeps: answers may be kept, so that no step runs ahead.
     """
 
     def __init__(
@@ -187,10 +202,12 @@ class Worker:
         metrics: Metrics,
         queue_length: int = 64,
         plan_ids: Sequence[int] | None = None,
+        keeps: bool = True,
         make_lanes: Callable[[Engine], dict[str, Engine]] = lambda engine: {},
     ):
         self.make_engine, self.make_lanes, self.plan_ids = make_engine, make_lanes, plan_ids
         self.rows, self.max_length, self.queue_length, self.metrics = rows, max_length, queue_length, metrics
+        self.keeps = keeps
         self.plan: list[int] | None = None
         self.source = ""  # what the plan was made from
         self.engine: Engine | None = None
@@ -215,7 +232,9 @@ class Worker:
 
     def refusal(self, answer: Answer) -> str | None:
         """Why the request cannot run, in one line."""
-        request = answer.request
+        request, batch = answer.request, self.lanes[None].batch
+        if answer.lane is None and batch:
+            return self.engine.refusal(request) or batch.misfit(request)
         if request.length > self.max_length:
             return (
                 f"{len(request.ids)} prompt + {request.max_new_tokens} new tokens exceed max-length {self.max_length}"
@@ -243,9 +262,11 @@ class Worker:
             self._commands.put(lambda: [self.lanes[answer.lane].cancel(answer) for answer in left])
 
     def _deliver(self, news: list[News]) -> None:
-        for answer, text, tokens, end in news:
+        for answer, text, tokens, end, seen in news:
             if answer.end is None:  # else it was cancelled meanwhile
                 answer.text, answer.tokens = text, tokens
+                if seen:
+                    answer.seen.append(seen)
                 if end:
                     self._ended(answer, end)
                 answer.call.changed.set()
@@ -314,8 +335,7 @@ class Worker:
         self.engine = self.make_engine()
         self.lanes[None] = Lane(self.rows, self._own_batch, lasting=True)
         for name, engine in self.make_lanes(self.engine).items():
-            batch = lambda request, engine=engine: engine.batch(1, request.length, [request.sampling])  # noqa: E731
-            self.lanes[name] = Lane(1, batch, lasting=False)
+            self.lanes[name] = Lane(1, partial(batch_for, engine), lasting=False)
         self.loads = dict.fromkeys(self.lanes, 0)
         sizes = self.engine.sizing.at(self.max_length)
         if sizes.plan is None and self.plan_ids is None:
@@ -341,4 +361,9 @@ class Worker:
             self.metrics.planned(self.plan, self.source)
             if self._ready.done():
                 print(f"serve.py: plan from {self.source}: {self.plan}", file=sys.stderr)
-        return engine.batch(self.rows, self.max_length, apart=True)
+        return engine.batch(self.rows, self.max_length, apart=True, keeps=self.keeps)
+
+
+def batch_for(engine: Engine, request: Request) -> Batch:
+    """A batch for one request, as generate.py would run it: its plan is made from its own prompt."""
+    return engine.batch(1, request.length, [request.sampling], keeps=request.keep == "answer")

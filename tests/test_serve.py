@@ -19,7 +19,9 @@ import chat
 import serve
 import tokenizer as tokenizers
 from checkpoint import EMBEDDED
+from conversation import Conversation
 from engine import Engine
+from promptcache import PromptCache
 from tokenizer import TextStream
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +35,9 @@ PATH = "/v1/completions"
 @pytest.fixture(scope="module")
 def live(tmp_path_factory):
     folder = chat_folder(tmp_path_factory.mktemp("served"))
-    with serving("--checkpoint", str(folder), "--queue", "6", "--max-body", "1", "--timeout", "20") as live:
+    caches = tmp_path_factory.mktemp("caches")
+    limits = ("--queue", "6", "--max-body", "1", "--timeout", "20", "--keep", "2")
+    with serving("--checkpoint", str(folder), "--cache-dir", str(caches), *limits) as live:
         yield live
 
 
@@ -449,6 +453,168 @@ def test_a_key_and_an_origin():
         other = live.http.post(PATH, json=ASK, headers=own | {"Origin": "http://other.example"})
         assert "access-control-allow-origin" not in other.headers
         assert live.http.get("/health").status_code == 200
+
+
+# ---- conversations and prompt caches
+
+
+def metric(live, name: str) -> float:
+    return live.server.metrics.registry.get_sample_value(f"squeeze_fast_{name}")
+
+
+CHATS = "/v1/chat/completions"
+
+
+def turns_of(live, said: list[str], **more) -> tuple[list[str], list[int]]:
+    """The answers of a conversation, and how many tokens of each prompt were cached."""
+    messages, texts, cached = [], [], []
+    for text in said:
+        messages.append({"role": "user", "content": text})
+        body = {"messages": messages, "temperature": 0, "max_tokens": 9, **more}
+        answer = live.http.post(CHATS, json=body).json()
+        messages.append(answer["choices"][0]["message"])
+        texts.append(messages[-1]["content"])
+        cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+    return texts, cached
+
+
+def interactive(live, said: list[str], stops: tuple[str, ...] = ()) -> list[str]:
+    """The answers that generate.py --interactive gives, under the server's plan."""
+    engine = live.worker.engine
+    conversation = Conversation(Engine(engine.model, engine.policy, plan=live.worker.plan))
+    turns, texts = chat.Turns(TOKENIZER, chat.ChatTemplate(TEMPLATE, TOKENIZER, {})), []
+    for text in said:
+        stream = TextStream(TOKENIZER, stops, continues=True)
+        list(conversation.stream(turns.ids(text), 9, [0], stream.ends))
+        stream.flush()
+        turns.add(text, stream.text)
+        texts.append(stream.text)
+    return texts
+
+
+SAID = ["def f(x):", "and then?", "import os, sys", "once more, with feeling"]
+
+
+@pytest.mark.parametrize("stop", [None, "e"])
+def test_a_conversation_goes_on_from_its_kept_cache(live, stop):
+    hits = metric(live, "kept_conversation_hits_total")
+    texts, cached = turns_of(live, SAID, stop=stop)
+    assert texts == interactive(live, SAID, (stop,) if stop else ())
+    assert cached[0] == 0 < cached[1] < cached[2] < cached[3]
+    assert metric(live, "kept_conversation_hits_total") == hits + 3
+    # Other words of the assistant are another conversation, which is read from its beginning.
+    changed = [{"role": "user", "content": SAID[0]}, {"role": "assistant", "content": texts[0] + "!"}]
+    body = {"messages": [*changed, {"role": "user", "content": SAID[1]}], "temperature": 0, "max_tokens": 9}
+    answer = live.http.post(CHATS, json=body).json()
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    template = chat.ChatTemplate(TEMPLATE, TOKENIZER, {})
+    assert answer["choices"][0]["message"]["content"] == alone(live, template.prompt(body["messages"]), 9)
+
+
+def test_the_conversation_that_rested_longest_goes(live):
+    """Two are kept; a conversation counts once, however many turns it has."""
+    first, second, third = (["def f(x):" + "y" * n, "go on", "and on"] for n in range(3))
+    turns_of(live, first[:2])
+    turns_of(live, second[:2])
+    assert turns_of(live, first)[1][1:] != [0, 0]
+    turns_of(live, third[:1])
+    assert len(live.server.kept) == 2
+    streamed = {"messages": [{"role": "user", "content": "s"}], "temperature": 0, "max_tokens": 4, "stream": True}
+    chunks = [chunk for chunk in events(live.http.post(CHATS, json=streamed).text) if chunk]
+    said = "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"])
+    streamed["messages"] += [{"role": "assistant", "content": said}, {"role": "user", "content": "t"}]
+    answer = live.http.post(CHATS, json=streamed | {"stream": False}).json()
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+def test_a_saved_prompt_answers_many_questions(live):
+    article, questions = "def f(x):\n    return x + 1\n" * 6, ["def g", "class A", "import "]
+    saved = live.http.post(PATH, json=ASK | {"prompt": article, "save_cache": "article"}).json()
+    seen = saved["usage"]["prompt_tokens"]
+    engine = live.worker.engine
+    other = Engine(engine.model, engine.policy, plan=live.worker.plan)
+    past = PromptCache.load(f"{live.server.settings.cache_dir}/article.safetensors", other)
+    bodies = [ASK | {"prompt": question, "load_cache": "article"} for question in [*questions, ""]]
+    for body in bodies:
+        answer = live.http.post(PATH, json=body).json()
+        ids = TOKENIZER.encode(body["prompt"], special=False)
+        wanted = list(other.stream(ids, max_new_tokens=4, eos_ids=[0], past=past))
+        assert answer["choices"][0]["text"] == TOKENIZER.decode(wanted)
+        usage = answer["usage"]
+        assert (usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens"]) == (seen, seen + len(ids))
+    body = {"messages": [{"role": "user", "content": "x"}], "load_cache": "article", "max_tokens": 3}
+    assert live.http.post(CHATS, json=body).json()["usage"]["prompt_tokens_details"]["cached_tokens"] == seen
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"load_cache": "other"}, "there is no prompt cache other"),
+        ({"save_cache": "x", "prompt": ["a", "b"]}, "one prompt"),
+        ({"load_cache": "broken"}, "broken.safetensors"),
+        ({"load_cache": "article", "max_tokens": 200}, "earlier"),
+    ],
+    ids=str,
+)
+def test_prompt_caches_that_cannot_be(live, change, part):
+    folder = Path(live.server.settings.cache_dir)
+    (folder / "broken.safetensors").write_bytes(b"no tensors")
+    live.http.post(PATH, json=ASK | {"prompt": "def f(x): return x\n" * 12, "save_cache": "article"})
+    response = live.http.post(PATH, json=ASK | change)
+    assert response.status_code == 400 and part in error_of(response)["message"]
+
+
+# ---- what the page uses
+
+
+def unpacked(event: dict) -> list[dict[int, int]]:
+    """Of each layer, how many heads hold a position."""
+    return [{first + n: heads for first, count, heads in layer for n in range(count)} for layer in event["kept"]]
+
+
+@pytest.mark.parametrize("lane", [None, "full", "uniform", "squeezed"])
+def test_a_watched_answer_shows_its_cache(paged, lane, monkeypatch):
+    monkeypatch.setattr("serving.watching.SECONDS", 0)
+    body = ASK | {"prompt": "def f(x):\n    return x + 1\n" * 7, "max_tokens": 6, "stream": True, "watch": True}
+    chunks = events(paged.http.post(PATH, json=body | ({"lane": lane} if lane else {})).text)
+    seen = [chunk["cache"] for chunk in chunks if chunk and "cache" in chunk]
+    ids = TOKENIZER.encode(body["prompt"])
+    text = "".join(choice["text"] for chunk in chunks if chunk for choice in chunk["choices"])
+    assert "".join(word for event in seen for word in event["word"]) == text
+    assert seen[0]["words"] == [TOKENIZER.decode([i]) for i in ids] and "words" not in seen[1]
+    for number, event in enumerate(seen):
+        assert event["prompt_tokens"] == len(ids) and event["seen"] == len(ids) + min(number, 5)
+        for layer, slots in zip(unpacked(event), event["plan"], strict=True):
+            assert sum(layer.values()) == 2 * min(slots, event["seen"]) and max(layer) == event["seen"] - 1
+        assert event["kv_bytes"] == 2 * 2 * 32 * 4 * sum(event["plan"])
+        assert event["kv_bytes_full"] == 2 * 2 * 32 * 4 * 8 * event["seen"]
+    plan = seen[0]["plan"]
+    if lane in ("full", "uniform"):
+        assert plan == [len(ids) + 6 if lane == "full" else 32] * 8
+    else:
+        assert sum(plan) == 32 * 8 and (lane is None or len(set(plan)) > 1)
+
+
+def test_a_lane_gives_what_generate_gives(paged):
+    """Its plan is made from its own prompt; several at a time wait for each other, and one that leaves ends nothing."""
+    prompt = "def f(x):\n    return x + 1\n" * 7
+    model = paged.worker.engine.model
+    wanted = TOKENIZER.decode(
+        list(Engine(model, "dropkv", "perturbation", 32).stream(TOKENIZER.encode(prompt), max_new_tokens=8))
+    )
+    body = ASK | {"prompt": prompt, "max_tokens": 8, "lane": "squeezed"}
+    with connected(paged.url) as wire:
+        wire.sendall(request_bytes(PATH, body | {"max_tokens": 100}))
+        until(lambda: paged.worker.running == 1)
+    with ThreadPoolExecutor(3) as pool:
+        found = pool.map(lambda _: paged.http.post(PATH, json=body).json()["choices"][0]["text"], range(3))
+        assert set(found) == {wanted}
+
+
+@pytest.fixture(scope="module")
+def paged():
+    with serving("--page", "--budget", "32") as live:
+        yield live
 
 
 # ---- the command line
