@@ -11,6 +11,7 @@ import torch
 import chat
 import checkpoint
 import machine
+import parallel
 import tokenizer as tokenizers
 from checkpoint import EMBEDDED
 from commandline import Parser, compiling, number, positive, thread_count
@@ -212,8 +213,11 @@ class Setup:
         check_paths(*self.paths())
         self.tokenizer = tokenizers.load(self.folder) or tokenizers.NONE
         self.eos_ids = self.ends(talk)
-        self.device = checkpoint.find_device(args.device)
+        self.device = checkpoint.find_device(parallel.device(args.device))
         self.limit = machine.free(self.device) if args.max_memory is None else int(args.max_memory * 2**30)
+        if self.device.type == "cpu" and args.max_memory is None:
+            self.limit //= parallel.beside()
+        self.limit = min(parallel.told(self.limit))
         config, size = checkpoint.outline(self.folder, args.dtype, args.weights)
         self.sizing = Sizing(config, *policies, args.budget, plan, format=args.cache_format, weights=size)
 
@@ -235,7 +239,7 @@ class Setup:
         return Engine(model, s.policy, s.layer_policy, s.budget, s.given, self.compiles, s.format)
 
     def save_plan(self, plan: list[int]) -> None:
-        if self.args.save_plan is not None:
+        if self.args.save_plan is not None and parallel.shard().rank == 0:
             names = {"policy": self.sizing.policy.name, "layers": self.sizing.layer_policy.name}
             write_json(self.args.save_plan, {"plan": plan, **names})
 

@@ -32,6 +32,7 @@ from typing import Any
 from tqdm import tqdm
 
 import files
+import parallel
 from engine import Engine
 from errors import UserError, cut, in_bytes, place, shown
 from files import NATURAL, POSITIVE, Lines
@@ -145,7 +146,7 @@ class Job:
         self.past = lru_cache(2)(self._past)  # of the lines that are read now
         self.engine: Engine | None = None
         self.state: dict[str, Any] = {}  # what was decided; empty for a new job
-        if self.file.exists():
+        if parallel.shard().rank == 0 and self.file.exists():
             where = f"{place(self.file)} is no state of a job (name another --output)"
             state = files.checked(files.parse_json(files.read_bytes(self.file), where), STATE, where)
             layers = {len(state[name]) for name in ("plan", "importance", "groups") if state[name] is not None}
@@ -154,8 +155,9 @@ class Job:
             if wrong := [cosine for cosine in state["importance"] or () if abs(cosine) > 1.001]:
                 raise UserError(f"{where}: an importance is a cosine, within [-1, 1], not {shown(wrong[0])}")
             self.state = state if self.resume else {}
+        self.state = parallel.agreed(self.state)
         seed = self.default.sampling.seed
-        self.seed = self.state.get("seed", secrets.randbits(63) if seed is None else seed)
+        self.seed = self.state.get("seed", parallel.agreed(secrets.randbits(63)) if seed is None else seed)
 
     def survey(self, bad: Callable[[int, UserError], None] = lambda *_: None) -> Survey:
         """Reads the input for the first time; `bad` is told of each bad line.
@@ -245,10 +247,11 @@ class Job:
                 "importance": importance,
             }
         self.state["batch_size"] = rows
-        files.write_json(self.file, self.state)
+        if parallel.shard().rank == 0:
+            files.write_json(self.file, self.state)
 
-    def run(self, engine: Engine, survey: Survey, file: FileIO, done: set[str | int]) -> tuple[Summary, Figures]:
-        """The requests that are not done yet, under the plan that was decided."""
+    def run(self, engine: Engine, survey: Survey, file: FileIO | None, done: set[str | int]) -> tuple[Summary, Figures]:
+        """The requests that are not done yet, under the plan that was decided. file: None if another rank writes."""
         summary, length, rows = Summary(len(done)), self.state["max_length"], self.state["batch_size"]
         figures = Figures(self.state["plan"])
         engine.plan = self.state["plan"]
@@ -261,13 +264,15 @@ class Job:
                 result = {"id": line.id, "text": line.text.text, "tokens": completion.tokens}
                 result |= {"finish_reason": completion.finish_reason, "prompt_tokens": line.seen + len(line.ids)}
                 result |= {} if error is None else {"error": error}
-                files.append(file, json.dumps(result, allow_nan=False).encode() + b"\n", self.output)
+                if file:  # of several ranks, the first one writes
+                    files.append(file, json.dumps(result, allow_nan=False).encode() + b"\n", self.output)
                 summary.add(completion, time.perf_counter() - started)
                 figures = completion.figures or figures  # none of a line that could not run
                 bar.update()
                 bar.set_postfix_str(f"{summary.tokens_per_s:,.0f} tokens/s")
-        with files.accessing(self.output):
-            os.fsync(file.fileno())
+        if file:
+            with files.accessing(self.output):
+                os.fsync(file.fileno())
         importance = self.state["importance"] or figures.importance
         return summary, replace(figures, groups=self.state["groups"], importance=importance)
 

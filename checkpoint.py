@@ -12,7 +12,7 @@ the model and at most one more tensor. Quantized ones (quantized.py) stay codes 
 dequantized on the way where not. Nothing is guessed: every tensor is used, ignored by name, or an error.
 """
 
-from commandline import Parser, guarded  # first: Ctrl-C is one line from here on
+from commandline import Parser, guarded, positive  # first: Ctrl-C is one line from here on
 
 # isort: split
 import json
@@ -34,12 +34,14 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import gguf_file
+import parallel
 import quantized
 from codes import Codes
 from config import ModelConfig, parameters
 from errors import UserError, cut, place, reason, shown
 from files import accessing, read_json
 from model import Transformer
+from parallel import WHOLE, Cut, Shard
 from policies.layers import Uniform
 from policies.tokens import Full
 from sizing import Sizing
@@ -162,14 +164,14 @@ class Stored(NamedTuple):
     shape: list[int]
     tensor: Tensor | None = None  # of a file that can only be read as a whole
 
-    def read(self) -> Tensor:
-        """The file is mapped anew for each tensor, so that the pages read before are let go."""
+    def read(self, own: Cut = WHOLE) -> Tensor:
+        """The tensor, or a part. The file is mapped anew for each one, so that the pages read before are let go."""
         if self.tensor is not None:
-            return self.tensor
+            return own.of(self.tensor)
         if self.file.suffix != ".safetensors":
-            return _unpickle(self.file)[self.name]
+            return own.of(_unpickle(self.file)[self.name])
         with _reading(self.file), safe_open(self.file, "pt") as tensors:
-            return tensors.get_tensor(self.name)
+            return tensors.get_tensor(self.name) if own == WHOLE else own.of(tensors.get_slice(self.name))
 
 
 def load(
@@ -184,35 +186,68 @@ def load(
     device = find_device(device)
     _check_weights(weights)
     folder = resolve(path)
-    model, found = _matched(folder, dtype)
+    whole, found = _matched(folder, dtype)
+    own, names = parallel.shard(), _names(folder, whole.config)
+    model = _of_rank(whole, own)
+    parallel.share(whole.config.n_kv_heads)
     config = model.config
-    names = _names(folder, config)
     size = sum(file.stat().st_size for file in {tensor.file for tensor in found.values()})
-    slow = size >= SLOW_BYTES and sys.stderr.isatty()
-    for name, empty in tqdm(list(model.named_parameters()), f"loading {folder.name}", leave=False, disable=not slow):
-        parts = _parts(name, len(empty), config, names)
+    slow = size >= SLOW_BYTES and sys.stderr.isatty() and own.rank == 0
+    for name, empty in tqdm(list(whole.named_parameters()), f"loading {folder.name}", leave=False, disable=not slow):
+        parts = _parts(name, len(empty), whole.config, names)
         sources, rows = [found[source] for source in parts], list(parts.values())
-        held = _held(model, name, sources, weights)
-        if held and held.stored:
-            replace_matrix(model, name, _codes(sources, rows, config, device))
+        if held := _held(whole, name, sources, weights):  # of the whole matrix, so that all ranks have its scales
+            if held.stored:
+                codes = _codes(sources, rows, whole.config, device)
+            else:
+                codes = Codes.of(_read(sources, rows, whole.config, torch.float32, device), held.bits)
+            part = parallel.cut_of(name, whole.config, own)
+            replace_matrix(model, name, codes.cut(part.rows, part.columns))
             continue
-        parameter = torch.empty(empty.shape, dtype=torch.float32 if held else config.dtype, device=device)
-        for source, part in zip(sources, parameter.split(rows), strict=True):
-            _copy(source, part, config)
-        if held:
-            replace_matrix(model, name, Codes.of(parameter, held.bits))
-        else:
-            module, _, kind = name.rpartition(".")
-            setattr(model.get_submodule(module), kind, nn.Parameter(parameter, requires_grad=False))
+        module, _, kind = name.rpartition(".")
+        parameter = _read(sources, rows, whole.config, config.dtype, device, own, name)
+        setattr(model.get_submodule(module), kind, nn.Parameter(parameter, requires_grad=False))
     model.tie()
     return model.eval(), config
 
 
+def _of_rank(whole: Transformer, own: parallel.Shard) -> Transformer:
+    """A rank's own model, without weights."""
+    if own.world == 1:
+        return whole
+    with torch.device("meta"), _Uninitialised():
+        return Transformer(whole.config.of_rank(own.world))
+
+
+def _read(
+    sources: list[Stored],
+    rows: list[int],
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    own: Shard = parallel.ALONE,
+    name: str = "",
+) -> Tensor:
+    """What a rank has of the parameter `name` of the whole model, which is made of these tensors, of so many rows."""
+    local, whole, cuts, first = config.of_rank(own.world), parallel.cut_of(name, config, own), [], 0
+    for source, count in zip(sources, rows, strict=True):
+        turned = source.name.endswith(INTERLEAVED) and own.world > 1
+        cuts.append(parallel.cut_by_kv_head(config, own) if turned else whole.within(first, count))
+        first += count
+    sizes = [part.size(count) for part, count in zip(cuts, rows, strict=True)]
+    tail = sources[0].shape[1:] if whole.columns is None else [whole.columns[1] - whole.columns[0]]
+    parameter = torch.empty(sum(sizes), *tail, dtype=dtype, device=device)
+    for source, part, its in zip(sources, parameter.split(sizes), cuts, strict=True):
+        _copy(source, part, local, its)
+    return parameter
+
+
 def outline(path: str | Path, dtype: str | torch.dtype = "auto", weights: str = "auto") -> tuple[ModelConfig, int]:
     """The config of what `load` would give, the bytes of its weights, and the same UserErrors; no weights are read."""
-    folder = resolve(path)
+    folder, own = resolve(path), parallel.shard()
     model, found = _matched(folder, dtype)
-    return model.config, _survey(model, found, _names(folder, model.config), weights)[0]
+    size, *_ = _survey(model, found, _names(folder, model.config), weights, own)
+    return model.config.of_rank(own.world), size
 
 
 def report(
@@ -222,6 +257,7 @@ def report(
     memory: float = 24,
     budget: float = 0.2,
     weights: str = "auto",
+    ranks: int = 1,
 ) -> str:
     """What is in a checkpoint, and how many sequences of `tokens` tokens fit into `memory` GiB beside its weights as
     `load` would hold them: with the full cache, and squeezed to the share `budget` of it. UserError if something does
@@ -230,8 +266,8 @@ def report(
     _check_weights(weights)
     folder = resolve(path)
     model, found = _matched(folder, dtype)
-    config = model.config
-    size, bits, dequantized = _survey(model, found, _names(folder, config), weights)
+    config = model.config.of_rank(ranks)
+    size, bits, dequantized = _survey(model, found, _names(folder, config), weights, Shard(0, ranks))
     sizing = Sizing(config, Full(), Uniform())
     count, token, full = parameters(config), sizing.slot_bytes(), sizing.full_bytes(tokens)
     squeezed = min(full, int(budget * tokens) * config.n_layers * token)
@@ -276,16 +312,22 @@ def _held(model: Transformer, name: str, sources: list[Stored], weights: str) ->
 
 
 def _survey(
-    model: Transformer, found: dict[str, Stored], names: dict[str, list[str]], weights: str
+    model: Transformer, found: dict[str, Stored], names: dict[str, list[str]], weights: str, own: Shard
 ) -> tuple[int, list[int], int]:
-    """Bytes of all parameters as `load` holds them, the bits of their codes, how many quantized tensors do not stay."""
-    size, bits, dequantized = 0, set(), 0
+    """Bytes of a rank's parameters as `load` holds them, the bits of their codes, how many quantized tensors do not
+    stay.
+    """
+    size, bits, dequantized, local = 0, set(), 0, _of_rank(model, own)
     for name, parameter in model.named_parameters():
         sources = [found[source] for source in _parts(name, len(parameter), model.config, names)]
         held = _held(model, name, sources, weights)
         bits |= {held.bits} if held else set()
-        floats = parameter.numel() * model.config.dtype.itemsize
-        size += held_bytes(parameter.shape, held.bits, held.groups) if held else floats
+        part = local.get_parameter(name)
+        if held:
+            groups = max(1, held.groups * part.shape[1] // parameter.shape[1])
+            size += held_bytes(part.shape, held.bits, groups)
+        else:
+            size += part.numel() * model.config.dtype.itemsize
         if not (held and held.stored):
             dequantized += sum(isinstance(source, quantized.Quantized) for source in sources)
     return size, sorted(bits), dequantized
@@ -300,7 +342,7 @@ def to_hf(state_dict: dict[str, Tensor], config: ModelConfig) -> dict[str, Tenso
         parts = _parts(name, len(tensor), config, WEIGHTS[config.model_type](config))
         for source, part in zip(parts, tensor.split(list(parts.values())), strict=True):
             if source.endswith(INTERLEAVED):
-                part = torch.cat(_by_kv_head(part, config), dim=1).flatten(0, 2)
+                part = torch.cat(by_kv_head(part, config), dim=1).flatten(0, 2)
             tensors[source] = part
     return tensors
 
@@ -479,16 +521,16 @@ def _check(folder: Path, model: Transformer, found: dict[str, Stored]) -> None:
         )
 
 
-def _by_kv_head(wqkv: Tensor, config: ModelConfig) -> list[Tensor]:
+def by_kv_head(wqkv: Tensor, config: ModelConfig) -> list[Tensor]:
     """Views of our queries, keys and values: [K, G or 1, D, ...] each."""
     sizes = [heads * config.head_dim for heads in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
     return [part.unflatten(0, (config.n_kv_heads, -1, config.head_dim)) for part in wqkv.split(sizes)]
 
 
-def _put(tensor: Tensor, part: Tensor, name: str, config: ModelConfig) -> None:
+def put(tensor: Tensor, part: Tensor, name: str, config: ModelConfig) -> None:
     """Copy the rows of a tensor of the files to their places in `part`, casting them."""
     if name.endswith(INTERLEAVED):
-        views = _by_kv_head(part, config)
+        views = by_kv_head(part, config)
         heads = tensor.unflatten(0, (config.n_kv_heads, -1, config.head_dim))
         for view, piece in zip(views, heads.split([view.shape[1] for view in views], dim=1), strict=True):
             view.copy_(piece)
@@ -503,16 +545,17 @@ def _codes(sources: list[quantized.Quantized], rows: list[int], config: ModelCon
         codes = source.codes()
         whole = whole or Codes(*(part.new_empty(sum(rows), part.shape[1], device=device) for part in codes))
         for part, tensor in zip(whole, codes, strict=True):
-            _put(tensor, part.split(rows)[number], source.name, config)
+            put(tensor, part.split(rows)[number], source.name, config)
     return whole
 
 
-def _copy(stored: Stored, part: Tensor, config: ModelConfig) -> None:
-    """Read a tensor into `part`, casting it."""
-    tensor, where = stored.read(), f"{place(stored.file)}: {cut(stored.name)}"
+def _copy(stored: Stored, part: Tensor, config: ModelConfig, own: Cut = WHOLE) -> None:
+    """Read a tensor, or the part of it that is a rank's own, into `part`, casting it."""
+    tensor = stored.read(own) if isinstance(stored, Stored) else own.of(stored.read())
+    where = f"{place(stored.file)}: {cut(stored.name)}"
     if tensor.dtype not in DTYPES.values():
         raise UserError(f"{where} is {tensor.dtype}; only floating-point weights of 16, 32 and 64 bits are supported")
-    _put(tensor, part, stored.name, config)
+    put(tensor, part, stored.name, config)
     if not all(extreme.isfinite() for extreme in part.aminmax()):
         if all(extreme.isfinite() for extreme in tensor.aminmax()):
             raise UserError(f"{where} overflows {part.dtype}; use bfloat16 or float32")
@@ -611,6 +654,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=4096, help="length of a sequence (default 4096)")
     parser.add_argument("--memory", type=float, default=24, help="in GiB (default 24)")
     parser.add_argument("--budget", type=float, default=0.2, help="share that a squeezed cache keeps (default 0.2)")
+    parser.add_argument("--ranks", type=positive, default=1, help="devices that share the model; each holds a part")
 
     def call() -> int:
         arguments = parser.parse_args(argv)

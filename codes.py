@@ -1,9 +1,12 @@
 """A matrix as whole numbers of 8 or 4 bits with scales, whatever then holds them."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from errors import UserError
 
 GROUP = 32  # columns of 4 bits that share a scale and a zero point, where we choose
 CLIPPED = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)  # parts of a row's range that are tried as that of its codes of 8 bits
@@ -29,6 +32,18 @@ class Codes(NamedTuple):
         """matrix [out, in], a part of it at a time."""
         best = [_nearest(part, bits) for part in matrix.split(rows_at_a_time(matrix, matrix.shape[1]))]
         return Codes(*map(torch.cat, zip(*best, strict=True)))
+
+    def cut(self, rows: Sequence[tuple[int, int]] | None, columns: tuple[int, int] | None) -> "Codes":
+        """These ranges of rows, or this one of columns; None: all. UserError for half a group of columns."""
+        if columns is not None and self.scale.shape[1] > 1:
+            size = self.q.shape[1] // self.scale.shape[1]
+            if any(column % size for column in columns):
+                raise UserError(f"columns {columns[0]} to {columns[1]} are no whole groups of {size}; use fewer ranks")
+            first, last = (column // size for column in columns)
+            return Codes(self.q[:, slice(*columns)], self.scale[:, first:last], self.zero[:, first:last])
+        if columns is not None:
+            return self._replace(q=self.q[:, slice(*columns)])
+        return self if rows is None else Codes(*(torch.cat([part[slice(*own)] for own in rows]) for part in self))
 
     def numbers(self) -> Tensor:
         """The matrix, in float32."""

@@ -6,7 +6,7 @@ what the family's class in transformers has (tests/test_config.py compares them,
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -372,6 +372,17 @@ class ModelConfig:
     def window(self, layer: int) -> int | None:
         """How many tokens, itself included, a token of `layer` may attend to; None: all before it."""
         return self.sliding_window if layer in self.windowed else None
+
+    def of_rank(self, world: int) -> "ModelConfig":
+        """What one of `world` ranks has of it. UserError where heads or columns do not divide by them."""
+        heads, kv_heads, columns = self.n_heads, self.n_kv_heads, self.ffn_dim
+        fits = heads % world == columns % world == 0 and (kv_heads % world == 0 or world % kv_heads == 0)
+        if not fits:
+            has = f"{heads} heads, {kv_heads} key-value heads and {columns} feed-forward columns"
+            raise UserError(f"{has} do not divide by {world} ranks; start another number of them")
+        scale = self.attention_scale or self.head_dim**-0.5
+        own = {"n_heads": heads // world, "n_kv_heads": max(1, kv_heads // world), "ffn_dim": columns // world}
+        return replace(self, **own, attention_scale=scale) if world > 1 else self
 
     @property
     def rope_by_length(self) -> bool:

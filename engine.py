@@ -27,6 +27,7 @@ from errors import UserError, shown, whole
 from graphs import Code
 from kvcache import KVCache, Memory
 from model import Transformer
+from parallel import same
 from policies import layers as layer_policies
 from policies import options
 from policies import tokens as token_policies
@@ -535,6 +536,7 @@ class Batch:
 
     def _prepare(self, plan: Plan) -> None:
         """The arena and all that a step needs, now that the plan is known."""
+        same(plan.slots, "plans")
         self.sizes = replace(self.sizes, plan=plan)
         own = (plan.slots, len(self._running), self.sizes.policies, self.samplings)
         self.decoder, made = self.engine.decoder(*own, None if self.endless else self._lent)

@@ -24,7 +24,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 import machine
+import parallel
 from arguments import Asked, parse, said, text_of
 from batch import Job, Summary
 from checkpoint import EMBEDDED
@@ -54,10 +55,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     machine.use_threads(args.threads)
-    asked = Asked(args)
-    if args.input is not None:
-        return run_job(asked)
-    return interact(asked) if args.interactive else answer_prompt(asked)
+    with parallel.ranks(args.device):
+        asked = Asked(args)
+        if args.input is not None:
+            return run_job(asked)
+        return interact(asked) if args.interactive else answer_prompt(asked)
 
 
 def result_json(asked: Asked, own: dict[str, Any], figures: Figures | None) -> dict[str, Any]:
@@ -69,10 +71,20 @@ def result_json(asked: Asked, own: dict[str, Any], figures: Figures | None) -> d
         "layers": sizing.layer_policy.name,
         "budget": asked.args.budget,
         **{name: getattr(figures, name) for name in FIGURES if figures},
+        **(of_ranks(figures) if figures else {}),
         "device": str(asked.device),
         "dtype": str(sizing.dtype).removeprefix("torch."),
         "torch": torch.__version__,
     }
+
+
+def of_ranks(figures: Figures) -> dict[str, int]:
+    """What several ranks have together. Key-value heads that some of them share are stored by each."""
+    own = parallel.shard()
+    if own.world == 1:
+        return {}
+    stored = {name: getattr(figures, name) * own.world for name in ("kv_bytes", "state_bytes")}
+    return stored | {"kv_bytes_full": figures.kv_bytes_full * own.world // own.sharers, "ranks": own.world}
 
 
 def report(asked: Asked, result: dict[str, Any], of: str) -> list[str]:
@@ -121,6 +133,7 @@ def answer_prompt(asked: Asked) -> int:
         how = (asked.sampling, args.max_new_tokens, asked.eos_ids, text.ends, past, keep)
         completion = follow(engine.stream(ids, *how), text, echo=not args.json)
     figures, tokens, reason = completion.figures, completion.tokens, completion.finish_reason
+    parallel.same(tokens, "tokens")
     asked.save_plan(figures.plan)
     if keep:
         completion.cache.save(args.save_cache)
@@ -198,7 +211,7 @@ def interact(asked: Asked) -> int:
         print(line, file=sys.stderr)
     with asked.engine_for(asked.sizing.config.max_positions) as engine:
         conversation = Conversation(engine, asked.sampling)
-        for turn, said in enumerate(lines(asked.args), 1):
+        for turn, said in enumerate(parallel.heard(lines(asked.args)), 1):
             try:
                 figures = answer(asked, conversation, text_of(said, "standard input"))
             except UserError as error:  # the conversation is as it was: another turn may fit
@@ -218,7 +231,7 @@ def answer(asked: Asked, conversation: Conversation, said: str) -> Figures:
     ids = turns.ids(said)
     with interruptible() as interrupted:
         stream = conversation.stream(
-            ids, args.max_new_tokens, asked.eos_ids, lambda tokens: text.ends(tokens) or interrupted()
+            ids, args.max_new_tokens, asked.eos_ids, lambda tokens: text.ends(tokens) or parallel.agreed(interrupted())
         )
         completion = stream.completion
         try:
@@ -295,8 +308,8 @@ def run_job(asked: Asked) -> int:
     rows = args.batch_size or job.state.get("batch_size") or needs.rows(len(survey.ids), int(share * limit))
     needs.check(rows, limit)
     way = f"--resume goes on with what {place(args.output)} holds"
-    with exclusive(job.output) as file:
-        done = job.begin(survey, file)
+    with exclusive(job.output) if parallel.shard().rank == 0 else nullcontext() as file:
+        done = parallel.agreed(job.begin(survey, file) if file else None)
         summary, figures = Summary(len(done)), None
         try:
             if len(done) < len(survey.ids):

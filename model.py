@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from config import ACTIVATIONS, ModelConfig
 from kernels import Linear, softcapped
 from kvcache import LayerCache
+from parallel import of_group, shard, summed
 
 PROMPT_CHUNK = 512  # prompt queries whose attention rows exist at the same time, where they have to
 FEED_CHUNK = 2048  # tokens of a prompt that go through a feed-forward part at once: more take memory, not less time
@@ -194,7 +195,7 @@ class Slots(NamedTuple):
         layer.write(slot, k, v)
         sinks = attention.sinks(policy.sinks, layer, position, rotary, k.dtype)
         out, probs = layer.attend(q, seen + 1, attention.scale, attention.softcap, sinks)
-        policy.observe(layer, slot, seen, probs)
+        policy.observe(layer, slot, seen, of_group(probs) if policy.scored else probs)
         return out
 
     def moved(self, before: Tensor, after: Tensor) -> None:
@@ -217,7 +218,7 @@ class Chunk(Slots):
         sinks = attention.sinks(policy.sinks, layer, self.positions(v[:, 0]), rotary, k.dtype)
         visible = policy.visible(seen, q.shape[2], layer)
         out, probs = layer.look(q, behind, visible, attention.scale, attention.softcap, sinks)
-        layer.absorb(policy.absorb(layer, seen, probs), behind)
+        layer.absorb(policy.absorb(layer, seen, of_group(probs) if policy.scored else probs), behind)
         return out
 
 
@@ -233,8 +234,9 @@ class Attention(nn.Module):
         self.wo = Linear(self.q_size, config.dim, bias=config.output_bias)
         self.qk_norm = config.qk_norm
         if self.qk_norm:
-            self.q_norm = make_norm(config, self.head_dim if self.qk_norm == "head" else self.q_size)
-            self.k_norm = make_norm(config, self.head_dim if self.qk_norm == "head" else self.kv_size)
+            whole = self.qk_norm == "projection"
+            self.q_norm = make_norm(config, self.q_size if whole else self.head_dim, whole)
+            self.k_norm = make_norm(config, self.kv_size if whole else self.head_dim, whole)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, C] -> q [B, H, T, D], k, v [B, K, T, D], not rotated yet."""
@@ -253,7 +255,11 @@ class Attention(nn.Module):
         q, k_raw, v = self.project(x)
         angles = rotary_angles(cache.positions(x)[:, None], rotary, self.rope_scale)
         q, k = rotate(q, *angles), rotate(k_raw, *angles)
-        return self.wo(cache.attend(self, q, k, v, k_raw, rotary).transpose(1, 2).flatten(2))
+        return self.out(cache.attend(self, q, k, v, k_raw, rotary).transpose(1, 2).flatten(2))
+
+    def out(self, heads: Tensor) -> Tensor:
+        """What all heads of all ranks read, [..., H * D] here -> [..., C]."""
+        return summed(self.wo(heads))
 
     def over_prompt(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention of a whole prompt [B, H, S, D]. Right padding needs no mask: a token never looks ahead.
@@ -288,6 +294,11 @@ class Attention(nn.Module):
         keys, mask = self.visible(start, end, q.device)
         logits = self.logits(q[:, :, start:end], k[:, :, keys])
         return keys, logits.masked_fill(~mask, float("-inf")).softmax(-1)
+
+    def group_probs(self, q: Tensor, k: Tensor, start: int, end: int) -> tuple[slice, Tensor]:
+        """The same with the query heads of all ranks that hold the same key-value heads."""
+        keys, probs = self.prompt_probs(q, k, start, end)
+        return keys, of_group(probs)
 
     def logits(self, q: Tensor, k: Tensor) -> Tensor:
         """q [B, H, T, D], k [B, K, M, D] -> what the softmax is taken of, nothing masked: [B, K, G, T, M] in fp32."""
@@ -327,7 +338,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.w13(x)
-        return self.w2(gated(hidden, self.activation) if self.gate else ACTIVATIONS[self.activation](hidden))
+        return summed(self.w2(gated(hidden, self.activation) if self.gate else ACTIVATIONS[self.activation](hidden)))
 
 
 class Experts(nn.Module):
@@ -359,7 +370,7 @@ class Experts(nn.Module):
             hidden = gated(self.w13(rows).unflatten(1, (self.experts, -1)), self.activation)
             shares = torch.zeros_like(weights[:, :1]).expand(-1, self.experts).scatter(1, chosen, weights)
             out = (self.w2.each(hidden) * shares[..., None]).sum(1)
-        return out.to(x.dtype).view_as(x)
+        return summed(out).to(x.dtype).view_as(x)
 
     def _grouped(self, rows: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """Sorts the rows by expert, so that each expert runs once over what is its own."""
@@ -377,22 +388,26 @@ def gated(x: Tensor, activation: str) -> Tensor:
     return ACTIVATIONS[activation](gate) * up
 
 
-def make_norm(config: ModelConfig, size: int | None = None) -> nn.Module:
+def make_norm(config: ModelConfig, size: int | None = None, split: bool = False) -> nn.Module:
+    """split: each rank has a part of what is normed."""
     size = size or config.dim
     if config.norm == "layer":
         return nn.LayerNorm(size, config.norm_eps)
-    return RMSNorm(size, config.norm_eps, config.norm_shift)
+    return RMSNorm(size, config.norm_eps, config.norm_shift, split)
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float, shift: float = 0.0):
+    def __init__(self, dim: int, eps: float, shift: float = 0.0, split: bool = False):
         super().__init__()
-        self.eps, self.shift = eps, shift
+        self.eps, self.shift, self.split = eps, shift, split
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        square = wide.square().mean(-1, keepdim=True)
+        if self.split and shard().world > 1:
+            square = summed(square) / shard().world
+        wide = wide * torch.rsqrt(square + self.eps)
         return (wide * (self.weight.to(wide.dtype) + self.shift)).to(x.dtype)
 
 

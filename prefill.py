@@ -113,14 +113,14 @@ class Reading(Causal):
         (q, k, v, k_raw), attention, policy = self.tensors, self.block.attention, self.policy
         del self.tensors
         self.signal = importance(before, after, self.lengths)
-        scores = policy.score_prompt(q, k, v, self.lengths, attention.prompt_probs)
+        scores = policy.score_prompt(q, k, v, self.lengths, attention.group_probs)
         if self.measure is not None:
             length, real = k.shape[2], self.lengths
             real = torch.full((len(k),), length, device=k.device) if real is None else real
             self.evidence = self.measure(
                 Attended(
                     *(self.signal, after, q, k, v, real, attention.window, attention.logits),
-                    branch=lambda heads: self.block.branch(attention.wo(heads)),
+                    branch=lambda heads: self.block.branch(attention.out(heads)),
                     select=partial(policy.select, real, length, scores=scores),
                 )
             )

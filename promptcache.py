@@ -27,6 +27,7 @@ from errors import UserError, cut, place, shown
 from files import NATURAL, POSITIVE, accessing, checked, parse_json, write_whole
 from formats import FORMATS, Stored, arenas
 from kvcache import LayerCache
+from parallel import joined, shard, told
 
 VERSION = 1
 KEY = "squeeze-fast"  # of the metadata
@@ -119,7 +120,9 @@ class PromptCache:
         for number, layer in enumerate(self.layers):
             named = zip(PARTS, (*layer.stored, layer.score, layer.position), strict=True)
             tensors |= {f"{number}.{name}": part for name, part in named if part is not None}
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        tensors = {name: _whole(name, tensor).cpu().contiguous() for name, tensor in tensors.items()}
+        if shard().rank:
+            return  # the first one writes
         write_whole(path, save(tensors, {KEY: json.dumps(asdict(self.about), allow_nan=False)}))
 
     @classmethod
@@ -164,9 +167,16 @@ def read_about(path: Path | str) -> About:
     return about
 
 
+def _whole(name: str, tensor: Tensor) -> Tensor:
+    """With the key-value heads of all ranks."""
+    return tensor if name == "logits" else joined(tensor, dim=1)
+
+
 def _tensors(path: Path | str, about: About, engine: Engine) -> tuple[list[LayerCache], Tensor | None]:
     """The layers and the logits, each of the shape and kind that it must have."""
     model, c, where = engine.model, engine.model.config, f"{place(path)} is damaged: its"
+    own, heads = shard(), c.n_kv_heads * shard().world // shard().sharers  # ours, and those of all ranks
+    mine = slice(*own.kv_part(heads))
     wide = torch.promote_types(model.dtype, torch.float32)
     parts = arenas(about.format, model.dtype, c.head_dim)
     if engine.policy.scored:
@@ -185,7 +195,7 @@ def _tensors(path: Path | str, about: About, engine: Engine) -> tuple[list[Layer
         for number, slots in enumerate(about.plan):
             n = min(slots, about.seen)
             own = {
-                name: tensor(f"{number}.{name}", kind, 1, c.n_kv_heads, n, *tail)
+                name: tensor(f"{number}.{name}", kind, 1, heads, n, *tail)[:, mine]
                 for name, (kind, tail) in parts.items()
             }
             stored = Stored(*(own.get(name) for name in Stored._fields))
@@ -196,10 +206,10 @@ def _tensors(path: Path | str, about: About, engine: Engine) -> tuple[list[Layer
 
 def fingerprint(model: nn.Module) -> str:
     """Of a model's tensors: names, shapes, kinds, and some numbers of each."""
-    found = sha256()
+    found = sha256(str(shard().world).encode())
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
         some = flat[:: max(1, len(flat) // SAMPLE)][: 2 * SAMPLE].cpu().contiguous()
         found.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
         found.update(some.view(torch.uint8).numpy().tobytes() if len(some) else b"")
-    return found.hexdigest()
+    return sha256("".join(told(found.hexdigest())).encode()).hexdigest()

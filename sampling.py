@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError, shown
+from parallel import agreed
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Sampler:
             (self.temperature, [_temperature(sampling.temperature) for sampling in samplings]),
             (self.top_p, [_top_p(sampling.top_p) for sampling in samplings]),
             (self.top_k, [min(sampling.top_k or 2**31, 2**31) for sampling in samplings]),
-            (self.seed, [secrets.randbits(63) if s.seed is None else s.seed for s in samplings]),
+            (self.seed, [_seed(sampling) for sampling in samplings]),
         ):
             buffer[rows] = torch.tensor(values, dtype=buffer.dtype)[:, None].to(buffer.device)
         self.drawn[rows] = 0
@@ -133,6 +134,13 @@ class Sampler:
         if self.restricted:
             logits = restrict(logits, self.top_k[rows], self.top_p[rows])
         return logits.softmax(-1)
+
+
+def _seed(sampling: Sampling) -> int:
+    """A new one if none is given, and if it matters: all ranks of a model then draw by the first one's."""
+    if sampling.seed is not None or sampling.temperature == 0:
+        return sampling.seed or 0
+    return agreed(secrets.randbits(63))
 
 
 def _temperature(value: float) -> float:

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from parallel import shard, summed
 from policies.tokens.evicting import Evicting
 from policies.tokens.scoring import from_last_queries
 
@@ -29,10 +30,11 @@ class TOVA(Evicting):
 
     def score_prompt(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, probs: Callable) -> Tensor:
         received = from_last_queries(q, k, v, lengths, probs, count=1)
-        return (received.sum(1, keepdim=True) / q.shape[1]).expand_as(received)
+        heads = q.shape[1] * shard().world
+        return (summed(received.sum(1, keepdim=True)) / shard().sharers / heads).expand_as(received)
 
     def rescored(self, score: Tensor, probs: Tensor) -> Tensor:
-        return probs[:, :, :, -1].mean((1, 2))[:, None].expand_as(score)
+        return (summed(probs[:, :, :, -1].mean((1, 2))) / shard().world)[:, None].expand_as(score)
 
 
 @dataclass(frozen=True)
