@@ -38,6 +38,7 @@ from unittest.mock import patch
 import torch
 from tqdm import tqdm
 
+import parallel
 from benchmark import real, roofline
 from benchmark.peers import PEERS
 from benchmark.picture import check_picture, draw, draw_real
@@ -150,6 +151,7 @@ def chosen(args: argparse.Namespace) -> list[tuple[str, Sizes]]:
 
 
 def run(args: argparse.Namespace) -> int:
+    parallel.alone("bench.py")
     use_threads(args.threads)
     jobs, log, stages = chosen(args), Log(args.out), STAGES | {"real": real.real}
     with TemporaryDirectory(ignore_cleanup_errors=True) as cache, patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache):

@@ -44,6 +44,7 @@ import torch
 
 import chat
 import checkpoint
+import parallel
 import tokenizer as tokenizers
 from benchmark.record import origin, portable
 from checkpoint import EMBEDDED
@@ -119,6 +120,7 @@ def listed(kind: Callable[[str], Any]) -> Callable[[str], list]:
 
 
 def evaluate(args: argparse.Namespace) -> int:
+    parallel.alone("evaluate.py")
     use_threads(args.threads)
     cells = grid(args.policies, args.layers, args.budgets)
     folder = checkpoint.resolve(args.checkpoint)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import chat
 import machine
+import parallel
 import tokenizer as tokenizers
 from arguments import (
     ON_OFF,
@@ -184,6 +185,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(line) from error
     from serving.listening import Listener, listening
 
+    parallel.alone("serve.py")
     machine.use_threads(args.threads)
     asked = Serving(args)
     server, worker = make_server(asked)

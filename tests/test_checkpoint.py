@@ -195,8 +195,8 @@ def test_one_tensor_at_a_time(written, monkeypatch):
     """What has been read from the files is let go before the next tensor is read."""
     alive, most, read = weakref.WeakSet(), [], Stored.read
 
-    def watched(stored: Stored) -> torch.Tensor:
-        tensor = read(stored)
+    def watched(stored: Stored, *part) -> torch.Tensor:
+        tensor = read(stored, *part)
         alive.add(tensor)
         most.append(len(alive))
         return tensor
