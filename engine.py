@@ -490,7 +490,7 @@ class Batch:
         if request.keep != what:
             return
         past, sizes = request.past, self.sizes
-        own = {"plan": sizes.plan.slots, "policies": list(map(repr, sizes.policies))}
+        own = {"plan": sizes.plan.slots, "policies": list(map(options.form, sizes.policies))}
         own |= {"seen": int(self.decoder.seen[row]), "length": past.about.length if past else request.length}
         own |= {"importance": figures.importance, "groups": figures.groups}
         placed = self._held(row) if request.watched else None

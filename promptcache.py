@@ -28,6 +28,7 @@ from files import NATURAL, POSITIVE, accessing, checked, parse_json, write_whole
 from formats import FORMATS, Stored, arenas
 from kvcache import LayerCache
 from parallel import joined, shard, told
+from policies.options import form
 
 VERSION = 1
 KEY = "squeeze-fast"  # of the metadata
@@ -110,7 +111,7 @@ class PromptCache:
         for layer, (slots, own) in enumerate(zip(plan, self.about.plan, strict=True)):
             if slots != own and self.seen > min(slots, own):
                 return f"the prompt cache has {own} slots in layer {layer}, this plan {slots}; use its own plan"
-        if self.about.policies != list(map(repr, policies)):
+        if self.about.policies != list(map(form, policies)):
             return "the prompt cache was made for another length relative to the model's sliding window; make it anew"
         return None
 

@@ -8,7 +8,7 @@ slashes. Both axes read their words here.
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_origin
 
 from errors import UserError, shown
@@ -49,6 +49,11 @@ def word(policy: Any) -> str:
             text = "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
             options.append(f"{field.name}={text.lower() if isinstance(value, bool) else text}")
     return policy.name + ":" * bool(options) + ",".join(options)
+
+
+def form(policy: Any) -> str:
+    """What tells a policy from all that work otherwise: also one in a layer's own form, which no word makes."""
+    return repr(policy) if is_dataclass(policy) else type(policy).__name__
 
 
 def words(text: str) -> list[str]:

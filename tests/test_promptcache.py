@@ -105,13 +105,17 @@ def test_rows_go_on_among_others(policy):
         assert completion.tokens == want[id(completion.request)]
 
 
-def test_layers_with_a_window():
+@pytest.mark.parametrize("policy", POLICIES)
+def test_layers_with_a_window(policy, tmp_path):
     """A cache made for short requests does not fit a batch of long ones, in which windowed layers are rings."""
-    windowed = {"sliding_window": 24, "windowed": frozenset({0, 2})}
-    engine = made("h2o", [14, 8, 20, 10], **windowed)
+    windowed = {"sliding_window": 24, "windowed": (0, 2)}
+    engine = made(policy, [14, 8, 20, 10], **windowed)
     cache, answer = kept(engine)
-    assert list(engine.stream([], max_new_tokens=20, past=cache)) == answer
-    short, _ = kept(engine, PROMPT[:12], 6)
+    cache.save(tmp_path / "a.safetensors")
+    other = made(policy, [14, 8, 20, 10], **windowed)
+    loaded = PromptCache.load(tmp_path / "a.safetensors", other)
+    assert list(other.stream([], max_new_tokens=20, past=loaded)) == answer
+    short, _ = kept(engine, PROMPT[:6], 6)
     with pytest.raises(UserError, match="sliding window"):
         engine.stream(QUESTION, max_new_tokens=20, past=short)
 
