@@ -135,6 +135,19 @@ def model() -> Transformer:
     return random_model()
 
 
+@pytest.fixture(scope="module")  # while it runs, its thread has an event loop
+def browser():
+    """Chromium, headless: the one that the environment's CHROMIUM names, or the system's."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    chromium = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+    if not os.access(chromium, os.X_OK):
+        pytest.skip(f"needs Chromium: there is no {chromium}, and CHROMIUM names none")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
 # Rotary parameters that depend on the length of a request; with max_positions=32 the threshold is 32 tokens.
 BY_LENGTH = [
     {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 4.0},
