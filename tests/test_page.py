@@ -2,8 +2,12 @@
 
 import json
 import re
+import socket
+import subprocess
+import sys
 import threading
 import time
+from contextlib import suppress
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -236,11 +240,11 @@ def test_all_of_it_works_by_keyboard_and_focus_can_be_seen(tab, server):
     for _ in range(40):
         tab.keyboard.press("Tab")
         focus = "(() => { const e = document.activeElement; return [e.id || e.value || e.className || e.tagName,"
-        focus += " getComputedStyle(e.matches('.lanes input') ? e.nextElementSibling : e).outlineStyle]; })()"
+        focus += " getComputedStyle(e.matches('.lanes input') ? e.nextElementSibling : e).outlineWidth]; })()"
         name, outline = tab.evaluate(focus)
         if name != "BODY":
             reached.append(name)
-            assert outline != "none", name
+            assert outline == "2px", name
     assert {"message", "send", "new", "max-tokens", "temperature", "squeezed", "log", "CANVAS"} <= set(reached)
     tab.locator("input[value=squeezed]").focus()
     tab.keyboard.press("ArrowRight")
@@ -338,6 +342,38 @@ def contrast(*colors: str) -> float:
 
     low, high = sorted(map(luminance, colors))
     return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.slow
+def test_the_real_server_understands_the_page(browser):
+    """The embedded model, which has no chat template: three caches at the same prompt."""
+    pytest.importorskip("serving.app", reason="needs requirements-serve.txt")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "serve.py"), "--squeeze", "--budget", "0.3", "--port", str(port)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        try:
+            tab = browser.new_page(viewport={"width": 1280, "height": 800})
+            for _ in range(120):
+                with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                    break
+                time.sleep(0.5)
+            tab.goto(f"http://127.0.0.1:{port}/")
+            choose(tab, "together")
+            tab.get_by_label("max tokens").fill("24")
+            send(tab, "\n".join(f"def f{n}(a, b):\n    return a + b * {n}" for n in range(12)))
+            tab.locator(".answer p").nth(2).wait_for()
+            tab.locator("#log[aria-busy=false]").wait_for(timeout=60_000)
+            gone = [view.locator(".w0, .w1, .w2, .w3").count() for view in tab.locator(".view").all()]
+            answers = tab.locator(".answer p").all_inner_texts()
+            assert tab.get_by_role("alert").inner_text() == "" and len(answers) == 3 and all(answers)
+            assert gone[0] > 20 and gone[1] > 20 and gone[2] == 0 and tab.locator("#plain").is_visible()
+            shares = [int(re.search(r"(\d+)%", text)[1]) for text in tab.locator(".bytes").all_inner_texts()]
+            assert shares[2] == 100 and 20 < shares[0] < 40 and 20 < shares[1] < 40
+            tab.close()
+        finally:
+            process.terminate()
 
 
 class Checker(HTMLParser):
