@@ -26,6 +26,8 @@ from serving.metrics import Metrics
 from serving.watching import Watch
 from tokenizer import TextStream
 
+PACE = 0.02  # seconds: nobody reads a stream in smaller pieces
+
 
 class End(NamedTuple):
     """How an answer ended. status: the HTTP status that suits its error."""
@@ -43,6 +45,10 @@ class News(NamedTuple):
     tokens: int
     end: End | None
     seen: dict[str, Any] | None = None  # of its cache, if the client watches it
+
+    @property
+    def urgent(self) -> bool:
+        return self.end is not None or self.seen is not None or self.tokens <= 1
 
 
 class Answer:
@@ -215,7 +221,8 @@ class Worker:
         self.loads: dict[str | None, int] = {}  # answers in flight, as the event loop counts them
         self.loop: asyncio.AbstractEventLoop | None = None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._stopped = False
+        self._stopped, self._told = False, 0.0
+        self._news: list[News] = []  # that the event loop has not heard yet
         self._ready: Future = Future()
         self._thread = Thread(target=self._run, name="engine", daemon=True)
 
@@ -300,14 +307,13 @@ class Worker:
         self._ready.set_result(None)
         while not self._stopped:
             self._obey()
-            news, started = [], time.perf_counter()
+            started = time.perf_counter()
             busy = [lane for lane in self.lanes.values() if lane.busy]
             for lane in busy:
-                news += lane.step()
+                self._news += lane.step()
             if busy:
                 self.metrics.step_seconds.observe(time.perf_counter() - started)
-            if news:
-                self._tell(news)
+            self._tell()
         for lane in self.lanes.values():
             lane.close()
 
@@ -319,9 +325,14 @@ class Worker:
                 self._commands.get(block=idle)()
                 idle = False
 
-    def _tell(self, news: list[News]) -> None:
-        with suppress(RuntimeError):  # the loop has been closed: nobody waits
-            self.loop.call_soon_threadsafe(self._deliver, news)
+    def _tell(self) -> None:
+        """What a small model says goes to the event loop a few tokens at a time: it takes time from the model."""
+        now = time.perf_counter()
+        if self._news and (any(news.urgent for news in self._news) or now - self._told > PACE):
+            latest = {news.answer: news for news in self._news}  # one with `seen` is told at once, so it is the last
+            self._news, self._told = [], now
+            with suppress(RuntimeError):  # the loop has been closed: nobody waits
+                self.loop.call_soon_threadsafe(self._deliver, list(latest.values()))
 
     def _stop(self) -> None:
         self._stopped = True
