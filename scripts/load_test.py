@@ -65,9 +65,9 @@ class Load:
 
     def run(self) -> int:
         first = ["--budget", "0.4", "--layers", "perturbation", "--save-plan", str(self.plan)]
-        self._job("first", self.input, self.args.rows, first)
-        self.cache += ["--plan", str(self.plan)]
         sample = self._written("sample.jsonl", self.lines[:SAMPLE])
+        self._job("first", sample, self.args.rows, first)
+        self.cache += ["--plan", str(self.plan)]
         alone, _ = self._job("alone", sample, 1)
         rates: dict[str, list[float]] = {"a job": [], "served, whole": [], "served, streamed": []}
         found: dict[str, dict[str, Any]] = {}

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from signal import SIGINT, SIGTERM
 from threading import Event
 
 import httpx
@@ -77,7 +78,7 @@ def error_of(response: httpx.Response) -> dict:
 
 def test_completions_whole_and_streamed_are_those_of_the_engine(live):
     for number, prompt in enumerate(PROMPTS):
-        new = 5 + 9 * number
+        new = 3 + 4 * number
         wanted = alone(live, prompt, new)
         whole = live.openai.completions.create(**GREEDY, prompt=prompt, max_tokens=new)
         assert whole.choices[0].text == wanted
@@ -99,14 +100,14 @@ def test_completions_whole_and_streamed_are_those_of_the_engine(live):
 def test_many_prompts_are_choices_in_order(live):
     ids = [TOKENIZER.encode(prompt) for prompt in PROMPTS]
     for prompt in (PROMPTS, ids):
-        found = live.openai.completions.create(**GREEDY, prompt=prompt, max_tokens=6)
+        found = live.openai.completions.create(**GREEDY, prompt=prompt, max_tokens=4)
         assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
-        assert [choice.text for choice in found.choices] == [alone(live, each, 6) for each in PROMPTS]
+        assert [choice.text for choice in found.choices] == [alone(live, each, 4) for each in PROMPTS]
         texts = [""] * 4
-        for chunk in live.openai.completions.create(**GREEDY, prompt=prompt, max_tokens=6, stream=True):
+        for chunk in live.openai.completions.create(**GREEDY, prompt=prompt, max_tokens=4, stream=True):
             texts[chunk.choices[0].index] += chunk.choices[0].text
         assert texts == [choice.text for choice in found.choices]
-    assert live.openai.completions.create(**GREEDY, prompt=ids[0], max_tokens=6).choices[0].text == texts[0]
+    assert live.openai.completions.create(**GREEDY, prompt=ids[0], max_tokens=4).choices[0].text == texts[0]
 
 
 def test_chat_goes_through_the_template(live):
@@ -129,11 +130,11 @@ def test_chat_goes_through_the_template(live):
 
 
 def test_stop_strings_and_reasons(live):
-    text = alone(live, "def main", 40)
+    text = alone(live, "def main", 20)
     stop = text[10:13]
-    found = live.openai.completions.create(**GREEDY, prompt="def main", max_tokens=40, stop=["never there", stop])
+    found = live.openai.completions.create(**GREEDY, prompt="def main", max_tokens=20, stop=["never there", stop])
     assert (found.choices[0].text, found.choices[0].finish_reason) == (text[: text.index(stop)], "stop")
-    chunks = live.openai.completions.create(**GREEDY, prompt="def main", max_tokens=40, stop=stop, stream=True)
+    chunks = live.openai.completions.create(**GREEDY, prompt="def main", max_tokens=20, stop=stop, stream=True)
     assert "".join(chunk.choices[0].text for chunk in chunks) == text[: text.index(stop)]
     length = live.openai.completions.create(**GREEDY, prompt="def main", max_tokens=3)
     assert (length.choices[0].finish_reason, length.usage.completion_tokens) == ("length", 3)
@@ -142,17 +143,17 @@ def test_stop_strings_and_reasons(live):
 
 
 def test_equal_seeds_give_equal_text(live):
-    own = {"prompt": "def main", "max_tokens": 12, "temperature": 1.5, "top_p": 0.9}
+    own = {"prompt": "def main", "max_tokens": 6, "temperature": 1.5, "top_p": 0.9}
     texts = [live.http.post(PATH, json={**own, "seed": seed}).json()["choices"][0]["text"] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     drawn = {live.http.post(PATH, json={**own, "top_k": 50}).json()["choices"][0]["text"] for _ in range(3)}
     assert len(drawn) > 1
     one = live.http.post(PATH, json={**own, "top_k": 1}).json()["choices"][0]["text"]
-    assert one == alone(live, "def main", 12)
+    assert one == alone(live, "def main", 6)
 
 
 def test_requests_at_a_time_get_what_they_get_alone(live):
-    asked = [(PROMPTS[n % 4], 3 + 7 * n % 40) for n in range(8)]
+    asked = [(PROMPTS[n % 4], 3 + 7 * n % 20) for n in range(8)]
     with ThreadPoolExecutor(8) as pool:
         found = pool.map(lambda own: live.openai.completions.create(**GREEDY, prompt=own[0], max_tokens=own[1]), asked)
         assert [each.choices[0].text for each in found] == [alone(live, *own) for own in asked]
@@ -465,31 +466,37 @@ def metric(live, name: str) -> float:
 CHATS = "/v1/chat/completions"
 
 
-def turns_of(live, said: list[str], **more) -> tuple[list[str], list[int]]:
-    """The answers of a conversation, and how many tokens of each prompt were cached."""
-    messages, texts, cached = [], [], []
+def turns_of(live, said: list[str], messages: list | None = None, **more) -> tuple[list, list[str], list[dict]]:
+    """A conversation goes on: all its messages, the answers, and the usage of each."""
+    messages, texts, usages = list(messages or ()), [], []
     for text in said:
         messages.append({"role": "user", "content": text})
         body = {"messages": messages, "temperature": 0, "max_tokens": 9, **more}
         answer = live.http.post(CHATS, json=body).json()
         messages.append(answer["choices"][0]["message"])
         texts.append(messages[-1]["content"])
-        cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
-    return texts, cached
+        usages.append(answer["usage"])
+    return messages, texts, usages
 
 
-def interactive(live, said: list[str], stops: tuple[str, ...] = ()) -> list[str]:
-    """The answers that generate.py --interactive gives, under the server's plan."""
+def cached(usage: dict) -> int:
+    return usage["prompt_tokens_details"]["cached_tokens"]
+
+
+def interactive(live, said: list[str], stops: tuple[str, ...] = ()) -> tuple[list[str], list[int]]:
+    """The answers that generate.py --interactive gives, under the server's plan, and the tokens before each."""
     engine = live.worker.engine
     conversation = Conversation(Engine(engine.model, engine.policy, plan=live.worker.plan))
-    turns, texts = chat.Turns(TOKENIZER, chat.ChatTemplate(TEMPLATE, TOKENIZER, {})), []
+    turns, texts, prompts = chat.Turns(TOKENIZER, chat.ChatTemplate(TEMPLATE, TOKENIZER, {})), [], []
     for text in said:
-        stream = TextStream(TOKENIZER, stops, continues=True)
-        list(conversation.stream(turns.ids(text), 9, [0], stream.ends))
-        stream.flush()
-        turns.add(text, stream.text)
-        texts.append(stream.text)
-    return texts
+        shown, seen = TextStream(TOKENIZER, stops, continues=True), conversation.seen
+        stream = conversation.stream(turns.ids(text), 9, [0], shown.ends)
+        list(stream)
+        shown.flush()
+        turns.add(text, shown.text)
+        texts.append(shown.text)
+        prompts.append(seen + len(stream.completion.request.ids))
+    return texts, prompts
 
 
 SAID = ["def f(x):", "and then?", "import os, sys", "once more, with feeling"]
@@ -498,33 +505,38 @@ SAID = ["def f(x):", "and then?", "import os, sys", "once more, with feeling"]
 @pytest.mark.parametrize("stop", [None, "e"])
 def test_a_conversation_goes_on_from_its_kept_cache(live, stop):
     hits = metric(live, "kept_conversation_hits_total")
-    texts, cached = turns_of(live, SAID, stop=stop)
-    assert texts == interactive(live, SAID, (stop,) if stop else ())
-    assert cached[0] == 0 < cached[1] < cached[2] < cached[3]
+    _, texts, usages = turns_of(live, SAID, stop=stop)
+    assert (texts, [usage["prompt_tokens"] for usage in usages]) == interactive(live, SAID, (stop,) if stop else ())
+    ends = [usage["prompt_tokens"] + usage["completion_tokens"] - 1 for usage in usages]
+    assert [cached(usage) for usage in usages] == [0, *ends[:-1]]
     assert metric(live, "kept_conversation_hits_total") == hits + 3
     # Other words of the assistant are another conversation, which is read from its beginning.
     changed = [{"role": "user", "content": SAID[0]}, {"role": "assistant", "content": texts[0] + "!"}]
     body = {"messages": [*changed, {"role": "user", "content": SAID[1]}], "temperature": 0, "max_tokens": 9}
     answer = live.http.post(CHATS, json=body).json()
-    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert cached(answer["usage"]) == 0
     template = chat.ChatTemplate(TEMPLATE, TOKENIZER, {})
     assert answer["choices"][0]["message"]["content"] == alone(live, template.prompt(body["messages"]), 9)
 
 
 def test_the_conversation_that_rested_longest_goes(live):
     """Two are kept; a conversation counts once, however many turns it has."""
-    first, second, third = (["def f(x):" + "y" * n, "go on", "and on"] for n in range(3))
-    turns_of(live, first[:2])
-    turns_of(live, second[:2])
-    assert turns_of(live, first)[1][1:] != [0, 0]
-    turns_of(live, third[:1])
+    first, _, _ = turns_of(live, ["def f(x):", "go on"])
+    turns_of(live, ["def g(x):", "go on"])
+    first, _, [usage] = turns_of(live, ["and on"], first)
+    assert cached(usage) > 0
+    turns_of(live, ["def h(x):"])
     assert len(live.server.kept) == 2
+    _, _, [usage] = turns_of(live, ["and on"], first)
+    assert cached(usage) > 0
+    _, _, [usage] = turns_of(live, ["go on"], [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}])
+    assert cached(usage) == 0
     streamed = {"messages": [{"role": "user", "content": "s"}], "temperature": 0, "max_tokens": 4, "stream": True}
     chunks = [chunk for chunk in events(live.http.post(CHATS, json=streamed).text) if chunk]
     said = "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"])
     streamed["messages"] += [{"role": "assistant", "content": said}, {"role": "user", "content": "t"}]
     answer = live.http.post(CHATS, json=streamed | {"stream": False}).json()
-    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+    assert cached(answer["usage"]) > 0
 
 
 def test_a_saved_prompt_answers_many_questions(live):
@@ -645,6 +657,31 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert serve.main([]) == 2
     assert "pip install -r requirements-serve.txt" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signals", [[SIGTERM], [SIGINT], [SIGTERM, SIGTERM]], ids=str)
+def test_signals_end_the_process(tmp_path, signals):
+    """The first one when all is answered, with code 0; a second one at once."""
+    command = [sys.executable, "serve.py", "--port", "0", "--squeeze", "--save-plan", str(tmp_path / "plan.json")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        line = process.stdout.readline()
+        url = line.partition(" on ")[2].partition(",")[0]
+        assert str(json.loads((tmp_path / "plan.json").read_text())["plan"]) in line
+        with ThreadPoolExecutor(1) as pool:
+            body = ASK | {"max_tokens": 400, "ignore_eos": True}
+            answer = pool.submit(lambda: httpx.post(url + PATH, json=body, timeout=60))
+            until(lambda: httpx.get(url + "/health").json()["rows_in_use"])
+            for sign in signals:
+                process.send_signal(sign)
+                time.sleep(0.2)
+            if len(signals) == 1:
+                assert answer.result().json()["usage"]["completion_tokens"] == 400
+                assert process.wait(20) == 0
+                assert process.stderr.read().count("\n") == 1  # the line of the request
+            else:
+                assert process.wait(2) == 128 + SIGTERM
+                assert answer.exception() is not None
 
 
 @pytest.mark.slow  # test_imports.py shows the same of our own files
