@@ -152,12 +152,20 @@ class Lane:
             return news + self._failed(error)
         for completion in moved:
             if answer := self.running.get(completion):  # else it was cancelled
+                news.append(self._heard(answer))
                 if completion.finish_reason:
                     del self.running[completion]
-                news.append(answer.news(self.batch, self.rows))
         if not (self.lasting or self.running):
             self.close()
         return list(filter(None, news))
+
+    def _heard(self, answer: Answer) -> News | None:
+        try:
+            return answer.news(self.batch, self.rows)
+        except Exception as error:  # ends this answer alone
+            traceback.print_exception(error)
+            self.batch.cancel(answer.completion)
+            return answer.failed(error)
 
     def _admit(self) -> list[News]:
         refused = []

@@ -607,6 +607,22 @@ def test_a_watched_answer_shows_its_cache(paged, lane, monkeypatch):
         assert sum(plan) == 32 * 8 and (lane is None or len(set(plan)) > 1)
 
 
+def test_a_fault_in_watching_ends_that_answer_alone(paged, monkeypatch):
+    def faulty(watch, *args):
+        raise KeyError("not seen")
+
+    monkeypatch.setattr("serving.watching.Watch.event", faulty)
+    body = ASK | {"max_tokens": 30, "ignore_eos": True, "stream": True}
+    with ThreadPoolExecutor(1) as pool:
+        good = pool.submit(lambda: paged.http.post(PATH, json=body | {"stream": False}))
+        until(lambda: paged.worker.running == 1)
+        for lane in ({}, {"lane": "squeezed"}):
+            response = paged.http.post(PATH, json=body | {"watch": True} | lane)
+            assert response.status_code == 500 and "not seen" in error_of(response)["message"]
+        assert good.result().json()["usage"]["completion_tokens"] == 30
+    until(lambda: paged.worker.running == 0)
+
+
 def test_a_lane_gives_what_generate_gives(paged):
     """Its plan is made from its own prompt; several at a time wait for each other, and one that leaves ends nothing."""
     prompt = "def f(x):\n    return x + 1\n" * 7
