@@ -194,6 +194,18 @@ class Lane:
             self.close()
         return [answer.failed(error) for answer in failed]
 
+    def warm(self, request: Request) -> None:
+        """Make two tokens of it."""
+        self.batch = self.batch or self.make(request)
+        completion = self.batch.add(request)
+        while self.batch.busy:
+            self.batch.step()
+            self.batch.collect()
+            if len(completion.tokens) > 1:
+                self.batch.cancel(completion)
+        if not self.lasting:
+            self.close()
+
     def close(self) -> None:
         if self.batch is not None:
             self.batch.__exit__(None, None, None)
@@ -360,13 +372,11 @@ class Worker:
         if sizes.plan is None and self.plan_ids is None:
             return
         ids = [0] if self.plan_ids is None else self.plan_ids
-        lane = self.lanes[None]
-        lane.batch = self._own_batch(Request(ids[: self.max_length - 1], 1))
-        if self.max_length > 2:
-            lane.batch.add(Request(ids[: min(8, self.max_length - 2)], 2))
-        while lane.batch.busy:
-            lane.batch.step()
-            lane.batch.collect()
+        self.lanes[None].batch = self._own_batch(Request(ids[: self.max_length - 1], 1))
+        if self.max_length > 1:
+            short = ids[: min(8, self.max_length - 1)]
+            for lane in self.lanes.values():
+                lane.warm(Request(short, self.max_length - len(short)))
 
     def _own_batch(self, first: Request) -> Batch:
         """Rows under the server's plan, which is made from the first request if there is none yet."""
