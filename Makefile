@@ -26,6 +26,6 @@ lint: .venv/dev
 	.venv/bin/pip install -q --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/dev: requirements-dev.txt .venv/run
+.venv/dev: requirements-dev.txt requirements-serve.txt .venv/run
 	.venv/bin/pip install -q --disable-pip-version-check -r requirements-dev.txt
 	touch $@

@@ -201,6 +201,21 @@ def busy() -> str:
     return "\n".join([*lines, "", provenance(record, "busy_cpu.json")])
 
 
+def ask() -> str:
+    """Many questions about one text: what reading it once saves, in a line."""
+    if not (ROOT / "results" / "ask_cpu.json").exists():
+        return "Not measured yet."
+    record = result("ask_cpu.json")
+    full, each, kept = record["rows"]
+    full_mib, mib = (f"{size / 2**20:,.1f} MiB" for size in (full["kv_bytes"], kept["bytes"]))
+    again, squeezed, once = (f"{row['seconds']:.1f} s" for row in (full, each, kept))
+    return (
+        f"{record['questions']} questions about a text of {record['tokens']:,} tokens take {again} with the full cache "
+        f"({full_mib}), {squeezed} at 20%, {once} from a file of {mib} that was made once in {kept['read_s']:.1f} s. "
+        f"{provenance(record, 'ask_cpu.json')}"
+    )
+
+
 def first() -> str:
     """Equal layers and perturbation on a real model, and what the paper's plan does there."""
     fidelity, passkey = (f"eval_smollm2{name}/summary.json" for name in ("", "_passkey"))
@@ -310,7 +325,7 @@ def models() -> str:
 
 
 PAGES = {
-    "README.md": {"first": first, "models": models},
+    "README.md": {"first": first, "ask": ask, "models": models},
     "RESULTS.md": {
         "real": partial(evaluation, "eval_smollm2", "1,024 + 32 tokens: "),
         "longer": partial(evaluation, "eval_smollm2_2048", "2,048 + 32 tokens: "),
