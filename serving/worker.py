@@ -191,7 +191,7 @@ class Lane:
         own = [completion for completion in self.running if completion.finish_reason]
         failed = [self.running.pop(completion) for completion in own or list(self.running)]
         if not own:
-            self.close()
+            self.close(error)
         return [answer.failed(error) for answer in failed]
 
     def warm(self, request: Request) -> None:
@@ -206,9 +206,10 @@ class Lane:
         if not self.lasting:
             self.close()
 
-    def close(self) -> None:
+    def close(self, error: Exception | None = None) -> None:
+        """Leave the batch; after an error its memory is let go, too."""
         if self.batch is not None:
-            self.batch.__exit__(None, None, None)
+            self.batch.__exit__(error and type(error), error, error and error.__traceback__)
             self.batch = None
 
 
