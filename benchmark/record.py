@@ -19,10 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def portable(argument: str) -> str:
-    """An argument as results show it: an absolute path is relative to the project, or only a name outside of it."""
+    """An argument as results show it: a path is relative to the project, or only a name outside of it."""
     path = Path(argument)
     if not path.is_absolute():
-        return argument
+        return path.name if ".." in path.parts else argument
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
 
 

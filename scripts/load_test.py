@@ -86,7 +86,7 @@ class Load:
         differ = sum(self.right[line] != text for line, text in alone.items())
         rows.append({"what": "alone in one row", "requests": len(alone), "wrong": differ})
         rows.append({"what": "SIGTERM in the middle", **self._ended()})
-        about = {"requests": len(self.lines), "clients": self.args.clients, "rows": self.args.rows}
+        about = {"requests": len(self.lines), "clients": self.args.clients, "batch_size": self.args.rows}
         about |= {"compiled": self.args.compile, "plan": json.loads(self.plan.read_text())["plan"]}
         versions = {name: optional(name).__version__ for name in ("starlette", "uvicorn", "pydantic")}
         write_json(self.args.out, {**origin(), **versions, **about, "rows": rows}, indent=1)

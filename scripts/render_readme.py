@@ -201,6 +201,25 @@ def busy() -> str:
     return "\n".join([*lines, "", provenance(record, "busy_cpu.json")])
 
 
+def serving() -> str:
+    """The server under load, beside the same requests as a job."""
+    record = result("serve_load.json")
+    lines = ["| way | tokens/s | share of the job | lost | wrong | server's memory, MiB |", "|---|---|---|---|---|---|"]
+    by_what = {row["what"]: row for row in record["rows"]}
+    for what, row in by_what.items():
+        if "tokens_per_s" in row:
+            mib = " \u2192 ".join(f"{each:.0f}" for each in row.get("server_mib", ())) or "-"
+            cells = [f"{row['tokens_per_s']:,.0f}", f"{row['share_of_job']:.0%}"]
+            cells += [str(row.get(name, "-")) for name in ("lost", "wrong")]
+            lines.append(f"| {what} | {' | '.join(cells)} | {mib} |")
+    alone, end = by_what["alone in one row"], by_what["SIGTERM in the middle"]
+    load = f"{record['requests']:,} requests of {record['clients']} clients at a time"
+    differ = f"Of {alone['requests']} that also ran alone in one row, {alone['wrong']} differ"
+    told = f"A SIGTERM in the middle: {end['in_flight']} in flight were answered, {end['lost']} lost"
+    lines += ["", f"{load}. {differ}. {told}."]
+    return "\n".join([*lines, "", provenance(record, "serve_load.json")])
+
+
 def ask() -> str:
     """Many questions about one text: what reading it once saves, in a line."""
     if not (ROOT / "results" / "ask_cpu.json").exists():
@@ -343,6 +362,7 @@ PAGES = {
         "throughput": throughput,
         "batch": batch,
         "chat": chat,
+        "serving": serving,
         "families": families,
     },
 }
