@@ -321,3 +321,82 @@ def test_the_command_line(tmp_path):
     assert 0 < len(found.read_text().splitlines()) < len(lines)
     alone(*job, str(found), "--resume")
     assert sorted(found.read_text().splitlines()) == sorted(wanted.read_text().splitlines())
+
+
+# ---- large shapes, of which no weights are read
+
+
+LARGE = {
+    "Llama-2-70B": dict(
+        model_type="llama",
+        vocab_size=32000,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        max_position_embeddings=4096,
+        dtype="bfloat16",
+    ),
+    "Mixtral-8x7B": dict(
+        model_type="mixtral",
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=32768,
+        dtype="bfloat16",
+    ),
+    "Falcon-40B": dict(
+        model_type="falcon",
+        vocab_size=65024,
+        hidden_size=8192,
+        num_hidden_layers=60,
+        num_attention_heads=128,
+        num_kv_heads=8,
+        new_decoder_architecture=True,
+        max_position_embeddings=2048,
+        dtype="bfloat16",
+    ),
+}
+
+
+def hollow(raw: dict, folder: Path) -> Path:
+    """A checkpoint of this shape whose files have headers and, where the numbers would be, holes."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(raw))
+    with torch.device("meta"):
+        model = checkpoint.Transformer(ModelConfig.from_hf(raw)).to(torch.bfloat16)
+    shards, size = [{}], 0
+    for name, tensor in checkpoint.to_hf(model.state_dict(), model.config).items():
+        if size > 4e9:
+            shards, size = [*shards, {}], 0
+        offsets = [size, size + 2 * tensor.numel()]
+        shards[-1][name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": offsets}
+        size = offsets[1]
+    for number, header in enumerate(shards):
+        text = json.dumps(header).encode()
+        with open(folder / f"{number}.safetensors", "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + max(own["data_offsets"][1] for own in header.values()))
+    where = {name: f"{number}.safetensors" for number, header in enumerate(shards) for name in header}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    return folder
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_what_each_of_eight_ranks_holds(name, tmp_path, capsys):
+    folder, gib = hollow(LARGE[name], tmp_path / name), []
+    for ranks in (1, 8):
+        assert checkpoint.main([str(folder), "--ranks", str(ranks), "--tokens", "1024"]) == 0
+        weights = capsys.readouterr().out.split("weights")[1]
+        gib.append(float(weights.split(" parameters, ")[1].split(" GiB")[0]))
+    config = ModelConfig.from_hf(LARGE[name])
+    whole = config.vocab_size * config.dim * 2 * (1 if config.tie_embeddings else 2) / 2**30
+    assert gib[1] - whole == pytest.approx((gib[0] - whole) / 8, rel=0.01)
+    assert checkpoint.main([str(folder), "--ranks", "7"]) == 2
+    assert "do not divide by 7 ranks" in capsys.readouterr().err
