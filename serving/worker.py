@@ -26,7 +26,7 @@ from serving.metrics import Metrics
 from serving.watching import Watch
 from tokenizer import TextStream
 
-PACE = 0.02  # seconds: nobody reads a stream in smaller pieces
+PACE = 0.04  # seconds: nobody reads a stream in smaller pieces, and each takes time from the engine
 
 
 class End(NamedTuple):
