@@ -293,10 +293,15 @@ class Asked(Setup):
             return self.tokenizer.encode(prompt, special=False, parse_special=rendered)
         return self.turns.ids(prompt, rendered)
 
+    def with_caches(self, needs: Needs) -> Needs:
+        """And of a prompt cache: as it was read and as a row goes on from it; as it is kept and as a file's bytes."""
+        copies = 2 * (self.args.load_cache is not None) + 2 * (self.args.save_cache is not None)
+        return needs._replace(beside=needs.beside + copies * needs.row)
+
     @contextmanager
     def engine_for(self, length: int) -> Iterator[Engine]:
         """The engine, to be used within, for one sequence of `length` tokens. UserError for want of memory."""
-        needs = Needs.of(self.sizing, length)
+        needs = self.with_caches(Needs.of(self.sizing, length))
         if self.args.max_memory is not None or needs.row > self.limit:  # only the cache is allocated at once
             needs.check(1, self.limit)
         with needs.explained(1, self.limit), compiling(self.compiles):

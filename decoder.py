@@ -132,8 +132,7 @@ class Decoder:
 
     def of_row(self, row: int) -> list[LayerCache]:
         """A copy of what a row's filled slots hold."""
-        seen = int(self.seen[row])
-        return [layer.of_row(row, min(seen, layer.slots)) for layer in self.cache.layers]
+        return self.cache.of_row(row, int(self.seen[row]))
 
 
 class Behind:
@@ -160,8 +159,7 @@ class Behind:
 
     def held(self) -> list[LayerCache]:
         """What the filled slots hold."""
-        seen = int(self.seen)
-        return [layer.of_row(0, min(seen, layer.slots)) for layer in self.cache.layers]
+        return self.cache.of_row(0, int(self.seen))
 
 
 def append(

@@ -303,7 +303,7 @@ def run_job(asked: Asked) -> int:
     job = Job(Path(args.input), Path(args.output), sizing, job_settings(asked), default, asked.ids, asked.text, **how)
     survey = job.survey(bad)
     length = job.state.get("max_length") or args.max_length or survey.longest
-    needs = Needs.of(sizing, length, survey.longest_prompt, apart=True)
+    needs = asked.with_caches(Needs.of(sizing, length, survey.longest_prompt, apart=True))
     share = 1 if args.max_memory is not None else machine.SHARE
     rows = args.batch_size or job.state.get("batch_size") or needs.rows(len(survey.ids), int(share * limit))
     needs.check(rows, limit)

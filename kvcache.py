@@ -155,6 +155,10 @@ class KVCache:
             for layer in range(len(plan))
         ]
 
+    def of_row(self, row: int, seen: int) -> list[LayerCache]:
+        """A copy of what a row's filled slots hold after `seen` tokens."""
+        return [layer.of_row(row, min(seen, layer.slots)) for layer in self.layers]
+
     @property
     def kv_bytes(self) -> int:
         return sum(self.arenas[name].nbytes for name in self.kv)

@@ -28,6 +28,7 @@ from errors import UserError
 from formats import FORMATS
 from promptcache import PromptCache
 from sampling import GREEDY, Sampling
+from scripts.scale import LLAMA_2_70B
 
 SAMPLED = Sampling(temperature=0.9, top_k=20, top_p=0.9, seed=3)
 SIZES = {"num_attention_heads": 8, "hidden_size": 64, "intermediate_size": 96, "ffn_dim": 96}
@@ -327,17 +328,7 @@ def test_the_command_line(tmp_path):
 
 
 LARGE = {
-    "Llama-2-70B": dict(
-        model_type="llama",
-        vocab_size=32000,
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        max_position_embeddings=4096,
-        dtype="bfloat16",
-    ),
+    "Llama-2-70B": LLAMA_2_70B,
     "Mixtral-8x7B": dict(
         model_type="mixtral",
         vocab_size=32000,

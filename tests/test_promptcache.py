@@ -11,10 +11,12 @@ from test_engine import BOUNDED, PLAN
 
 import generate
 import promptcache
+from arguments import Asked, parse
 from conversation import Conversation
 from engine import Engine, Request
 from errors import UserError
 from formats import FORMATS
+from needs import Needs
 from policies import layers, options, tokens
 from promptcache import PromptCache
 from sampling import GREEDY, Sampling
@@ -311,6 +313,21 @@ def test_the_command_line(capsys, tmp_path, how):
     found = {line["id"]: line for line in map(json.loads, (tmp_path / "out").read_text().splitlines())}
     assert found["a"]["tokens"] == asked["tokens"] and found["b"]["tokens"] == saved["tokens"]
     assert found["a"]["prompt_tokens"] == asked["prompt_tokens"] > asked["cached_tokens"]
+
+
+def test_copies_of_a_cache_count_as_memory(capsys, tmp_path):
+    """Where a run just fits there is no room for what keeping its prompt, or going on from it, takes."""
+    file, ids = str(tmp_path / "a.safetensors"), ["--prompt-ids", "5,6,7,8"]
+    run(capsys, *ids, "--save-cache", file)
+
+    def fits(*args: str) -> bool:
+        sizing = Asked(parse([*ids, "--max-new-tokens", "9"])).sizing
+        seen = 4 * ("--load-cache" in args)
+        gib = (Needs.of(sizing, seen + 13).total(1) + 1) / 2**30
+        code = generate.main(["--json", *ids, "--max-new-tokens", "9", "--max-memory", repr(gib), *args])
+        return code == 0 or "out of memory" not in capsys.readouterr().err
+
+    assert fits() and not fits("--save-cache", file) and not fits("--load-cache", file)
 
 
 def test_arguments_that_do_not_go_together(capsys, saved, tmp_path):
