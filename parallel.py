@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -132,12 +132,6 @@ def started() -> int:
     if not (world.isdecimal() and 0 < int(world) < 2**16):
         raise UserError(f"WORLD_SIZE must be a positive integer, not {shown(world)}")
     return int(world)
-
-
-def alone(program: str) -> None:
-    """UserError where torchrun has started several ranks of a program that runs on one."""
-    if started() > 1:
-        raise UserError(f"{program} runs on one rank; start it without torchrun")
 
 
 def beside() -> int:
@@ -270,18 +264,25 @@ def agreed(value: Any) -> Any:
     return told[0]
 
 
-def heard(lines: Iterator[str]) -> Iterator[str]:
-    """What the first rank reads, for all: however long that takes, and until it ends."""
+def line() -> Callable[[Any], Any]:
+    """What the first rank gives to it, all get from it, however long that takes. Each call is one of all ranks."""
     if _shard.world == 1:
-        yield from lines
-        return
-    patient = dist.new_group(timeout=timedelta(days=30))
-    while True:
-        told = [next(lines, None) if _shard.rank == 0 else None]
+        return lambda value: value
+    patient = dist.new_group(timeout=timedelta(days=30), backend="gloo")
+
+    def passed(value: Any) -> Any:
+        told = [value]
         dist.broadcast_object_list(told, src=0, group=patient)
-        if told[0] is None:
-            return
-        yield told[0]
+        return told[0]
+
+    return passed
+
+
+def heard(lines: Iterator[str]) -> Iterator[str]:
+    """What the first rank reads, for all, until it ends."""
+    passed = line()
+    while (told := passed(next(lines, None) if _shard.rank == 0 else None)) is not None:
+        yield told
 
 
 def same(value: Any, what: str) -> None:

@@ -15,6 +15,7 @@ from commandline import Parser, compiling, guarded, number, positive  # first: C
 # isort: split
 import argparse
 import math
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -112,6 +113,8 @@ class Serving(Setup):
             raise UserError("give one of --plan and --plan-text")
         super().__init__(args)
         if args.cache_dir is not None:
+            if parallel.started() > 1:
+                raise UserError("--cache-dir is for a server on one rank; leave it out, or start without torchrun")
             with accessing(args.cache_dir):
                 if not Path(args.cache_dir).is_dir():
                     raise UserError(f"--cache-dir {place(args.cache_dir)} is no folder; make it first")
@@ -183,17 +186,20 @@ def run(args: argparse.Namespace) -> int:
         except ModuleNotFoundError as error:
             line = f"serve.py needs {error.name}, which is not installed: pip install -r requirements-serve.txt"
             raise UserError(line) from error
+    machine.use_threads(args.threads)
+    with parallel.ranks(args.device):
+        asked = Serving(args)
+        server, worker = make_server(asked)
+        with asked.needs.explained(asked.rows, asked.limit), compiling(asked.compiles):
+            listen(asked, server, worker) if server else follow(worker)
+    return 0
+
+
+def listen(asked: Serving, server: "Server", worker: "Worker") -> None:
     from serving.listening import Listener, listening
 
-    parallel.alone("serve.py")
-    machine.use_threads(args.threads)
-    asked = Serving(args)
-    server, worker = make_server(asked)
-    with (
-        listening(args.host, args.port) as socket,
-        asked.needs.explained(asked.rows, asked.limit),
-        compiling(asked.compiles),
-    ):
+    args = asked.args
+    with listening(args.host, args.port) as socket:
         worker.start()
         if worker.plan:
             asked.save_plan(worker.plan)
@@ -203,21 +209,32 @@ def run(args: argparse.Namespace) -> int:
         print(f"{asked.model_name} on http://{host}:{socket.getsockname()[1]}, {own}", flush=True)
         Listener(server, socket).serve_until_told()
         worker.stop()
-    return 0
 
 
-def make_server(asked: Serving) -> tuple["Server", "Worker"]:
-    """All but the socket; nothing runs yet."""
+def follow(worker: "Worker") -> None:
+    """Of several ranks all but the first one: do as that one says. It alone is told to end."""
+    for told in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(told, signal.SIG_IGN)
+    worker.start()
+    worker.wait()
+
+
+def make_server(asked: Serving) -> tuple["Server | None", "Worker"]:
+    """All but the socket; nothing runs yet. Of several ranks only the first one has a server."""
     from serving.app import Server, Settings
     from serving.forms import Words
     from serving.metrics import Metrics
+    from serving.ranks import Follower, Leader
     from serving.worker import Worker
 
     args, metrics = asked.args, Metrics()
     words = Words(asked.tokenizer, asked.template, asked.eos_ids, asked.ends(talk=True))
     keeps = bool(args.keep or args.page)
-    how = (asked.rows, asked.max_length, metrics, args.queue, asked.plan_ids, keeps)
-    worker = Worker(asked.engine, *how, asked.lane_engines)
+    how = (asked.engine, asked.rows, asked.max_length, metrics, args.queue, asked.plan_ids, keeps, asked.lane_engines)
+    own = parallel.shard()
+    if own.rank:
+        return None, Follower(asked.tokenizer, *how)
+    worker = Leader(*how) if own.world > 1 else Worker(*how)
     limits = {"timeout": args.timeout, "max_body": int(args.max_body * 2**20)}
     access = {"api_key": args.api_key, "cors": args.cors, "page": args.page, "quiet": args.quiet}
     settings = Settings(asked.model_name, **limits, **access, keep=args.keep, cache_dir=args.cache_dir)

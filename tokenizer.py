@@ -112,7 +112,7 @@ class TextStream:
             raise UserError("--stop needs a tokenizer, and the checkpoint has none")
         self.text, self.stopped = "", False  # text: all that has been returned
         self._tokenizer = tokenizer
-        self._stops = tuple(stops)
+        self.stops = tuple(stops)
         # What special tokens write here, which is never shown: surrogates, since no UTF-8 gives them.
         named = [name for name in tokenizer.special_ids if any(name in stop for stop in stops)]
         marks = dict(zip(sorted(named, key=len, reverse=True), map(chr, range(0xD800, 0xDFFF)), strict=False))
@@ -153,12 +153,12 @@ class TextStream:
         at = range(len(text) + 1)  # where each shown character is, and the end
         if len(shown) < len(text):
             at = [place for place, c in enumerate(text) if not "\ud800" <= c <= "\udfff"] + [len(text)]
-        found = [(at[n + len(stop) - 1] + 1, at[n]) for stop in self._stops if (n := shown.find(stop)) >= 0]
+        found = [(at[n + len(stop) - 1] + 1, at[n]) for stop in self.stops if (n := shown.find(stop)) >= 0]
         found += [(n + len(stop), n) for stop in self._marked if (n := text.find(stop)) >= 0]
         if found:
             self.stopped = True
             return self._shown(text[: min(found)[1]])
-        begun = [at[-n - 1] for stop in self._stops for n in range(1, len(stop)) if shown.endswith(stop[:n])]
+        begun = [at[-n - 1] for stop in self.stops for n in range(1, len(stop)) if shown.endswith(stop[:n])]
         begun += [len(text) - n for stop in self._marked for n in range(1, len(stop)) if text.endswith(stop[:n])]
         cut = min(begun, default=len(text))
         self._held = text[cut:]

@@ -11,6 +11,7 @@ from types import FrameType
 import uvicorn
 
 from errors import UserError, reason, shown
+from parallel import started
 from serving.app import Server
 
 LINGER = 5  # seconds for connections that are closed while their clients do not read
@@ -54,11 +55,16 @@ class Listener(uvicorn.Server):
     async def _serve_all(self) -> None:
         self.loop = self.server.worker.loop = asyncio.get_running_loop()
         self.server.drained = lambda: setattr(self, "should_exit", True)
+        self.server.worker.died = self._died
         await self.serve(sockets=[self.listener])
+
+    def _died(self) -> None:
+        """The engine thread says that it has ended: nobody can be answered any more."""
+        self.should_exit = self.force_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """As uvicorn calls it for a signal. It is not raised again afterwards: this is a good end."""
-        if self.server.draining:
+        if self.server.draining and started() == 1:  # torchrun repeats a Ctrl-C, and ends all after half a minute
             os._exit(128 + sig)
         self.server.draining = True
         self.loop.call_soon_threadsafe(self.server.check_drained)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engine import Batch
+from parallel import shard
 from request import Completion
 from tokenizer import Tokenizer
 
@@ -16,7 +17,7 @@ SECONDS = 0.1  # between two events of an answer
 
 class Watch:
     """Events of one answer, made in the engine thread. before: ids of the tokens in the cache that it goes on from,
-    None for those that nobody knows.
+    None for those that nobody knows. Of several ranks it shows the heads of the first one.
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int | None] = ()):
@@ -38,15 +39,15 @@ class Watch:
             self.kept = [runs(own, seen, heads) for own in batch.held(completion)]
         elif completion.cache and completion.cache.placed:
             self.kept = [runs(own, seen, heads) for own in completion.cache.placed]
-        figures, spent = batch.figures, now - self.first_token
+        figures, spent, own = batch.figures, now - self.first_token, shard()
         event = {
             "prompt_tokens": prompt,
             "seen": seen,
             "plan": figures.plan,
             "heads": heads,
             "kept": self.kept,
-            "kv_bytes": figures.kv_bytes // rows,
-            "kv_bytes_full": batch.engine.sizing.full_bytes(seen),
+            "kv_bytes": figures.kv_bytes * own.world // rows,
+            "kv_bytes_full": batch.engine.sizing.full_bytes(seen) * own.world // own.sharers,
             "tokens_per_s": round((len(tokens) - 1) / spent, 2) if self.latest and len(tokens) > 1 else None,
             "ms": round(1000 * (now - self.began)),
         }

@@ -16,9 +16,11 @@ from contextlib import suppress
 from functools import partial
 from threading import Thread
 from typing import Any, NamedTuple
+from weakref import ref
 
 from engine import Batch, Engine
 from errors import UserError, reason
+from parallel import shard
 from prefill import plan_for
 from request import Completion, Request
 from serving.conversations import Turn
@@ -51,11 +53,26 @@ class News(NamedTuple):
         return self.end is not None or self.seen is not None or self.tokens <= 1
 
 
+class Ends:
+    """Whether an answer's text has come to a stop string. fault: what went wrong in its text, which ends it, too."""
+
+    def __init__(self, stream: TextStream):
+        self.stream, self.fault = stream, None
+
+    def __call__(self, tokens: list[int]) -> bool:
+        try:
+            return self.stream.ends(tokens)
+        except Exception as error:
+            self.fault = error
+            return True
+
+
 class Answer:
     """One choice of a call: the request that gives it, and what the event loop has heard of it so far.
 
     turn: the conversation that it goes on from. how: as of `Request`.
-    The engine thread alone uses `stream`, `completion`, `fault` and `watch`, until the answer has ended.
+    The engine thread alone uses `stream`, `completion`, `ends` and `watch`, until the answer has ended. Nothing that an
+    answer holds leads back to it: its caches are gone as soon as nobody needs it.
     """
 
     def __init__(
@@ -68,18 +85,11 @@ class Answer:
         turn: Turn | None = None,
         **how: Any,
     ):
-        self.stream, self.lane, self.watch, self.turn, self.fault = stream, lane, watch, turn, None
-        self.request = Request(ids, new, stop=self._stop, watched=watch is not None, **how)
+        self.stream, self.lane, self.watch, self.turn, self.ends = stream, lane, watch, turn, Ends(stream)
+        self.request = Request(ids, new, stop=self.ends, watched=watch is not None, **how)
         self.completion = Completion(self.request)
-        self.call: Call | None = None
+        self.call: Callable[[], Call | None] = lambda: None  # None: nobody waits for it
         self.text, self.tokens, self.end, self.seen = "", 0, None, []
-
-    def _stop(self, tokens: list[int]) -> bool:
-        try:
-            return self.stream.ends(tokens)
-        except Exception as error:  # ends this answer alone
-            self.fault = error
-            return True
 
     def news(self, batch: Batch, rows: int) -> News | None:
         """After a step: None if nobody waits for it."""
@@ -87,12 +97,12 @@ class Answer:
         if self.watch and completion.tokens:
             seen = self.watch.event(batch, rows, completion)
         if completion.finish_reason is None:
-            if not self.call.streamed:
+            if not ((call := self.call()) and call.streamed):
                 return None
             return News(self, self.stream.text, len(completion.tokens), None, seen)
-        if self.fault is not None:
-            traceback.print_exception(self.fault)
-            end = End("error", f"the server failed on this request: {reason(self.fault)}")
+        if (fault := self.ends.fault) is not None:
+            traceback.print_exception(fault)
+            end = End("error", f"the server failed on this request: {reason(fault)}")
         else:
             self.stream.flush()
             end = End(completion.finish_reason, completion.error)
@@ -107,13 +117,20 @@ class Answer:
         return News(self, self.stream.text, len(self.completion.tokens), end)
 
 
+class Order(NamedTuple):
+    """What the event loop wants of the engine thread: to "add" or "cancel" answers, or to "stop"."""
+
+    what: str
+    answers: Sequence[Answer] = ()
+
+
 class Call:
     """A client's request: its answers, and an event for whoever waits for them."""
 
     def __init__(self, answers: list[Answer], streamed: bool = False):
         self.answers, self.streamed, self.changed, self.gone = answers, streamed, asyncio.Event(), False
         for answer in answers:
-            answer.call = self
+            answer.call = ref(self)
 
     @property
     def ended(self) -> bool:
@@ -148,6 +165,7 @@ class Lane:
             self.batch.step()
             moved = self.batch.collect()
         except Exception as error:
+            check_alone()
             traceback.print_exception(error)
             return news + self._failed(error)
         for completion in moved:
@@ -163,6 +181,7 @@ class Lane:
         try:
             return answer.news(self.batch, self.rows)
         except Exception as error:  # ends this answer alone
+            check_alone()
             traceback.print_exception(error)
             self.batch.cancel(answer.completion)
             return answer.failed(error)
@@ -178,6 +197,7 @@ class Lane:
                 self.batch.admit(answer.completion)
             except Exception as error:
                 if not isinstance(error, UserError):
+                    check_alone()
                     traceback.print_exception(error)
                 refused.append(answer.failed(error))
             else:
@@ -213,6 +233,12 @@ class Lane:
             self.batch = None
 
 
+def check_alone() -> None:
+    """Called while an exception is handled. On several ranks it goes on: what failed on one has not on the others."""
+    if shard().world > 1:
+        raise
+
+
 class Worker:
     """The engine thread, and what the event loop does with it.
 
@@ -241,10 +267,12 @@ class Worker:
         self.lanes: dict[str | None, Lane] = {}
         self.loads: dict[str | None, int] = {}  # answers in flight, as the event loop counts them
         self.loop: asyncio.AbstractEventLoop | None = None
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.died: Callable[[], None] = lambda: None  # called if the thread ends by an error, which `wait` raises
+        self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
         self._stopped, self._told = False, 0.0
         self._news: list[News] = []  # that the event loop has not heard yet
         self._ready: Future = Future()
+        self._error: BaseException | None = None
         self._thread = Thread(target=self._run, name="engine", daemon=True)
 
     # ---- for the event loop's thread
@@ -255,8 +283,14 @@ class Worker:
         self._ready.result()
 
     def stop(self) -> None:
-        self._commands.put(self._stop)
+        self._orders.put(Order("stop"))
+        self.wait()
+
+    def wait(self) -> None:
+        """Until the thread has ended; raises what ended it before its time."""
         self._thread.join()
+        if self._error is not None:
+            raise self._error
 
     def refusal(self, answer: Answer) -> str | None:
         """Why the request cannot run, in one line."""
@@ -279,7 +313,7 @@ class Worker:
     def submit(self, call: Call) -> None:
         for answer in call.answers:
             self.loads[answer.lane] += 1
-        self._commands.put(partial(self._add, call))
+        self._orders.put(Order("add", call.answers))
 
     def cancel(self, call: Call) -> None:
         """End what still runs of a call: nobody waits for it any more."""
@@ -287,7 +321,7 @@ class Worker:
         for answer in left:
             self._ended(answer, End("interrupted"))
         if left:
-            self._commands.put(lambda: [self.lanes[answer.lane].cancel(answer) for answer in left])
+            self._orders.put(Order("cancel", left))
 
     def _deliver(self, news: list[News]) -> None:
         for answer, text, tokens, end, seen in news:
@@ -297,7 +331,8 @@ class Worker:
                     answer.seen.append(seen)
                 if end:
                     self._ended(answer, end)
-                answer.call.changed.set()
+                if call := answer.call():
+                    call.changed.set()
 
     def _ended(self, answer: Answer, end: End) -> None:
         answer.end = end
@@ -326,25 +361,41 @@ class Worker:
             self._ready.set_exception(error)
             return
         self._ready.set_result(None)
+        try:
+            self._serve()
+        except BaseException as error:
+            self._error = error
+            self.died()
+
+    def _serve(self) -> None:
         while not self._stopped:
-            self._obey()
+            for what, answers in self.orders():
+                self._stopped |= what == "stop"
+                for answer in answers:
+                    lane = self.lanes[answer.lane]
+                    lane.waiting.append(answer) if what == "add" else lane.cancel(answer)
             started = time.perf_counter()
             busy = [lane for lane in self.lanes.values() if lane.busy]
             for lane in busy:
-                self._news += lane.step()
+                self.heard(lane.step())
             if busy:
                 self.metrics.step_seconds.observe(time.perf_counter() - started)
             self._tell()
         for lane in self.lanes.values():
             lane.close()
 
-    def _obey(self) -> None:
-        """Do what was asked for; wait for it if there is nothing else to do."""
+    def orders(self) -> list[Order]:
+        """What was asked for since the last step. Waits for it if there is nothing else to do."""
+        found: list[Order] = []
         idle = not any(lane.busy for lane in self.lanes.values())
         with suppress(queue.Empty):
-            while not self._stopped:
-                self._commands.get(block=idle)()
-                idle = False
+            while True:
+                found.append(self._orders.get(block=idle and not found))
+        return found
+
+    def heard(self, news: list[News]) -> None:
+        """What a step gave, which the event loop will be told."""
+        self._news += news
 
     def _tell(self) -> None:
         """What a small model says goes to the event loop a few tokens at a time: it takes time from the model."""
@@ -355,16 +406,10 @@ class Worker:
             with suppress(RuntimeError):  # the loop has been closed: nobody waits
                 self.loop.call_soon_threadsafe(self._deliver, list(latest.values()))
 
-    def _stop(self) -> None:
-        self._stopped = True
-
-    def _add(self, call: Call) -> None:
-        for answer in call.answers:
-            self.lanes[answer.lane].waiting.append(answer)
-
     def _prepare(self) -> None:
         """Load, plan, and make two tokens, so that code is compiled and memory taken before a client comes."""
         self.engine = self.make_engine()
+        _ = self.engine.fingerprint  # by all ranks together: the event loop's thread may not wait for others
         self.lanes[None] = Lane(self.rows, self._own_batch, lasting=True)
         for name, engine in self.make_lanes(self.engine).items():
             self.lanes[name] = Lane(1, partial(batch_for, engine), lasting=False)
