@@ -19,6 +19,8 @@ does a peer that is not installed. llama.cpp runs in a process of its own.
 `of_roofline`: the larger of bytes that a step must read over the rate of a large copy (bytes read plus written), and
 its operations over the rate of a large matrix product, both measured in the same run, as a share of the step's time.
 Weights that fit into a processor's cache can exceed 1.
+
+On several ranks (torchrun) peers do not run, a failure ends all, and bytes are those of the first rank.
 """
 
 from commandline import Parser, guarded, number, positive, thread_count  # first: Ctrl-C is one line from here on
@@ -46,7 +48,7 @@ from benchmark.race import Row, Sizes, attempt
 from benchmark.record import Log, origin, portable
 from benchmark.stages import STAGES
 from benchmark.subjects import SHAPES, make, published
-from checkpoint import DTYPES, EMBEDDED
+from checkpoint import DTYPES, EMBEDDED, find_device
 from config import ModelConfig
 from errors import UserError, cut, place
 from files import check_apart, check_output
@@ -151,37 +153,52 @@ def chosen(args: argparse.Namespace) -> list[tuple[str, Sizes]]:
 
 
 def run(args: argparse.Namespace) -> int:
-    parallel.alone("bench.py")
     use_threads(args.threads)
-    jobs, log, stages = chosen(args), Log(args.out), STAGES | {"real": real.real}
-    with TemporaryDirectory(ignore_cleanup_errors=True) as cache, patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache):
-        for stage, own in groupby(jobs, lambda job: job[0]):
-            record = log.begin(stage, **origin(args.device), copy_bytes_per_s=round(roofline.copy_rate(args.device)))
-            rates = record["matmul_operations_per_s"] = {}
-            for _, sizes in own:
-                dtype = DTYPES[sizes.dtype or ("bf16" if args.device == "cuda" else "fp32")]
-                memory = 0
-                if args.device == "cuda":  # what is reserved is free at this moment
-                    memory = int(SHARE * (free(torch.device("cuda")) + torch.cuda.memory_reserved()))
-                torch.compiler.reset()
-                names = {"shape": portable(sizes.shape), "dtype": str(dtype).removeprefix("torch.")}
-                defaults = {"weights": "auto", "cache_format": "dense"}
-                names |= {key: getattr(sizes, key) for key in defaults if getattr(sizes, key) != defaults[key]}
-                rates[names["dtype"]] = round(roofline.matmul_rate(args.device, dtype))
-                subject = attempt(partial(make, sizes.shape, args.device, dtype, sizes.weights))
-                sizes = sizes._replace(memory=memory)
-                rows = iter([subject]) if isinstance(subject, str) else stages[stage](subject, sizes)
-                while (row := attempt(partial(next, rows, None))) is not None:
-                    row = {"what": stage, "failed": row} if isinstance(row, str) else row  # the stage itself has ended
-                    tqdm.write(f"{stage:10} {names['shape']:12} {row['what']:32} {readable(row)}")
-                    log.add(stage, names | row)
-                del subject, rows  # before the next one is made
-                gc.collect()
+    with parallel.ranks(args.device):
+        if (own := parallel.shard()).world > 1 and (args.real or args.peers):
+            raise UserError(f"--{'real' if args.real else 'peer'} runs on one rank; start it without torchrun")
+        log = Log(args.out if own.rank == 0 else None)
+        with (
+            TemporaryDirectory(ignore_cleanup_errors=True) as cache,
+            patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache),
+        ):
+            measure(args, log)
+    if own.rank:
+        return 0
     if args.plot is not None:
         stage, picture = ("real", draw_real) if args.real else ("throughput", draw)
         picture(log.stages[stage]["rows"], args.plot)
     print(json.dumps({"stages": log.stages}, allow_nan=False))
     return 0
+
+
+def measure(args: argparse.Namespace, log: Log) -> None:
+    """Every job of the command, row by row."""
+    jobs, stages, device = chosen(args), STAGES | {"real": real.real}, parallel.device(args.device)
+    for stage, own in groupby(jobs, lambda job: job[0]):
+        record = log.begin(stage, **origin(args.device), copy_bytes_per_s=round(roofline.copy_rate(args.device)))
+        rates = record["matmul_operations_per_s"] = {}
+        for _, sizes in own:
+            dtype = DTYPES[sizes.dtype or ("bf16" if args.device == "cuda" else "fp32")]
+            memory = 0
+            if args.device == "cuda":  # what is reserved is free at this moment
+                memory = int(SHARE * (free(find_device(device)) + torch.cuda.memory_reserved()))
+            torch.compiler.reset()
+            names = {"shape": portable(sizes.shape), "dtype": str(dtype).removeprefix("torch.")}
+            defaults = {"weights": "auto", "cache_format": "dense"}
+            names |= {key: getattr(sizes, key) for key in defaults if getattr(sizes, key) != defaults[key]}
+            rates[names["dtype"]] = round(roofline.matmul_rate(args.device, dtype))
+            subject = attempt(partial(make, sizes.shape, device, dtype, sizes.weights))
+            sizes = sizes._replace(memory=min(parallel.told(memory)))
+            if parallel.shard().world > 1:
+                sizes = sizes._replace(peers=())
+            rows = iter([subject]) if isinstance(subject, str) else stages[stage](subject, sizes)
+            while (row := attempt(partial(next, rows, None))) is not None:
+                row = {"what": stage, "failed": row} if isinstance(row, str) else row  # the stage itself has ended
+                tqdm.write(f"{stage:10} {names['shape']:12} {row['what']:32} {readable(row)}")
+                log.add(stage, names | row)
+            del subject, rows  # before the next one is made
+            gc.collect()
 
 
 def readable(row: Row) -> str:

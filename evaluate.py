@@ -120,8 +120,12 @@ def listed(kind: Callable[[str], Any]) -> Callable[[str], list]:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    parallel.alone("evaluate.py")
     use_threads(args.threads)
+    with parallel.ranks(args.device):
+        return run_cells(args)
+
+
+def run_cells(args: argparse.Namespace) -> int:
     cells = grid(args.policies, args.layers, args.budgets)
     folder = checkpoint.resolve(args.checkpoint)
     tokenizer = tokenizers.load(folder)
@@ -133,7 +137,7 @@ def evaluate(args: argparse.Namespace) -> int:
     optional("matplotlib")  # now and not after an hour
     from evaluation import pictures
 
-    model, config = checkpoint.load(folder, args.device, args.dtype, args.weights)
+    model, config = checkpoint.load(folder, parallel.device(args.device), args.dtype, args.weights)
     tasks = make_tasks(args, folder, tokenizer, config.max_positions)
     check_all(model, tasks, cells, args.batch)
     beside = {"beside": summary.beside(args.beside, tasks)} if args.beside else {}
@@ -147,6 +151,8 @@ def evaluate(args: argparse.Namespace) -> int:
     finally:
         log.close()
     result = {**record, **summary.summarise(tasks, cells, log), **beside}
+    if parallel.shard().rank:  # the first one writes
+        return 0
     text = f"{tables.report(result)}\n"
     write_json(args.out / "summary.json", result)
     write_whole(args.out / "table.md", text)
@@ -212,7 +218,7 @@ def harness(args: argparse.Namespace, cells: list[Cell], tokenizer: tokenizers.T
     from evaluation.lm_eval_model import EngineLM
 
     folder = checkpoint.resolve(args.checkpoint)
-    model, _ = checkpoint.load(folder, args.device, args.dtype, args.weights)
+    model, _ = checkpoint.load(folder, parallel.device(args.device), args.dtype, args.weights)
     for cell in cells:
         lm = EngineLM(model, tokenizer, tokenizers.eos_ids(folder), cell, args.batch, args.compile)
         print(cell)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from benchmark import roofline
 from benchmark.subjects import Subject
 from engine import Request
+from parallel import shard
 
 OUT_OF_MEMORY = "out of memory"
 Row = dict[str, Any]
@@ -112,10 +113,14 @@ def turn(subject: Subject, contestant: Contestant, requests: list[Request]) -> R
 
 
 def attempt(call: Callable[[], Any]) -> Any:
-    """What the call returns, or one line that says why it failed: whatever that is, the others go on."""
+    """What the call returns, or one line that says why it failed: whatever that is, the others go on. Not so on several
+    ranks: one that goes on alone would wait for the others.
+    """
     try:
         return call()
     except Exception as error:
+        if shard().world > 1:
+            raise
         reason = reason_of(error)
     gc.collect()  # outside of the handler, in which the exception still holds its tensors
     if torch.cuda.is_available():

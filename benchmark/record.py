@@ -14,6 +14,7 @@ from commandline import THREADS
 from errors import optional, place
 from files import checked, parse_json, read_bytes, write_json
 from machine import device_name
+from parallel import shard
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,6 +34,7 @@ def origin(device: str = "cpu") -> dict[str, str | int]:
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         **({"limited": "; ".join(THREADS)} if THREADS else {}),
+        **({"ranks": shard().world} if shard().world > 1 else {}),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "torch": torch.__version__,

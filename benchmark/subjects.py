@@ -10,6 +10,7 @@ import torch
 
 import checkpoint
 import gguf_file
+import parallel
 from checkpoint import EMBEDDED
 from config import ModelConfig
 from errors import UserError, shown
@@ -89,14 +90,19 @@ def make(shape: str, device: str, dtype: torch.dtype, weights: str = "auto") -> 
         path = EMBEDDED if shape == "embedded" else Path(shape)
         model, _ = checkpoint.load(path, device, dtype, weights)
         return Subject(raw, model, None if shape == "embedded" else path)
+    config, own = replace(ModelConfig.from_hf(raw), dtype=dtype), parallel.shard()
+    parallel.share(config.n_kv_heads)
     with torch.device("meta"):
-        model = Transformer(replace(ModelConfig.from_hf(raw), dtype=dtype)).to(dtype)
+        whole, model = (Transformer(each).to(dtype) for each in (config, config.of_rank(own.world)))
     model.to_empty(device=device).requires_grad_(False).tie()
     generator = torch.Generator(device).manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1:  # keeps the size of what it is multiplied with
-            parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
+    for (name, shape), part in zip(whole.named_parameters(), model.parameters(), strict=True):
+        drawn = part if own.world == 1 else torch.empty_like(shape, device=device)  # the same model on any ranks
+        if shape.ndim > 1:  # keeps the size of what it is multiplied with
+            drawn.normal_(0, shape.shape[-1] ** -0.5, generator=generator)
         else:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            drawn.fill_(0.0 if name.endswith("bias") else 1.0)
+        if drawn is not part:
+            part.copy_(parallel.cut_of(name, config, own).of(drawn))
     quantize(model, weights)
     return Subject(raw, model.eval())

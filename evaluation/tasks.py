@@ -12,6 +12,7 @@ from errors import UserError, cut, place
 from evaluation.cells import Batch, Cell, check
 from files import MOST_BYTES, NATURAL, POSITIVE, Lines, append, checked, exclusive, parse_json
 from model import Transformer
+from parallel import agreed, shard
 
 CELL = {"policy": str, "layers": str, "budget": (None, float)}
 RESULT = {"task": str, "row": NATURAL, **CELL, "kv_share": float}  # what every line says
@@ -93,7 +94,8 @@ class Results:
 
 
 class Log(Results):
-    """A jsonl file with one line per result. Its first line holds the settings that the results depend on.
+    """A jsonl file with one line per result. Its first line holds the settings that the results depend on. Of several
+    ranks the first one reads and writes it.
 
     UserError if the file is there and `resume` is not asked for, if its settings are others, if a line is no result,
     or if another run writes to it.
@@ -101,7 +103,13 @@ class Log(Results):
 
     def __init__(self, path: Path, settings: dict, resume: bool, tasks: Sequence[Task]):
         super().__init__(tasks)
-        self.path, self.unwritten = path, b""
+        self.path, self.unwritten, self.file = path, b"", None
+        if shard().rank == 0:
+            self._open(settings, resume)
+        self.records = agreed(self.records)
+
+    def _open(self, settings: dict, resume: bool) -> None:
+        path = self.path
         header = json.dumps({"settings": settings})
         if not resume and path.exists() and path.stat().st_size:
             raise UserError(f"{place(path)} holds results; go on with --resume, or give another --out")
@@ -126,12 +134,14 @@ class Log(Results):
 
     def flush(self) -> None:
         """To the disk, all that was added, or nothing of it."""
-        append(self.file, self.unwritten, self.path)
+        if self.file:
+            append(self.file, self.unwritten, self.path)
         self.unwritten = b""
 
     def close(self) -> None:
         """Let others write to it."""
-        self.file.close()
+        if self.file:
+            self.file.close()
 
 
 def batches(rows: Iterable[Row], size: int, slack: float = 0.1) -> Iterator[list[Row]]:

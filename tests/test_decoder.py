@@ -36,7 +36,9 @@ class Tape(TorchDispatchMode):
     def play(self) -> None:
         for function, args, kwargs, out in self.operations:
             for old, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs)), strict=True):
-                if torch.is_tensor(new) and old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+                if hasattr(new, "wait"):  # a sum over ranks
+                    new.wait()
+                elif torch.is_tensor(new) and old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
                     old.copy_(new)
 
 
@@ -51,7 +53,7 @@ class StandIn:
         self.captures += 1
         step()
         step()
-        tape = Tape()
+        self.tape = tape = Tape()
         with tape:
             step()
 

@@ -1,6 +1,5 @@
 """One model over several ranks equals one rank: plans, tokens, files. Ranks are processes that meet over loopback."""
 
-import importlib
 import json
 import os
 import signal
@@ -15,11 +14,13 @@ import families
 import pytest
 import torch
 from conftest import ROOT, random_ids
+from test_decoder import StandIn
 from test_engine import BOUNDED
 from torch import multiprocessing
 
 import checkpoint
 import parallel
+from benchmark.subjects import make
 from codes import Codes
 from config import ModelConfig
 from conversation import Conversation
@@ -83,9 +84,10 @@ def answers(jobs: list[tuple], scratch: Path) -> list:
 
 
 def answer(folder: Path, policy: str, how: dict, weights: str, scratch: Path) -> dict:
-    dtype = how.pop("dtype", "float64")
+    dtype, captured = how.pop("dtype", "float64"), how.pop("captured", False)
     model, _ = checkpoint.load(folder, dtype=dtype, weights=weights)
     engine = Engine(model, policy, **how)
+    graphs = StandIn(engine) if captured else None
     ids = random_ids(29)
     stream = engine.stream(ids, max_new_tokens=14, keep="prompt")
     tokens, plan = list(stream), stream.completion.figures.plan
@@ -100,6 +102,9 @@ def answer(folder: Path, policy: str, how: dict, weights: str, scratch: Path) ->
     done = {id(completion.request): completion.tokens for completion in engine.generate(requests, 2)}
     talk = Conversation(engine)
     turns = [list(talk.stream(random_ids(n, n), 5)) for n in (9, 17)]
+    if captured:
+        sums = sum("allreduce" in str(function) for function, *_ in graphs.tape.operations)
+        assert sums == (2 * model.config.n_layers if parallel.shard().world > 1 else 0)
     return {"plan": plan, "tokens": tokens, "batch": [done[id(request)] for request in requests], "turns": turns}
 
 
@@ -123,7 +128,10 @@ BY_NAME = {case.name: case for case in CASES}
 
 
 def test_two_ranks_equal_one(tmp_path):
-    """Windows, heads that differ from key-value heads, policies that look at one head and at all, both formats."""
+    """Windows, heads that differ from key-value heads, policies that look at one head and at all, both formats.
+
+    Also captured steps, of which the sums over ranks are a part (test_decoder.py).
+    """
     llama, gemma = (
         folder_of(next(c for c in CASES if c.name.startswith(name)), tmp_path) for name in ("llama", "gemma3")
     )
@@ -131,6 +139,7 @@ def test_two_ranks_equal_one(tmp_path):
         (llama, "full", {}, "auto"),
         (llama, "tova", SQUEEZED | {"cache_format": "int8"}, "auto"),
         (llama, "dropkv", SQUEEZED, "int8"),
+        (llama, "snapkv", SQUEEZED | {"captured": True}, "auto"),
         (gemma, "h2o", SQUEEZED, "auto"),
     ]
     compare([2], jobs, tmp_path)
@@ -237,13 +246,6 @@ def test_a_senseless_number_of_ranks_is_one_line(world, monkeypatch):
         pass
 
 
-@pytest.mark.parametrize("program", ["serve", "evaluate", "bench"])
-def test_what_runs_on_one_rank_says_so(program, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert importlib.import_module(program).main([]) == 2
-    assert capsys.readouterr().err == f"{program}.py: error: {program}.py runs on one rank; start it without torchrun\n"
-
-
 def test_ranks_that_do_not_come(monkeypatch):
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
@@ -281,9 +283,9 @@ def test_a_rank_reads_its_part_alone(tmp_path):
         assert parameters < most <= 1.1 * (parameters + largest)
 
 
-def torchrun(*args: str, count: int = 2, **how) -> subprocess.Popen:
+def torchrun(*args: str, count: int = 2, program: str = "generate.py", **how) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--master-port", "0"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(ROOT / "generate.py"), *args]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(ROOT / program), *args]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
 
 
@@ -322,6 +324,46 @@ def test_the_command_line(tmp_path):
     assert 0 < len(found.read_text().splitlines()) < len(lines)
     alone(*job, str(found), "--resume")
     assert sorted(found.read_text().splitlines()) == sorted(wanted.read_text().splitlines())
+
+
+@pytest.mark.slow
+def test_an_evaluation(tmp_path):
+    """Every number is that of one rank; what was cut off goes on."""
+    asked = ["--policies", "h2o,snapkv", "--budgets", "0.3", "--texts", "3", "--length", "128", "--read", "8"]
+    asked += ["--tasks", "fidelity,passkey", "--lengths", "128", "--needles", "2", "--dtype", "float64", "--out"]
+    subprocess.run([sys.executable, "evaluate.py", *asked, str(tmp_path / "one")], cwd=ROOT, check=True)
+    process = torchrun(*asked, str(tmp_path / "two"), program="evaluate.py")
+    assert process.communicate()[0] and process.returncode == 0
+    one, two = (tmp_path / name / "predictions.jsonl" for name in ("one", "two"))
+    lines = one.read_text().splitlines()
+    assert two.read_text().splitlines() == lines
+    two.write_text("".join(f"{line}\n" for line in lines[:7]))
+    process = torchrun(*asked, str(tmp_path / "two"), "--resume", program="evaluate.py")
+    assert process.communicate()[0] and process.returncode == 0
+    assert sorted(two.read_text().splitlines()) == sorted(lines)
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["ranks"] == 2
+
+
+@pytest.mark.slow
+def test_a_benchmark(tmp_path):
+    asked = ["--stage", "throughput", "--shape", "tiny", "--prompt", "64", "--new", "8", "--batches", "2"]
+    asked += ["--rounds", "1", "--device", "cpu", "--out", str(tmp_path / "found.json")]
+    out, _ = (process := torchrun(*asked, program="bench.py")).communicate()
+    assert process.returncode == 0
+    stage = json.loads(out.splitlines()[-1])["stages"]["throughput"]
+    assert stage == json.loads((tmp_path / "found.json").read_text())["stages"]["throughput"]
+    assert stage["ranks"] == 2 and all(row["tokens_per_s"] > 0 for row in stage["rows"])
+    _, said = (process := torchrun(*asked, "--peer", "eager", program="bench.py")).communicate()
+    assert process.returncode and "bench.py: error: --peer runs on one rank; start it without torchrun" in said
+
+
+def random_weights(shape: str) -> float:
+    model = make(shape, "cpu", torch.float64).model
+    return list(Engine(model).stream(random_ids(20), max_new_tokens=12))
+
+
+def test_a_measured_model_is_the_same_on_any_ranks():
+    assert ranks(2, random_weights, "tiny") == [random_weights("tiny")] * 2
 
 
 # ---- large shapes, of which no weights are read
