@@ -44,7 +44,8 @@ class CudaGraphs:
             step()
         torch.cuda.current_stream().wait_stream(self.side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.side):
+        # What other threads do meanwhile must not fail: another engine's, and NCCL's own, which looks after its calls.
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.side, capture_error_mode="thread_local"):
             step()
         return graph.replay
 

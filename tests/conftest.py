@@ -16,6 +16,7 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MPLCONFIGDIR"] = os.path.join(tempfile.gettempdir(), "squeeze_fast_matplotlib")  # its cache of fonts
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), "squeeze_fast_compiled")
+os.environ["TRITON_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), "squeeze_fast_triton")
 
 
 def quick(*few, of) -> list:

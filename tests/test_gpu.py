@@ -2,15 +2,19 @@
 
 import gc
 import json
+import socket
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import begun, random_ids, random_model
+from conftest import ROOT, begun, random_ids, random_model
 from test_engine import BOUNDED, NEW, PLAN, run, teacher_forced
 from test_prefill import DEEP, LONG, ORDERS, SHARE, P, all_at_once, signals
 
 import generate
+import parallel
 from conversation import Conversation
 from engine import Engine, Request
 from formats import FORMATS
@@ -240,3 +244,45 @@ def test_ragged_batch_equals_single(policy):
     requests = [Request(ids, max_new_tokens=NEW) for ids in prompts]
     done = {id(completion.request): completion for completion in Engine(model, policy, plan=PLAN).generate(requests)}
     assert [done[id(request)].tokens for request in requests] == singles
+
+
+@pytest.fixture
+def nccl(monkeypatch):
+    """A group of one rank, in which every sum over ranks is a call of NCCL that changes nothing."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.distributed.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    yield lambda: monkeypatch.setattr(parallel, "_shard", parallel.Shard(world=2))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("policy", ["h2o", "streaming"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_sums_over_ranks_are_part_of_a_step(policy, compiled, nccl, monkeypatch):
+    """Captured with it, and no step waits for one. `told` is not for a group of one that says it is two."""
+    torch._dynamo.reset()
+    model, sums = random_model().cuda(), []
+    want = run(Engine(model, policy, plan=PLAN), random_ids(30))
+    nccl()
+    monkeypatch.setattr(parallel, "told", lambda value: [value])
+    all_reduce = torch.distributed.all_reduce
+    if not compiled:  # the compiler has its own call
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: (sums.append(x.shape), all_reduce(x))[1])
+    engine = Engine(model, policy, plan=PLAN, compile=compiled)
+    replays = counted(engine) if compiled else []
+    assert run(engine, random_ids(30)) == want
+    assert replays == [NEW - 1] if compiled else len(sums) == 2 * 4 * NEW
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_two_gpus_equal_one(compiled):
+    asked = [str(ROOT / "generate.py"), "--json", "--squeeze", "--max-new-tokens", "24", "--dtype", "float64"]
+    asked += ["--device", "cuda"] + ["--compile"] * compiled
+    found = []
+    for way in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
+        done = subprocess.run([sys.executable, *way, *asked], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout)["tokens"])
+    assert found[0] == found[1]
