@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, random_ids
 from test_decoder import StandIn
-from test_engine import BOUNDED
+from test_engine import BOUNDED, teacher_forced
 from torch import multiprocessing
 
 import checkpoint
@@ -160,6 +160,34 @@ def test_every_family(case, world, tmp_path):
     compare(
         [world], [(folder, policy, SQUEEZED, "auto") for policy in BOUNDED] + [(folder, "full", {}, "auto")], tmp_path
     )
+
+
+def logits(folders: list[str]) -> list[list]:
+    """Of each model in float32, those of some steps under a policy, fed the same tokens."""
+    found = []
+    for folder in folders:
+        model, _ = checkpoint.load(folder, dtype="float32")
+        engine = Engine(model, "h2o", plan=[9, 14, 11][: model.config.n_layers])
+        found.append(teacher_forced(engine, random_ids(29), random_ids(20, 2)).tolist())
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_float32_is_as_near_as_it_can_be(world, tmp_path):
+    """Sums over ranks add in another order."""
+    folders = []
+    for case in CASES:
+        try:
+            ModelConfig.from_hf(json.loads(json.dumps(case.config))).of_rank(world)
+        except UserError:  # its heads do not divide
+            continue
+        folders.append(folder_of(case, tmp_path))
+    want = logits(folders)
+    for found in ranks(world, logits, folders):
+        for folder, *each in zip(folders, want, found, strict=True):
+            one, other = map(torch.tensor, each)
+            assert (other - one).abs().max() < 1e-4 * one.abs().max(), folder
 
 
 @pytest.mark.slow
