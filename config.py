@@ -25,7 +25,7 @@ ACTIVATIONS = {
     "relu": F.relu,
 }
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "longrope")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "longrope", "yarn")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -118,6 +118,11 @@ FIELDS: dict[str, Kind] = {
     "short_factor": _list(_FACTOR),
     "long_factor": _list(_FACTOR),
     "attention_factor": _FACTOR.or_null,
+    "beta_fast": _FACTOR.or_null,
+    "beta_slow": _FACTOR.or_null,
+    "mscale": _number(0, 1e6).or_null,  # 0, of either, as null: not given
+    "mscale_all_dim": _number(0, 1e6).or_null,
+    "truncate": _YES_NO,
     "no_rope_layers": _list(_one_of((0, 1))).or_null,  # 1: with rotary, by its name the opposite
     "no_rope_layer_interval": _LENGTH,
     # one family's own
@@ -276,7 +281,7 @@ FAMILIES: dict[str, Family] = {
         windows=lambda conf: (
             layer for layer in range(conf["num_hidden_layers"]) if (layer + 1) % conf["sliding_window_pattern"]
         ),
-        ropes=("default", "linear", "dynamic", "llama3"),
+        ropes=("default", "linear", "dynamic", "llama3", "yarn"),
     ),
     "olmo2": Family(
         _LLAMA | dict(vocab_size=50304, rms_norm_eps=1e-5, attention_bias=False),
@@ -540,8 +545,10 @@ def _ropes(
     rotary_dim = int(head_dim * partial)
     if rotary_dim % 2 or rotary_dim == 0:
         raise UserError(f"config.json: the rotary part of a head must be even, not {rotary_dim} of {head_dim}")
-    if local is not None and local.get("partial_rotary_factor", 1) != 1:
-        raise UserError(f"partial_rotary_factor is not supported for {conf['model_type']}; only 1.0 is")
+    if local is not None:  # transformers does not read these there
+        for name, only in (("partial_rotary_factor", 1.0), ("truncate", True)):
+            if any(rope.get(name, only) != only for rope in (given, local)):
+                raise UserError(f"{name} is not supported for {conf['model_type']}; only {only} is")
     return (
         _rope(conf, given, rotary_dim, family),
         None if local is None else _rope(conf, local, rotary_dim, family),
@@ -565,7 +572,7 @@ def _rope(conf: dict[str, Any], given: dict[str, Any], rotary_dim: int, family: 
         rope["factor"] = take("factor")
     if kind == "dynamic" and rotary_dim < 4:
         raise UserError(f"config.json: rope type 'dynamic' must turn at least 4 elements of a head, not {rotary_dim}")
-    if kind in ("llama3", "longrope"):
+    if kind in ("llama3", "longrope", "yarn"):
         name = "original_max_position_embeddings"
         rope[name] = trained = conf.get(name) or take(name, conf["max_position_embeddings"])
         if trained is None:
@@ -577,6 +584,10 @@ def _rope(conf: dict[str, Any], given: dict[str, Any], rotary_dim: int, family: 
             raise UserError(f"config.json: high_freq_factor {high} must be above low_freq_factor {low}")
     if kind == "longrope":
         rope |= _longrope(conf, given, rotary_dim, trained, take)
+    if kind == "yarn":
+        rope |= _yarn(conf, given, trained, take)
+        if rope["rope_theta"] == 1:
+            raise UserError("config.json: rope type 'yarn' needs a rope_theta other than 1")
     return rope
 
 
@@ -594,6 +605,16 @@ def _longrope(
         raise UserError("config.json: original_max_position_embeddings must be at least 2, not 1")
     scale = scale or (math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0)
     return rope | {"attention_factor": scale}
+
+
+def _yarn(conf: dict[str, Any], given: dict[str, Any], trained: int, take: Callable[..., Any]) -> dict[str, Any]:
+    """The bounds between which yarn blends (in turns within `trained` tokens), and what it scales attention with."""
+    factor = conf["max_position_embeddings"] / trained if given.get("factor") is None else take("factor")
+    mscale, everywhere = take("mscale"), take("mscale_all_dim")
+    grown = math.log(max(factor, 1.0)) / 10
+    scale = (1 + mscale * grown) / (1 + everywhere * grown) if mscale and everywhere else 1 + grown
+    rope = {"factor": factor, "attention_factor": take("attention_factor") or scale, "truncate": take("truncate", True)}
+    return rope | {"beta_fast": take("beta_fast") or 32.0, "beta_slow": take("beta_slow") or 1.0}
 
 
 def parameters(c: ModelConfig) -> int:

@@ -107,6 +107,12 @@ ARCHITECTURES = {
         },
     ),
 }
+YARN = {  # fields of config.json -> keys of the header
+    "original_max_position_embeddings": "original_context_length",
+    "beta_fast": "yarn_beta_fast",
+    "beta_slow": "yarn_beta_slow",
+    "mscale_all_dim": "yarn_log_multiplier",
+}
 ROPE = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")  # told in config.json
 NEEDED = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
 WHAT = {str: "a text", int: "an integer", bool: "true or false", list: "a list"}
@@ -288,6 +294,8 @@ def _rope_scaling(header: Header) -> dict[str, Any] | None:
     if (older := header.get("rope.scale_linear")) is not None:
         kind, factor = "linear", older
     scaling = {"rope_type": kind, "factor": factor} if kind != "none" else None
+    if kind == "yarn":
+        scaling |= _yarn(header)
     # Llama 3 has its stretched frequencies in a tensor, by whichever formula they were made: each is divided by its
     # factor, at every length.
     files = ("rope_freqs.weight",) * 2 if header.has("rope_freqs.weight") else ROPE[1:]
@@ -296,6 +304,15 @@ def _rope_scaling(header: Header) -> dict[str, Any] | None:
         scaling = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
         scaling["attention_factor"] = header.get("rope.scaling.attn_factor", 1.0)
     return scaling
+
+
+def _yarn(header: Header) -> dict[str, Any]:
+    given = {name: header.get(f"rope.scaling.{key}") for name, key in YARN.items()}
+    given["mscale"] = 1.0 if given["mscale_all_dim"] else None  # llama.cpp assumes it
+    for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
+        if (value := header.get(f"rope.scaling.{key}", 1.0)) != 1:
+            raise UserError(f"{place(header.path)}: rope.scaling.{key} {shown(value)} is not supported; only 1.0 is")
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _llama(header: Header) -> dict[str, Any]:

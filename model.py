@@ -10,6 +10,7 @@ What a block's tokens attend to is an argument, never a member: each other (`Cau
 (prefill.py), or a layer's slots (`Slots`).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -94,7 +95,8 @@ def rotary_frequencies(
     config: ModelConfig, rope: dict[str, Any], length: int, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Inverse frequencies [R / 2] in fp32, fp64 if `dtype` is that. linear: arXiv 2306.15595; longrope: arXiv
-    2402.13753; dynamic NTK and llama3 as published with the models. Only dynamic NTK and longrope depend on the length.
+    2402.13753; yarn: arXiv 2309.00071; dynamic NTK and llama3 as published with the models. Only dynamic NTK and
+    longrope depend on the length.
     """
     dim = 0 if config.position_offset is not None else config.rotary_dim or config.head_dim
     wide = torch.promote_types(dtype, torch.float32)
@@ -111,6 +113,15 @@ def rotary_frequencies(
         turns = rope["original_max_position_embeddings"] * frequencies / (2 * torch.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         return frequencies * (keep + (1 - keep) / factor)
+    if kind == "yarn":  # the same, but blended over the elements of a head, evenly between two of them
+        trained, fast, slow = rope["original_max_position_embeddings"], rope["beta_fast"], rope["beta_slow"]
+        first, last = (dim * math.log(trained / (2 * math.pi * turns)) / (2 * math.log(base)) for turns in (fast, slow))
+        if rope["truncate"]:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, dim - 1)
+        steps = torch.arange(dim // 2, device=device, dtype=wide)
+        stretched = ((steps - first) / (last - first or 1e-3)).clamp(0, 1)
+        return frequencies * (1 - stretched + stretched / factor)
     if kind == "longrope":
         factors = rope["long_factor" if length > rope["original_max_position_embeddings"] else "short_factor"]
         return frequencies / torch.tensor(factors, device=device, dtype=wide)
@@ -228,7 +239,7 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
         self.window, self.softcap = window, config.attention_softcap
         self.scale = config.attention_scale or config.head_dim**-0.5
-        self.rope_scale = config.rope.get("attention_factor", 1.0) if config.rope["rope_type"] == "longrope" else 1.0
+        self.rope_scale = config.rope.get("attention_factor", 1.0)
         self.q_size, self.kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.wqkv = Linear(config.dim, self.q_size + 2 * self.kv_size, bias=config.qkv_bias)
         self.wo = Linear(self.q_size, config.dim, bias=config.output_bias)

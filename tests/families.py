@@ -79,6 +79,14 @@ LONGROPE = {  # Phi-4-mini's form: with partial rotary, of a head of 8 (or 16) 6
     "short_factor": [1.0, 1.1, 1.3],
     "long_factor": [1.2, 2.5, 6.0],
 }
+YARN = {  # of 4 frequencies one is kept, one stretched, two are blended; factor 4 by the length of 32
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "beta_fast": 4.0,
+    "beta_slow": 0.5,
+    "original_max_position_embeddings": 32,
+}
 GEMMA = dict(branch="post_attention_layernorm", num_hidden_layers=3, head_dim=10, tie_word_embeddings=True)
 GEMMA |= dict(query_pre_attn_scalar=7, sliding_window=20, pad_token_id=None)
 GEMMA3_ROPE = {
@@ -115,9 +123,16 @@ CASES = [
         sliding_window=9,
         layer_types=["sliding_attention", "full_attention"],
     ),
+    case("qwen3-yarn", older=True, rope=YARN, head_dim=16),
     case("gpt_neox", **NEOX, rope={"partial_rotary_factor": 0.25}),
     case("gpt_neox-sequential", **NEOX, use_parallel_residual=False, rope={"partial_rotary_factor": 0.5}),
     case("gpt_neox-no-bias", **NEOX, attention_bias=False, hidden_act="gelu_fast", tie_word_embeddings=True),
+    case(
+        "gpt_neox-yarn",
+        **NEOX,
+        hidden_size=96,
+        rope=YARN | {"partial_rotary_factor": 0.5, "truncate": False, "mscale": 0.707, "mscale_all_dim": 0.3},
+    ),
     case("falcon", **FALCON, multi_query=True),
     case("falcon-grouped", **FALCON, new_decoder_architecture=True, num_kv_heads=2, ffn_hidden_size=88),
     case("falcon-one-norm", **FALCON, new_decoder_architecture=True, num_kv_heads=3, num_ln_in_parallel_attn=1),

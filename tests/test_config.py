@@ -4,6 +4,7 @@ The oracle reads a `transformers` config as that family's modeling code does, an
 frequencies (`meaning`); ours are those of `ModelConfig` (`our_meaning`).
 """
 
+import itertools
 import json
 import logging
 import math
@@ -31,6 +32,7 @@ NAMES = sorted(
 ROPE_NAMES = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor")
 ROPE_NAMES += ("high_freq_factor", "short_factor", "long_factor", "attention_factor")
 ROPE_NAMES += ("original_max_position_embeddings", "full_attention", "sliding_attention", "unknown")
+YARN_NAMES = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 
 
 class Nothing(Exception):
@@ -263,7 +265,7 @@ ODD += ["y" * 5000, [], [1], [None], ["full_attention", "sliding_attention"], [0
 ODD += [[[]], {}, {"a": 1}, {"rope_type": "linear", "factor": 2.0}, {"full_attention": {"rope_theta": 5.0}}]
 ODD += [{"type": "linear", "factor": 3}, {"full_attention": None}, {"rope_type": ["linear"]}, {"rope_type": None}]
 ODD_SHORT = (None, True, 0, 2, -1, 10**19, 0.5, float("nan"), "2", "bfloat16", [1], {})
-ROPES = [families.LINEAR, families.DYNAMIC, families.LLAMA3, families.LONGROPE]
+ROPES = [families.LINEAR, families.DYNAMIC, families.LLAMA3, families.LONGROPE, families.YARN]
 
 
 def grid(family: str, values) -> list[tuple[str, Any, dict[str, Any]]]:
@@ -271,9 +273,10 @@ def grid(family: str, values) -> list[tuple[str, Any, dict[str, Any]]]:
     case = next(case for case in families.CASES if case.config["model_type"] == family)
     found = [(name, value, case.config | {name: value}) for name in NAMES for value in values]
     for rope in [{}, *ROPES]:
-        for name in ROPE_NAMES:
-            for value in values:
-                for place in ("rope_parameters", "rope_scaling"):
+        for name in ROPE_NAMES + (YARN_NAMES if rope is families.YARN else ()):
+            for number, value in enumerate(values):
+                places = ("rope_parameters", "rope_scaling")
+                for place in (places[number % 2],) if values is ODD_SHORT else places:
                     changed = {"rope_theta": 50.0} | rope | {name: value}
                     if family == "gemma3_text" and place == "rope_parameters":
                         changed = {"full_attention": changed, "sliding_attention": changed}
@@ -297,6 +300,26 @@ def test_odd_values(family: str, values, record_property):
     print(family, dict(outcomes))
     assert not faults, "\n".join(faults[:30]) + f"\n{len(faults)} in all"
     assert min(outcomes["line"], outcomes["same"]) > 50
+
+
+def test_yarn_over_a_grid():
+    """Frequencies and scale of every branch: lengths, bounds, mscale pairs, a given scale, part of a head."""
+    names = ("factor", "original_max_position_embeddings", "beta_fast", "truncate", "mscale", "attention_factor")
+    values = [(None, 0.5, 1.0, 4, 40.0), (None, 7, 32768), (None, 8, 32), (None, False), (None, 0.7), (None, 1.3)]
+    seen = set()
+    for number, chosen in enumerate(list(itertools.product(*values))[::3]):
+        given = {name: value for name, value in zip(names, chosen, strict=True) if value is not None}
+        given |= {"rope_type": "yarn", "rope_theta": (10.0, 1e4, 1e6)[number % 3], "factor": chosen[0]}
+        given |= {"mscale_all_dim": (0, 1.0, 0.4)[number % 5 % 3]} if number % 5 < 3 else {}
+        given |= {"beta_slow": 2.0} if number % 2 else {}
+        for family, partial in (("qwen3", 1.0), ("gpt_neox", 0.25)):
+            raw = {"model_type": family, "max_position_embeddings": 2048, "hidden_size": 256, "num_key_value_heads": 4}
+            raw |= {"num_attention_heads": 4, "rope_scaling": given | {"partial_rotary_factor": partial}}
+            raw |= {"head_dim": 64} if family == "qwen3" else {}
+            ours, theirs = ModelConfig.from_hf(raw), their_config(raw)
+            assert not differences(ours, theirs), given
+            seen.add(tuple(rotary_frequencies(ours, ours.rope, 1, torch.float32)[2:].tolist()))
+    assert len(seen) > 50
 
 
 def test_every_field_has_a_kind():

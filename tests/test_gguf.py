@@ -37,12 +37,13 @@ CASES = {
         *(
             families.BY_NAME[name]
             for name in """llama-gqa llama-tied llama-biases llama-head-dim llama-linear llama-llama3 mistral-no-window
-            qwen2-older qwen3 qwen3-biases gpt_neox gpt_neox-sequential falcon falcon-grouped falcon-one-norm phi3
-            phi3-short phi3-long mixtral granite olmo2 olmo2-biases""".split()
+            qwen2-older qwen3 qwen3-biases qwen3-yarn gpt_neox gpt_neox-sequential falcon falcon-grouped falcon-one-norm
+            phi3 phi3-short phi3-long mixtral granite olmo2 olmo2-biases""".split()
         ),
         families.case(
             "smollm3", num_hidden_layers=5, no_rope_layer_interval=4, pad_token_id=None, tie_word_embeddings=True
         ),
+        families.case("llama-yarn", rope=families.YARN | {"mscale": 1.0, "mscale_all_dim": 0.4}),
         families.case("llama-eps", rms_norm_eps=1e-2),
         families.case("falcon-eps", **families.FALCON, multi_query=True, bias=True, layer_norm_epsilon=1e-2),
         families.case("gpt_neox-eps", **families.NEOX, layer_norm_eps=1e-2, rope={"partial_rotary_factor": 0.5}),
@@ -156,6 +157,12 @@ def metadata_of(config: dict[str, Any], arch: str) -> dict[str, Any]:
     kind = rope.get("rope_type") or older.get("rope_type", "default")
     if kind == "linear":
         metadata |= {"ARCH.rope.scaling.type": "linear", "ARCH.rope.scaling.factor": float(rope["factor"])}
+    if kind == "yarn":
+        rope = older or rope
+        names = {"factor": "factor", "original_max_position_embeddings": "original_context_length"}
+        names |= {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow", "mscale_all_dim": "yarn_log_multiplier"}
+        metadata |= {"ARCH.rope.scaling.type": "yarn"}
+        metadata |= {f"ARCH.rope.scaling.{key}": rope[name] for name, key in names.items() if name in rope}
     if arch == "phi3":
         original = config.get("original_max_position_embeddings", 4096)
         metadata |= {"ARCH.attention.sliding_window": config.get("sliding_window") or 0}
@@ -517,7 +524,10 @@ def everything(path: Path) -> None:
         "list": ({"ARCH.feed_forward_length": [88, 88]}, ["intermediate_size"]),
         "shape": ({"ARCH.attention.head_count_kv": 3}, ["blk.0.attn_k.weight", "3 heads"]),
         "values": ({"ARCH.attention.value_length": 4}, ["keys and values"]),
-        "yarn": ({"ARCH.rope.scaling.type": "yarn", "ARCH.rope.scaling.factor": 4.0}, ["'yarn'"]),
+        "yarn": (
+            {"ARCH.rope.scaling.type": "yarn", "ARCH.rope.scaling.factor": 4.0, "ARCH.rope.scaling.attn_factor": 1.5},
+            ["rope.scaling.attn_factor 1.5", "only 1.0"],
+        ),
         "rotary": ({"ARCH.rope.dimension_count": 4}, ["partial_rotary_factor 0.5"]),
         "kind": ({"tokenizer.ggml.model": "rwkv"}, ["'rwkv'", "gpt2 and llama"]),
         "pre": ({"tokenizer.ggml.pre": "viking"}, ["'viking'", "smollm", "llama-bpe"]),
