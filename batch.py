@@ -199,7 +199,7 @@ class Job:
         if most is not None and line.length > most:
             before = f"{line.seen} earlier + " * bool(line.seen)
             raise UserError(f"{before}{prompt} prompt + {new} new tokens exceed max-length {most}")
-        if line.length > self.sizing.config.max_positions:  # it must not make the cache of all too large
+        if line.length > self.sizing.config.reach:  # it must not make the cache of all too large
             Needs.of(self.sizing, line.length, prompt, apart=True).check(1, self.limit)
 
     def requests(self, survey: Survey) -> Iterator[Line]:

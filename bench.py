@@ -145,7 +145,7 @@ def chosen(args: argparse.Namespace) -> list[tuple[str, Sizes]]:
     given = {key: value for key, value in vars(args).items() if key in Sizes._fields and key != "shape" and value}
     jobs = [(stage, sizes._replace(**given)) for stage, sizes in jobs]
     for _, sizes in jobs:
-        limit = ModelConfig.from_hf(published(sizes.shape)).max_positions
+        limit = ModelConfig.from_hf(published(sizes.shape)).reach
         if sizes.prompt + sizes.new > limit:
             job = f"{sizes.prompt} prompt + {sizes.new} new tokens exceed the {limit} positions of {cut(sizes.shape)}"
             raise UserError(f"{job}; shorten them")

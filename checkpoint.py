@@ -279,6 +279,7 @@ def report(
     packed += f", {dequantized} dequantized as they are read" if dequantized else ""
     lines = {
         "family": f"{config.model_type}, {config.n_layers} layers{windows}",
+        "reach": f"{config.reach:,} positions{_extended(config)}",
         "tensors": f"{len(found)} in {len({tensor.file for tensor in found.values()})} file(s){packed}, all match",
         "weights": f"{count:,} parameters, {size / 2**30:.2f} GiB in {kinds}",
         "cache": f"{token * config.n_layers:,} bytes per token; {tokens} tokens {full / 2**30:.3f} GiB full, "
@@ -287,6 +288,11 @@ def report(
         f"{left // max(squeezed, 1):,} squeezed (activations not counted)",
     }
     return "\n".join(f"{name:8} {text}" for name, text in lines.items())
+
+
+def _extended(config: ModelConfig) -> str:
+    kind, trained = config.rope["rope_type"], config.rope.get("original_max_position_embeddings", config.max_positions)
+    return f" ({trained:,} extended by rope type {kind})" if trained < config.reach else ""
 
 
 class Held(NamedTuple):

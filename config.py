@@ -390,6 +390,18 @@ class ModelConfig:
         return replace(self, **own, attention_scale=scale) if world > 1 else self
 
     @property
+    def reach(self) -> int:
+        """The most positions that the model is made for. A scaled rotary's are more than max_positions where that is
+        the length before the scaling; with yarn both lengths may be told, and of two kinds of rotary one is not scaled.
+        """
+        stretched = self.max_positions
+        if self.rope["rope_type"] == "yarn":
+            stretched = self.rope["original_max_position_embeddings"] * self.rope["factor"]
+        elif self.rope["rope_type"] in ("linear", "dynamic") and self.local_rope is None:
+            stretched *= self.rope["factor"]
+        return max(self.max_positions, min(int(stretched), 2**31 - 1))
+
+    @property
     def rope_by_length(self) -> bool:
         """Whether the rotary frequencies of a request depend on how long it is."""
         ropes = (self.rope, self.local_rope or self.rope)

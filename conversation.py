@@ -42,7 +42,7 @@ class Conversation:
         request = Request([*unfed, *integers(ids, "prompt ids")], max_new_tokens, self.sampling, eos_ids, stop)
         self.engine.sizing.check(request.ids, request.max_new_tokens, self.seen)
         if self.batch is None:
-            self.batch = Batch(self.engine, 1, self.engine.model.config.max_positions, [self.sampling], endless=True)
+            self.batch = Batch(self.engine, 1, self.engine.model.config.reach, [self.sampling], endless=True)
         if before:
             before.close()
         completion, ended = Completion(request), ExitStack()

@@ -138,7 +138,7 @@ def run_cells(args: argparse.Namespace) -> int:
     from evaluation import pictures
 
     model, config = checkpoint.load(folder, parallel.device(args.device), args.dtype, args.weights)
-    tasks = make_tasks(args, folder, tokenizer, config.max_positions)
+    tasks = make_tasks(args, folder, tokenizer, config.reach)
     check_all(model, tasks, cells, args.batch)
     beside = {"beside": summary.beside(args.beside, tasks)} if args.beside else {}
     record = {**origin(args.device), "settings": settings(args, folder)}

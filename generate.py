@@ -120,6 +120,11 @@ def on_threads(args: argparse.Namespace) -> list[str]:
     return [f"threads  {torch.get_num_threads()}: {'; '.join(why)} (--threads sets it)"] if why else []
 
 
+def warn(line: str | None) -> None:
+    if line:
+        print(f"generate.py: {line}", file=sys.stderr)
+
+
 # ---- one prompt
 
 
@@ -128,6 +133,7 @@ def answer_prompt(asked: Asked) -> int:
     about, keep = asked.about, None if args.save_cache is None else "prompt"
     seen = about.seen if about else 0
     asked.sizing.check(ids, args.max_new_tokens, seen, ready=about is not None)
+    warn(asked.sizing.beyond(seen + len(ids) + args.max_new_tokens))
     with asked.engine_for(seen + len(ids) + args.max_new_tokens) as engine:
         past = PromptCache.load(args.load_cache, engine) if about else None
         how = (asked.sampling, args.max_new_tokens, asked.eos_ids, text.ends, past, keep)
@@ -206,10 +212,10 @@ def follow(stream: Stream, text: TextStream, echo: bool) -> Completion:
 
 def interact(asked: Asked) -> int:
     """A turn a line until the input ends. Text goes to standard output, and what it cost to standard error."""
-    code = 0
+    code, beyond = 0, None
     for line in on_threads(asked.args):
         print(line, file=sys.stderr)
-    with asked.engine_for(asked.sizing.config.max_positions) as engine:
+    with asked.engine_for(asked.sizing.config.reach) as engine:
         conversation = Conversation(engine, asked.sampling)
         for turn, said in enumerate(parallel.heard(lines(asked.args)), 1):
             try:
@@ -223,6 +229,8 @@ def interact(asked: Asked) -> int:
                     f"{in_bytes(figures.kv_bytes_full)} in full; {figures.decode_tokens_per_s:,.1f} tokens/s]",
                     file=sys.stderr,
                 )
+                if not beyond:
+                    warn(beyond := asked.sizing.beyond(conversation.seen))
     return code
 
 
@@ -307,6 +315,7 @@ def run_job(asked: Asked) -> int:
     share = 1 if args.max_memory is not None else machine.SHARE
     rows = args.batch_size or job.state.get("batch_size") or needs.rows(len(survey.ids), int(share * limit))
     needs.check(rows, limit)
+    warn(sizing.beyond(length))
     way = f"--resume goes on with what {place(args.output)} holds"
     with exclusive(job.output) if parallel.shard().rank == 0 else nullcontext() as file:
         done = parallel.agreed(job.begin(survey, file) if file else None)

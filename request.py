@@ -166,7 +166,7 @@ def longest(config: ModelConfig, endless: bool) -> tuple[int, str]:
 
     endless: a sequence may be longer than the model's positions.
     """
-    positions, learned = config.max_positions, config.position_offset is not None
+    positions, learned = config.reach, config.position_offset is not None
     if endless:
         most = max(positions, MOST_TOKENS)
         return most, f"the {most} that one request may have; shorten them"

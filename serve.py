@@ -120,7 +120,7 @@ class Serving(Setup):
                     raise UserError(f"--cache-dir {place(args.cache_dir)} is no folder; make it first")
             check_folder(Path(args.cache_dir), "--cache-dir")
         self.template = None if self.tokenizer is tokenizers.NONE else chat.load(self.folder, self.tokenizer)
-        self.max_length = args.max_length or min(self.sizing.config.max_positions, LENGTH)
+        self.max_length = args.max_length or min(self.sizing.config.reach, LENGTH)
         self.lanes = self._lanes() if args.page else {}
         self.needs = self._needs()
         most = ROWS.get(self.device.type, 64)
@@ -206,6 +206,8 @@ def listen(asked: Serving, server: "Server", worker: "Worker") -> None:
         host = f"[{args.host}]" if ":" in args.host else args.host
         plan = f"plan from {worker.source}: {worker.plan}" if worker.plan else "plan from the first request"
         own = f"{asked.rows} row{'s'[: asked.rows > 1]} of {asked.max_length} tokens, {plan}"
+        if beyond := asked.sizing.beyond(asked.max_length):
+            print(f"serve.py: {beyond}", file=sys.stderr)
         print(f"{asked.model_name} on http://{host}:{socket.getsockname()[1]}, {own}", flush=True)
         Listener(server, socket).serve_until_told()
         worker.stop()

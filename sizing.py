@@ -125,6 +125,17 @@ class Sizing:
         if why := self.refusal(ids, new, seen, ready):
             raise UserError(why)
 
+    def beyond(self, length: int) -> str | None:
+        """What to say of a sequence of so many tokens, in one line, if they are more than the model is made for.
+
+        A policy that keeps the latest ones can go on for ever: rotary attention knows only how far they lie apart.
+        """
+        latest = type(self.policy).score_prompt is TokenPolicy.score_prompt
+        if length <= self.config.reach or latest:
+            return None
+        made = f"the {self.config.reach} positions that the model is made for"
+        return f"{length} tokens are more than {made}; beyond them it may answer worse (streaming goes on without end)"
+
     def at(self, length: int, endless: bool = False) -> Sizes:
         """All that follows from the length; a conversation's cache is made for one length and goes on beyond.
 

@@ -30,7 +30,7 @@ class EngineLM(TemplateLM):
     ):
         super().__init__()
         self.model, self.tokenizer, self.eos_ids, self.cell, self.size = model, tokenizer, eos_ids, cell, size
-        self.limit, self.compile = model.config.max_positions, compile
+        self.limit, self.compile = model.config.reach, compile
 
     @property
     def eot_token_id(self) -> int:

@@ -199,6 +199,15 @@ def test_one_line_that_asks_for_too_much(capsys, tmp_path, how):
     assert err.count("\n") == 2 and err.count("positions" if not how else "exceed the 1048576") == 2
 
 
+def test_a_job_beyond_the_positions_is_told_once(capsys, tmp_path):
+    (tmp_path / "in").write_text('{"prompt_ids": [5]}\n{"prompt_ids": [5, 6]}\n')
+    for policy in ("h2o", "streaming"):
+        paths = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / f"out-{policy}"), "--max-new-tokens", "3"]
+        assert generate.main([*paths, "--policy", policy, "--budget", "32", "--max-length", "2049", "--json"]) == 0
+        err = capsys.readouterr().err
+        assert err.count("2049 tokens are more than the 2048 positions") == err.count("\n") == (policy == "h2o")
+
+
 @pytest.mark.parametrize("policy", token_policies.TOKEN_POLICIES)
 @pytest.mark.parametrize("form", [{}, dict(sliding_window=16, windowed=(0, 2))], ids=["plain", "windows"])
 def test_a_plan_longer_than_the_sequence(policy, form):

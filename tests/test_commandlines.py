@@ -312,7 +312,7 @@ INPUTS = {
 
 @pytest.mark.parametrize("program", INPUTS)
 def test_inputs_that_never_end_are_refused(capsys, monkeypatch, unloaded, program):
-    monkeypatch.setattr(evaluate.checkpoint, "load", lambda *_: (None, SimpleNamespace(max_positions=2048)))
+    monkeypatch.setattr(evaluate.checkpoint, "load", lambda *_: (None, SimpleNamespace(reach=2048)))
     for args in INPUTS[program]:
         for place in ("/dev/zero", "/dev/urandom", "/dev/full"):
             assert refusal(capsys, program, *args, place) is not None, args

@@ -212,10 +212,10 @@ def test_a_turn_that_breaks_off_while_it_is_read(model, monkeypatch):
 def test_a_conversation_turns_by_the_position_limit(rope):
     """However short its first turn is."""
     model = random_model(rope=rope, max_positions=48)
-    conversation = Conversation(Engine(model))
+    conversation, most = Conversation(Engine(model)), model.config.reach
     [token] = say(conversation, TURNS[1], 1)
-    want = begun(Engine(model), [Request(TURNS[1], 1)], 48, endless=True).decoder.tokens
-    prompts = Prompts.of(model, [TURNS[1]], [48])
-    logits, _ = finished(read(model, prompts, conversation.engine.sizing.policies(48), lambda *_: None))
+    want = begun(Engine(model), [Request(TURNS[1], 1)], most, endless=True).decoder.tokens
+    prompts = Prompts.of(model, [TURNS[1]], [most])
+    logits, _ = finished(read(model, prompts, conversation.engine.sizing.policies(most), lambda *_: None))
     assert token == want.item() == logits.argmax().item()
-    assert torch.equal(conversation.batch.decoder.rotary[0].flatten(), model.rotary(48)[0])
+    assert torch.equal(conversation.batch.decoder.rotary[0].flatten(), model.rotary(most)[0])
