@@ -137,6 +137,7 @@ WEIGHTS: dict[str, Callable[[ModelConfig], dict[str, list[str]]]] = {
     "gemma2": lambda config: POST_NORMS,
     "gemma3_text": lambda config: POST_NORMS,
     "olmo2": lambda config: POST_NORMS,
+    "olmo3": lambda config: POST_NORMS,
     "gpt_neox": lambda config: NEOX,
     "falcon": lambda config: FALCON_TWO_NORMS if config.parallel and not config.shared_norm else FALCON,
     "opt": lambda config: OPT,

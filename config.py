@@ -153,7 +153,7 @@ ONLY = {
     "_remove_final_layer_norm": False,
     "use_bidirectional_attention": False,
 }
-ALTERNATING = ("gemma2", "gemma3_text")  # never without a window
+ALTERNATING = ("gemma2", "gemma3_text", "olmo3")  # never without a window
 PARTIAL = ("gpt_neox", "phi3")  # those of whose heads a part may be turned
 
 
@@ -170,6 +170,7 @@ class Family(NamedTuple):
 _HEADS = dict(num_key_value_heads=None, head_dim=None)
 _ROPE = dict(rope_theta=1e4, partial_rotary_factor=1.0, rope_parameters=None, rope_scaling=None)
 _ROPE |= dict(original_max_position_embeddings=None)
+_EACH_LAYER = ("default", "linear", "dynamic", "llama3", "yarn")  # where layers with a window have their own
 _BIASES = dict(attention_bias=False, mlp_bias=False)
 _LLAMA: dict[str, Any] = dict(
     vocab_size=32000,
@@ -273,7 +274,7 @@ FAMILIES: dict[str, Family] = {
         windows=lambda conf: range(0, conf["num_hidden_layers"], 2),
     ),
     "gemma3_text": Family(
-        _GEMMA
+        {name: value for name, value in _GEMMA.items() if name != "original_max_position_embeddings"}
         | dict(vocab_size=262208, max_position_embeddings=131072, rope_theta=1e6, rope_local_base_freq=1e4)
         | dict(attn_logit_softcapping=None, final_logit_softcapping=None, sliding_window_pattern=6),
         lambda conf: _gemma(conf) | dict(attention_softcap=conf["attn_logit_softcapping"], qk_norm="head"),
@@ -281,11 +282,20 @@ FAMILIES: dict[str, Family] = {
         windows=lambda conf: (
             layer for layer in range(conf["num_hidden_layers"]) if (layer + 1) % conf["sliding_window_pattern"]
         ),
-        ropes=("default", "linear", "dynamic", "llama3", "yarn"),
+        ropes=_EACH_LAYER,
     ),
     "olmo2": Family(
         _LLAMA | dict(vocab_size=50304, rms_norm_eps=1e-5, attention_bias=False),
         lambda conf: dict(pre_norms=False, post_norms=True, qk_norm="projection"),
+    ),
+    "olmo3": Family(
+        {name: value for name, value in _LLAMA.items() if name != "original_max_position_embeddings"}
+        | dict(vocab_size=50304, rms_norm_eps=1e-5, attention_bias=False, sliding_window=4096, layer_types=None)
+        | dict(rope_theta=5e5, rope_local_base_freq=5e5),
+        lambda conf: dict(pre_norms=False, post_norms=True, qk_norm="projection"),
+        names={"rope_local_base_freq": ()},
+        windows=lambda conf: (layer for layer in range(conf["num_hidden_layers"]) if (layer + 1) % 4),
+        ropes=_EACH_LAYER,
     ),
     "gpt_neox": Family(
         {name: value for name, value in _LLAMA.items() if name not in _HEADS}
@@ -377,6 +387,9 @@ class ModelConfig:
     def window(self, layer: int) -> int | None:
         """How many tokens, itself included, a token of `layer` may attend to; None: all before it."""
         return self.sliding_window if layer in self.windowed else None
+
+    def rope_of(self, layer: int) -> dict[str, Any]:
+        return self.local_rope if self.local_rope and layer in self.windowed else self.rope
 
     def of_rank(self, world: int) -> "ModelConfig":
         """What one of `world` ranks has of it. UserError where heads or columns do not divide by them."""

@@ -89,6 +89,7 @@ ARCHITECTURES = {
         more=lambda header: _gemma(header, 62, 6) | {"rope_local_base_freq": header.get("rope.freq_base_swa", 1e4)},
     ),
     "olmo2": Architecture("olmo2", more=lambda header: {"attention_bias": header.has("blk.0.attn_q.bias")}),
+    "olmo2 with windows": Architecture("olmo3", more=lambda header: _olmo3(header)),
     "falcon": Architecture("falcon", FUSED, words=FALCON_WORDS, more=lambda header: _falcon(header)),
     "falcon with two norms": Architecture(
         "falcon", FALCON_TWO_NORMS, words=FALCON_WORDS, more=lambda header: _falcon(header)
@@ -113,6 +114,7 @@ YARN = {  # fields of config.json -> keys of the header
     "beta_slow": "yarn_beta_slow",
     "mscale_all_dim": "yarn_log_multiplier",
 }
+PATTERN = "attention.sliding_window_pattern"
 ROPE = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")  # told in config.json
 NEEDED = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
 WHAT = {str: "a text", int: "an integer", bool: "true or false", list: "a list"}
@@ -182,6 +184,8 @@ class Header(NamedTuple):
             name = "mixtral"
         if name == "falcon" and self.has("blk.0.attn_norm_2.weight"):
             name = "falcon with two norms"
+        if name == "olmo2" and self.get("attention.sliding_window"):
+            name = "olmo2 with windows"
         if not isinstance(name, str) or name not in ARCHITECTURES:
             known = ", ".join(sorted(name for name in ARCHITECTURES if name != "mixtral" and " " not in name))
             raise UserError(f"{place(self.path)}: GGUF architecture {shown(name)} is not supported; supported: {known}")
@@ -351,12 +355,25 @@ def _gemma(header: Header, layers_of_27b: int, period: int) -> dict[str, Any]:
         "attn_logit_softcapping": header.get("attn_logit_softcapping"),
         "final_logit_softcapping": header.get("final_logit_softcapping"),
     }
-    pattern = header.get("attention.sliding_window_pattern", period)
-    if isinstance(pattern, list):
-        return fields | {
-            "layer_types": [("full_attention", "sliding_attention")[bool(windowed)] for windowed in pattern]
-        }
-    return fields | {"sliding_window_pattern": pattern}
+    return fields | (_layer_types(header) or {"sliding_window_pattern": header.get(PATTERN, period)})
+
+
+def _layer_types(header: Header) -> dict[str, Any]:
+    pattern = header.get(PATTERN)
+    if not isinstance(pattern, list):
+        return {}
+    return {"layer_types": [("full_attention", "sliding_attention")[bool(windowed)] for windowed in pattern]}
+
+
+def _olmo3(header: Header) -> dict[str, Any]:
+    """Layers with a window turn without scaling."""
+    theta = header.get("rope.freq_base", 10000.0)
+    ropes = {"full_attention": theta, "sliding_attention": header.get("rope.freq_base_swa", theta)}
+    return _layer_types(header) | {
+        "attention_bias": header.has("blk.0.attn_q.bias"),
+        "sliding_window": header.get("attention.sliding_window"),
+        "rope_parameters": {kind: {"rope_theta": value} for kind, value in ropes.items()},
+    }
 
 
 def _falcon(header: Header) -> dict[str, Any]:

@@ -137,7 +137,7 @@ class Block(nn.Module):
         self.residual_scale = config.residual_scale
         pre, post = config.pre_norms, config.post_norms
         self.attention_norm = make_norm(config) if pre else nn.Identity()
-        self.attention = Attention(config, config.window(layer))
+        self.attention = Attention(config, layer)
         self.post_attention_norm = make_norm(config) if post else nn.Identity()
         self.ffn_norm = make_norm(config) if pre and not config.shared_norm else nn.Identity()
         self.feed_forward = Experts(config) if config.experts else FeedForward(config)
@@ -234,12 +234,12 @@ class Chunk(Slots):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, window: int | None):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
-        self.window, self.softcap = window, config.attention_softcap
+        self.window, self.softcap = config.window(layer), config.attention_softcap
         self.scale = config.attention_scale or config.head_dim**-0.5
-        self.rope_scale = config.rope.get("attention_factor", 1.0)
+        self.rope_scale = config.rope_of(layer).get("attention_factor", 1.0)
         self.q_size, self.kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.wqkv = Linear(config.dim, self.q_size + 2 * self.kv_size, bias=config.qkv_bias)
         self.wo = Linear(self.q_size, config.dim, bias=config.output_bias)

@@ -58,7 +58,7 @@ def their_rotary(config) -> dict[str, Any]:
     if config.model_type == "gpt_neox" and hasattr(config, "head_dim"):  # its frequencies read it, its attention not
         raise Nothing
     rotary = next(value for name, value in vars(module).items() if name.endswith("RotaryEmbedding"))(config)
-    kinds = sorted(set(config.layer_types)) if config.model_type == "gemma3_text" else [None]
+    kinds = sorted(set(config.layer_types)) if config.model_type in ("gemma3_text", "olmo3") else [None]
     for kind in kinds:
         given = config.rope_parameters if kind is None else config.rope_parameters[kind]
         if not 0 < given.get("partial_rotary_factor", 1) <= 1:  # as above
@@ -77,7 +77,7 @@ def their_rotary(config) -> dict[str, Any]:
 def their_windows(c) -> list[int | None]:
     if c.model_type in ("mistral", "mixtral", "phi3"):
         return [c.sliding_window] * c.num_hidden_layers
-    if c.model_type not in ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text"):
+    if c.model_type not in ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "olmo3"):
         return [None] * c.num_hidden_layers
     if "sliding_attention" in c.layer_types and c.sliding_window is None:
         raise Nothing
@@ -278,7 +278,7 @@ def grid(family: str, values) -> list[tuple[str, Any, dict[str, Any]]]:
                 places = ("rope_parameters", "rope_scaling")
                 for place in (places[number % 2],) if values is ODD_SHORT else places:
                     changed = {"rope_theta": 50.0} | rope | {name: value}
-                    if family == "gemma3_text" and place == "rope_parameters":
+                    if family in ("gemma3_text", "olmo3") and place == "rope_parameters":
                         changed = {"full_attention": changed, "sliding_attention": changed}
                     found.append((f"{place}.{name}", value, case.config | {place: changed}))
     return found

@@ -441,7 +441,7 @@ def test_published_configs(name: str):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["streaming", "h2o"])
-@pytest.mark.parametrize("name", ["falcon", "mixtral", "opt", "gemma3_text"])
+@pytest.mark.parametrize("name", ["falcon", "mixtral", "opt", "gemma3_text", "olmo3"])
 def test_compiled_decoding(name: str, policy: str, folder):
     """Equals eager, without a graph break (fullgraph); once layers at all kinds of places have been seen nothing
     compiles any more, whatever the plan."""

@@ -38,7 +38,7 @@ CASES = {
             families.BY_NAME[name]
             for name in """llama-gqa llama-tied llama-biases llama-head-dim llama-linear llama-llama3 mistral-no-window
             qwen2-older qwen3 qwen3-biases qwen3-yarn gpt_neox gpt_neox-sequential falcon falcon-grouped falcon-one-norm
-            phi3 phi3-short phi3-long mixtral granite olmo2 olmo2-biases""".split()
+            phi3 phi3-short phi3-long mixtral granite olmo2 olmo2-biases olmo3""".split()
         ),
         families.case(
             "smollm3", num_hidden_layers=5, no_rope_layer_interval=4, pad_token_id=None, tie_word_embeddings=True
@@ -68,6 +68,7 @@ USUAL = {
     ]
 }
 ARCHITECTURE = {"mistral": "llama", "mixtral": "llama", "gpt_neox": "gptneox", "gemma3_text": "gemma3"}
+ARCHITECTURE |= {"olmo3": "olmo2"}
 TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>assistant:"
 
 
@@ -148,9 +149,9 @@ def metadata_of(config: dict[str, Any], arch: str) -> dict[str, Any]:
     }
     if "head_dim" in config:
         metadata |= {"ARCH.attention.key_length": dim, "ARCH.attention.value_length": dim}
-    if arch in ("gemma2", "gemma3"):
+    if arch in ("gemma2", "gemma3") or config["model_type"] == "olmo3":
         metadata |= {"ARCH.attention.sliding_window": config["sliding_window"]}
-    if arch == "gemma3":
+    if arch == "gemma3" or config["model_type"] == "olmo3":
         windows = [kind == "sliding_attention" for kind in config["layer_types"]]
         metadata |= {"ARCH.attention.sliding_window_pattern": windows}
         metadata |= {"ARCH.rope.freq_base_swa": config["rope_parameters"]["sliding_attention"]["rope_theta"]}

@@ -147,6 +147,31 @@ PUBLISHED = {
     ),
     "granite 3": granite(),
     "olmo 2": llama3(model_type="olmo2", rope_theta=500000, rms_norm_eps=1e-06),
+    "olmo 3": llama3(
+        model_type="olmo3",
+        rope_theta=500000,
+        rms_norm_eps=1e-06,
+        max_position_embeddings=65536,
+        sliding_window=4096,
+        num_key_value_heads=32,
+        layer_types=(["sliding_attention"] * 3 + ["full_attention"]) * 8,
+        rope_scaling=dict(attention_factor=1.2079441541679836, beta_fast=32, beta_slow=1, factor=8.0, rope_type="yarn")
+        | dict(original_max_position_embeddings=8192),
+    ),
+    "deepseek's qwen 3": qwen(
+        model_type="qwen3",
+        head_dim=128,
+        max_position_embeddings=131072,
+        rope_scaling=dict(attn_factor=0.8782488562869419, factor=4.0, rope_type="yarn")
+        | dict(original_max_position_embeddings=32768),
+        sliding_window=None,
+    ),
+    "qwen 3, by its card beyond 32k": qwen(
+        model_type="qwen3",
+        head_dim=128,
+        max_position_embeddings=40960,
+        rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32768),
+    ),
     "pythia": neox(),
     "gpt-neox 20B": neox(hidden_act="gelu_fast", attention_probs_dropout_prob=0, hidden_dropout_prob=0),
     "redpajama": neox(use_parallel_residual=False, rotary_pct=1.0),
