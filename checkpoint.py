@@ -37,7 +37,7 @@ import gguf_file
 import parallel
 import quantized
 from codes import Codes
-from config import ModelConfig, parameters
+from config import ModelConfig, parameters, text_part
 from errors import UserError, cut, place, reason, shown
 from files import accessing, read_json
 from model import Transformer
@@ -128,6 +128,7 @@ OPT = {
 WEIGHTS: dict[str, Callable[[ModelConfig], dict[str, list[str]]]] = {
     "llama": lambda config: LLAMA,
     "mistral": lambda config: LLAMA,
+    "ministral3": lambda config: LLAMA,
     "mixtral": lambda config: MIXTRAL,
     "qwen2": lambda config: LLAMA,
     "qwen3": lambda config: LLAMA,
@@ -145,7 +146,15 @@ WEIGHTS: dict[str, Callable[[ModelConfig], dict[str, list[str]]]] = {
 # Ends of tensors that hold, for each key-value head in turn, its query heads, its key and its value. Ours hold all
 # query heads, then all keys, then all values.
 INTERLEAVED = (".query_key_value.weight", ".query_key_value.bias")
-PREFIXES = {"opt": ("decoder.", "model.decoder.")}  # some files were written without the outermost name
+# Names as some files have them -> names as the tables have them. OPT's lack the outermost; the text model of several
+# modalities is inside, by one name in transformers 4 and what save_pretrained writes, by another in transformers 5.
+PREFIXES = {"opt": {"decoder.": "model.decoder."}}
+INSIDE = {
+    "language_model.model.": "model.",
+    "model.language_model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+}
+UNUSED = tuple(f"{outer}{part}." for outer in ("", "model.") for part in ("vision_tower", "multi_modal_projector"))
 # Ends of tensors that hold nothing config.json does not say.
 IGNORED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
@@ -187,7 +196,7 @@ def load(
     device = find_device(device)
     _check_weights(weights)
     folder = resolve(path)
-    whole, found = _matched(folder, dtype)
+    whole, found, _ = _matched(folder, dtype)
     own, names = parallel.shard(), _names(folder, whole.config)
     model = _of_rank(whole, own)
     parallel.share(whole.config.n_kv_heads)
@@ -246,7 +255,7 @@ def _read(
 def outline(path: str | Path, dtype: str | torch.dtype = "auto", weights: str = "auto") -> tuple[ModelConfig, int]:
     """The config of what `load` would give, the bytes of its weights, and the same UserErrors; no weights are read."""
     folder, own = resolve(path), parallel.shard()
-    model, found = _matched(folder, dtype)
+    model, found, _ = _matched(folder, dtype)
     size, *_ = _survey(model, found, _names(folder, model.config), weights, own)
     return model.config.of_rank(own.world), size
 
@@ -266,7 +275,7 @@ def report(
     """
     _check_weights(weights)
     folder = resolve(path)
-    model, found = _matched(folder, dtype)
+    model, found, unused = _matched(folder, dtype)
     config = model.config.of_rank(ranks)
     size, bits, dequantized = _survey(model, found, _names(folder, config), weights, Shard(0, ranks))
     sizing = Sizing(config, Full(), Uniform())
@@ -278,6 +287,7 @@ def report(
     schemes = [tensor.scheme for tensor in found.values() if isinstance(tensor, quantized.Quantized)]
     packed = f", {len(schemes)} of them quantized ({schemes[0]})" if schemes else ""
     packed += f", {dequantized} dequantized as they are read" if dequantized else ""
+    parts = dict.fromkeys(name.removeprefix("model.").split(".")[0] for name in unused)
     lines = {
         "family": f"{config.model_type}, {config.n_layers} layers{windows}",
         "reach": f"{config.reach:,} positions{_extended(config)}",
@@ -288,6 +298,8 @@ def report(
         "fits": f"in {memory:g} GiB: {left // full:,} sequences of {tokens} tokens full, "
         f"{left // max(squeezed, 1):,} squeezed (activations not counted)",
     }
+    if unused:
+        lines["not used"] = f"{', '.join(parts)} ({len(unused)} tensors)"
     return "\n".join(f"{name:8} {text}" for name, text in lines.items())
 
 
@@ -404,22 +416,36 @@ class _Uninitialised(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _matched(folder: Path, dtype: str | torch.dtype) -> tuple[Transformer, dict[str, Stored]]:
-    """The model without its weights, and the tensors found for it: UserError unless they are what it consists of."""
+class Matched(NamedTuple):
+    """The model without its weights, the tensors found for it, and the names of those that are not the text model's."""
+
+    model: Transformer
+    found: dict[str, Stored]
+    unused: list[str]
+
+
+def _matched(folder: Path, dtype: str | torch.dtype) -> Matched:
+    """UserError unless the tensors found are what the model consists of."""
     dtype = _dtype(dtype)
     read = gguf_file.read_json if gguf_file.is_gguf(folder) else read_json
     config = ModelConfig.from_hf(raw := read(folder / "config.json"))
     config = replace(config, dtype=dtype or config.dtype)
-    short, whole = PREFIXES.get(config.model_type, ("", ""))
-    found: dict[str, Stored] = {}
+    several = text_part(raw) is not raw
+    prefixes, found, unused = INSIDE if several else PREFIXES.get(config.model_type, {}), {}, []
     tensors = _weights(folder)
     if (settings := raw.get("quantization_config")) is not None:
         tensors = quantized.joined(tensors, quantized.scheme(settings))
     for tensor in tensors:
-        name = whole + tensor.name.removeprefix(short) if short and tensor.name.startswith(short) else tensor.name
+        if several and tensor.name.startswith(UNUSED):
+            unused.append(tensor.name)
+            continue
+        short = next((short for short in prefixes if tensor.name.startswith(short)), "")
+        name = prefixes.get(short, "") + tensor.name.removeprefix(short)
         if name in found:
             raise UserError(f"{place(folder)}: {cut(tensor.name)} and {cut(found[name].name)} are the same tensor")
         found[name] = tensor
+    if several and raw.get("tie_word_embeddings") is None:  # left out by either kind, so that the files tell
+        config = replace(config, tie_embeddings="lm_head.weight" not in found)
     layers, experts = config.n_layers, max(config.experts, 1)
     if layers * experts > len(found):  # each has tensors of its own; a model of that size is not even built
         size = f"{layers} layers" + (f" of {experts} experts" if config.experts else "")
@@ -429,7 +455,7 @@ def _matched(folder: Path, dtype: str | torch.dtype) -> tuple[Transformer, dict[
     with torch.device("meta"), _Uninitialised():
         model = Transformer(config)
     _check(folder, model, found)
-    return model, found
+    return Matched(model, found, unused)
 
 
 def _weights(folder: Path) -> list[Stored]:

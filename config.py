@@ -123,6 +123,7 @@ FIELDS: dict[str, Kind] = {
     "mscale": _number(0, 1e6).or_null,  # 0, of either, as null: not given
     "mscale_all_dim": _number(0, 1e6).or_null,
     "truncate": _YES_NO,
+    "llama_4_scaling_beta": _number(0, 1e6).or_null,
     "no_rope_layers": _list(_one_of((0, 1))).or_null,  # 1: with rotary, by its name the opposite
     "no_rope_layer_interval": _LENGTH,
     # one family's own
@@ -155,6 +156,9 @@ ONLY = {
 }
 ALTERNATING = ("gemma2", "gemma3_text", "olmo3")  # never without a window
 PARTIAL = ("gpt_neox", "phi3")  # those of whose heads a part may be turned
+
+
+WRAPPERS = {"gemma3": "gemma3_text", "mistral3": "mistral"}  # of several modalities -> its text model, unless told
 
 
 class Family(NamedTuple):
@@ -217,6 +221,17 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(
         _LLAMA
         | dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096),
+        windows=lambda conf: range(conf["num_hidden_layers"]),
+    ),
+    "ministral3": Family(
+        _LLAMA
+        | dict(vocab_size=131072, intermediate_size=14336, num_hidden_layers=34, num_key_value_heads=8, head_dim=128)
+        | dict(max_position_embeddings=262144, rms_norm_eps=1e-5, sliding_window=None, llama_4_scaling_beta=None)
+        | dict(
+            rope_parameters=dict(rope_type="yarn", rope_theta=1e6, factor=16.0, original_max_position_embeddings=16384)
+            | dict(beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1)
+        ),
+        names={"llama_4_scaling_beta": ()},  # it stands among the rotary parameters
         windows=lambda conf: range(conf["num_hidden_layers"]),
     ),
     "mixtral": Family(
@@ -370,6 +385,7 @@ class ModelConfig:
     qk_norm: str | None = None  # of each "head", or of the whole "projection"
     attention_scale: float | None = None  # None: head_dim ** -0.5
     attention_softcap: float | None = None
+    query_scaling: tuple[float, int] | None = None  # (b, n): a query at p is multiplied by 1 + b log(1 + p // n)
     sliding_window: int | None = None
     windowed: tuple[int, ...] = ()  # the layers that have it
     # feed-forward
@@ -423,6 +439,7 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> "ModelConfig":
         """Read a Hugging Face config.json (`raw`). UserError names what is unsupported, missing or senseless."""
+        raw = text_part(raw)
         model_type = raw.get("model_type")
         if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise UserError(f"model_type {shown(model_type)} is not supported; supported: {', '.join(FAMILIES)}")
@@ -454,12 +471,26 @@ class ModelConfig:
             sliding_window=conf["sliding_window"] if windowed else None,
             windowed=windowed,
             ffn_bias=conf.get("mlp_bias", False),
+            query_scaling=_query_scaling(conf, rope),
             rotary_dim=rotary_dim,
             rope=rope,
             local_rope=local_rope,
             dtype=conf["dtype"] or torch.float32,
         )
         return cls(**(fields | FAMILIES[model_type].fields(conf)))
+
+
+def text_part(raw: dict[str, Any]) -> dict[str, Any]:
+    """The text model's own config.json, where `raw` is that of a model of several modalities; else `raw`."""
+    wrapper = raw.get("model_type")
+    if not isinstance(wrapper, str) or wrapper not in WRAPPERS:
+        return raw
+    text = _OBJECT.checked("text_config", raw.get("text_config"))
+    dtype = next((raw[name] for name in ("dtype", "torch_dtype") if raw.get(name) is not None), None)
+    shared = {} if dtype is None else {"dtype": dtype}
+    shared |= {"quantization_config": raw["quantization_config"]} if "quantization_config" in raw else {}
+    tied = raw["tie_word_embeddings"] if raw.get("tie_word_embeddings") is not None else True
+    return {"model_type": WRAPPERS[wrapper]} | text | shared | {"tie_word_embeddings": tied}
 
 
 def _read(raw: dict[str, Any], family: Family) -> dict[str, Any]:
@@ -474,6 +505,8 @@ def _read(raw: dict[str, Any], family: Family) -> dict[str, Any]:
         if found:
             own = ([own for own in found if raw[own] is not None] or found)[-1]
             conf[name] = kind.checked(own, raw[own])
+    if conf.get("rope_parameters") is None:
+        conf["rope_parameters"] = family.defaults.get("rope_parameters")
     only = ONLY | ({"word_embed_proj_dim": conf["hidden_size"]} if raw["model_type"] == "opt" else {})
     for name, value in only.items():
         if (found := raw.get(name)) is not None and (type(found), found) != (type(value), value):
@@ -614,6 +647,17 @@ def _rope(conf: dict[str, Any], given: dict[str, Any], rotary_dim: int, family: 
         if rope["rope_theta"] == 1:
             raise UserError("config.json: rope type 'yarn' needs a rope_theta other than 1")
     return rope
+
+
+def _query_scaling(conf: dict[str, Any], rope: dict[str, Any]) -> tuple[float, int] | None:
+    if "llama_4_scaling_beta" not in conf:
+        return None
+    given, name = conf["rope_scaling"] or conf["rope_parameters"], "original_max_position_embeddings"
+    growth = FIELDS["llama_4_scaling_beta"].checked("llama_4_scaling_beta", given.get("llama_4_scaling_beta"))
+    length = rope.get(name) or FIELDS[name].checked(name, given.get(name))
+    if growth and length is None:
+        raise UserError(f"config.json: llama_4_scaling_beta needs an {name}, not null")
+    return (growth, length) if growth else None
 
 
 def _longrope(

@@ -243,6 +243,7 @@ class Attention(nn.Module):
         self.q_size, self.kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.wqkv = Linear(config.dim, self.q_size + 2 * self.kv_size, bias=config.qkv_bias)
         self.wo = Linear(self.q_size, config.dim, bias=config.output_bias)
+        self.query_scaling = config.query_scaling
         self.qk_norm = config.qk_norm
         if self.qk_norm:
             whole = self.qk_norm == "projection"
@@ -264,8 +265,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: Tensor, cache: Causal | Slots) -> Tensor:
         """x [B, T, C] -> output [B, T, C]."""
         q, k_raw, v = self.project(x)
-        angles = rotary_angles(cache.positions(x)[:, None], rotary, self.rope_scale)
+        positions = cache.positions(x)[:, None]
+        angles = rotary_angles(positions, rotary, self.rope_scale)
         q, k = rotate(q, *angles), rotate(k_raw, *angles)
+        if self.query_scaling:
+            growth, length = self.query_scaling
+            q = q * (1 + growth * (1 + positions // length).to(rotary.dtype).log())[..., None].to(q.dtype)
         return self.out(cache.attend(self, q, k, v, k_raw, rotary).transpose(1, 2).flatten(2))
 
     def out(self, heads: Tensor) -> Tensor:

@@ -194,7 +194,9 @@ def eos_ids(folder: Path, tokenizer: Tokenizer | None = None, chat: bool = False
     """
     own = [tokenizer.eos] if tokenizer and tokenizer.eos is not None else []
     for name in ("generation_config.json", "config.json"):
-        value = read_json(folder / name).get("eos_token_id")
+        settings = read_json(folder / name)
+        text = settings.get("text_config")  # of a model of several modalities
+        value = settings.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
             text = f"eos_token_id must be an integer from 0 to {2**31 - 1} or a list of such, not {shown(value)}"

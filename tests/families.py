@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel, logging
+
+from config import text_part
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -36,7 +38,7 @@ class Case:
 def case(
     name: str, older: bool = False, rope: dict[str, Any] | None = None, branch: str = "self_attn", **changes
 ) -> Case:
-    """Changes of None leave the setting out."""
+    """Changes of None leave the setting out. Sizes of a text_config are those of the other cases."""
     config: dict[str, Any] = dict(
         model_type=name.split("-")[0],
         vocab_size=101,
@@ -53,6 +55,14 @@ def case(
     )
     config = {name: value for name, value in (config | changes).items() if value is not None or name in NULLS}
     return Case(name, config, older, branch)
+
+
+def wrapped(name: str, text: Case, vision: dict[str, Any], **changes: Any) -> Case:
+    """A model of several modalities around the text model of another case."""
+    vision = vision | dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = dict(text_config=text.config, vision_config=vision | dict(image_size=16, patch_size=8))
+    config |= dict(model_type=name.split("-")[0], tie_word_embeddings=text.config["tie_word_embeddings"])
+    return Case(name, config | changes, branch=text.branch)
 
 
 NULLS = (
@@ -112,6 +122,13 @@ CASES = [
     case("mistral", sliding_window=20),
     case("mistral-no-window", sliding_window=None, head_dim=10, num_key_value_heads=3),
     case("mistral-older", older=True, sliding_window=4096),
+    case("ministral3", rope=YARN | {"llama_4_scaling_beta": 0.3}, pad_token_id=None, sliding_window=20, head_dim=16),
+    case(
+        "ministral3-mscale",
+        rope=YARN | {"llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 0.5},
+        pad_token_id=None,
+        head_dim=16,
+    ),
     case("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=1),
     case("qwen2-older", older=True, tie_word_embeddings=True, use_sliding_window=False, sliding_window=16),
     case("qwen3", head_dim=10, num_key_value_heads=3),
@@ -177,17 +194,25 @@ CASES = [
     case("gemma2", **GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
     case("gemma2-no-caps", **GEMMA, attn_logit_softcapping=None, final_logit_softcapping=None, attention_bias=True),
     case("gemma3_text", **GEMMA, sliding_window_pattern=2, rope_parameters=GEMMA3_ROPE),
+    wrapped("gemma3", case("gemma3_text", **GEMMA, rope_parameters=GEMMA3_ROPE), {"model_type": "siglip_vision_model"}),
+    wrapped("mistral3", case("mistral", sliding_window=20), {"model_type": "pixtral", "head_dim": 8}),
+    wrapped(
+        "mistral3-ministral",
+        case("ministral3", rope=YARN | {"llama_4_scaling_beta": 0.3}, head_dim=16, tie_word_embeddings=True),
+        {"model_type": "pixtral", "head_dim": 8},
+    ),
     case("gemma3_text-older", older=True, **GEMMA, sliding_window_pattern=2, rope_parameters=GEMMA3_ROPE),
 ]
 BY_NAME = {case.name: case for case in CASES}
 # One of each family.
-FAMILIES = list({case.config["model_type"]: case for case in reversed(CASES)}.values())[::-1]
+FAMILIES = list({text_part(case.config)["model_type"]: case for case in reversed(CASES)}.values())[::-1]
 
 
 # What the checkpoints of a model_type are called.
 MODELS = {
     "llama": "Llama 2, 3, 3.1, 3.2",
-    "mistral": "Mistral",
+    "mistral": "Mistral; of Mistral Small 3.1 and 3.2 the text model",
+    "ministral3": "Ministral 3 (the text model)",
     "mixtral": "Mixtral",
     "qwen2": "Qwen2, Qwen2.5",
     "qwen3": "Qwen3 (dense)",
@@ -200,7 +225,7 @@ MODELS = {
     "olmo2": "OLMo 2",
     "olmo3": "OLMo 3",
     "gemma2": "Gemma 2",
-    "gemma3_text": "Gemma 3 (270m, 1B)",
+    "gemma3_text": "Gemma 3 (270m, 1B; of larger ones the text model)",
 }
 
 
@@ -214,9 +239,13 @@ def make_checkpoint(case: Case, folder: Path, shards: int = 1, seed: int = 0) ->
     return folder
 
 
+def transformers_class(config: dict[str, Any]) -> Any:
+    return AutoModelForImageTextToText if "text_config" in config else AutoModelForCausalLM
+
+
 def random_model(case: Case, seed: int = 0) -> PreTrainedModel:
     """transformers' model with every parameter redrawn: its own defaults, many of them 0 and 1, hide mistakes."""
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**case.config))
+    model = transformers_class(case.config).from_config(AutoConfig.for_model(**case.config))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -234,14 +263,17 @@ def random_model(case: Case, seed: int = 0) -> PreTrainedModel:
 
 def tensor_names(case: Case) -> list[str]:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**case.config))
+        model = transformers_class(case.config).from_config(AutoConfig.for_model(**case.config))
     # Without rotary a key's bias adds the same to all scores of a query: it has no effect.
     useless = {"opt": "k_proj.bias", "smollm3-window": "layers.0.self_attn.k_proj.bias"}.get(case.name, "-")
-    return [name for name, _ in model.named_parameters() if not name.endswith(useless)]
+    others = ("model.vision_tower.", "model.multi_modal_projector.")
+    names = [name for name, _ in model.named_parameters()]
+    return [name for name in names if not (name.endswith(useless) or name.startswith(others))]
 
 
 def load_reference(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(
+    kind = transformers_class(json.loads((folder / "config.json").read_text()))
+    return kind.from_pretrained(
         folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager", **options
     ).eval()
 
@@ -277,7 +309,8 @@ def older_form(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
-    return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    text = getattr(model.base_model, "language_model", model)
+    return next(module for module in text.modules() if isinstance(module, nn.ModuleList))
 
 
 class ResidualStream:

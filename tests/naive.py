@@ -4,6 +4,7 @@ Every layer and key-value head keeps a list of entries in order of position. Bef
 one entry is evicted. Streaming turns all keys to their positions inside the list, as the reference implementation does.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -208,6 +209,9 @@ class NaiveCache:
                 for query in q.view(len(k), -1, q.shape[-1])[kv_head]:
                     place = torch.tensor(t) if self.storing else places[-1]
                     query = rotate(query, place, frequencies, scale)
+                    if model.config.query_scaling:
+                        growth, length = model.config.query_scaling
+                        query = query * (1 + growth * math.log(1 + t // length))
                     out.append(attended(query, keys, values, entries, attention))
             if policy == "tova":  # every head keeps the same positions
                 for same in zip(*self.lists[layer], strict=True):

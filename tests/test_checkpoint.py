@@ -207,6 +207,32 @@ def test_one_tensor_at_a_time(written, monkeypatch):
     assert max(most) <= 2  # the last one until the next takes its name
 
 
+@pytest.mark.parametrize("name", ["gemma3", "mistral3", "mistral3-ministral"])
+def test_text_model_of_several_modalities(name, written, tmp_path, capsys):
+    """By both names that its tensors have; what is not used is named, and what is not known is an error."""
+    folder = shutil.copytree(written(name), tmp_path / "other")
+    tensors, (model, config) = weights(folder), load(folder)
+    newer = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
+    newer |= {part: f"model.{part}" for part in ("vision_tower.", "multi_modal_projector.")}
+    for old, new in newer.items():
+        tensors = {new + n.removeprefix(old) if n.startswith(old) else n: t for n, t in tensors.items()}
+    assert tensors.keys().isdisjoint(weights(folder))
+    save_file(tensors, folder / "model.safetensors")
+    assert all(map(torch.equal, model.parameters(), load(folder)[0].parameters()))
+    unused = [n for n in tensors if "language_model" not in n and "lm_head" not in n]
+    parts = {n.split(".")[1]: None for n in unused}
+    assert checkpoint.main([str(folder)]) == 0
+    assert f"not used {', '.join(parts)} ({len(unused)} tensors)\n" in capsys.readouterr().out
+    families.change_config(folder, lambda raw: {n: v for n, v in raw.items() if n != "tie_word_embeddings"})
+    assert load(folder)[1] == config  # the files tell
+    save_file(tensors | {"model.audio_tower.weight": torch.ones(3)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="1 not known: model.audio_tower.weight"):
+        load(folder)
+    families.change_config(folder, lambda raw: raw | {"text_config": [1]})
+    with pytest.raises(ValueError, match=r"text_config must be an object, not \[1\]"):
+        load(folder)
+
+
 def test_report(written, folder, capsys, monkeypatch):
     """What is in there and what fits, without a weight being read; what does not match is one line and code 2."""
     with monkeypatch.context() as patch:

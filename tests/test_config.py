@@ -32,7 +32,7 @@ NAMES = sorted(
 ROPE_NAMES = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor")
 ROPE_NAMES += ("high_freq_factor", "short_factor", "long_factor", "attention_factor")
 ROPE_NAMES += ("original_max_position_embeddings", "full_attention", "sliding_attention", "unknown")
-YARN_NAMES = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+YARN_NAMES = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "llama_4_scaling_beta")
 
 
 class Nothing(Exception):
@@ -41,7 +41,12 @@ class Nothing(Exception):
 
 def their_config(raw: dict[str, Any]):
     """What AutoConfig.from_pretrained makes of a config.json: the class's from_dict of it."""
-    return AutoConfig.for_model(**json.loads(json.dumps(raw)))
+    config = AutoConfig.for_model(**json.loads(json.dumps(raw)))
+    if not hasattr(config, "text_config"):
+        return config
+    text = config.text_config
+    text.tie_word_embeddings, text.dtype = config.tie_word_embeddings, config.dtype or text.dtype
+    return text
 
 
 def modeling(config):
@@ -75,13 +80,24 @@ def their_rotary(config) -> dict[str, Any]:
 
 
 def their_windows(c) -> list[int | None]:
-    if c.model_type in ("mistral", "mixtral", "phi3"):
+    if c.model_type in ("mistral", "ministral3", "mixtral", "phi3"):
         return [c.sliding_window] * c.num_hidden_layers
     if c.model_type not in ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "olmo3"):
         return [None] * c.num_hidden_layers
     if "sliding_attention" in c.layer_types and c.sliding_window is None:
         raise Nothing
     return [c.sliding_window if each == "sliding_attention" else None for each in c.layer_types]
+
+
+def their_query_scaling(c) -> tuple[float, int] | None:
+    if c.model_type != "ministral3":
+        return None
+    growth, length = (
+        c.rope_parameters.get(f"{n}") for n in ("llama_4_scaling_beta", "original_max_position_embeddings")
+    )
+    if growth is None or length is None:  # its modeling code fails
+        raise Nothing
+    return (growth, length) if growth else None
 
 
 def meaning(config) -> dict[str, Any]:
@@ -99,7 +115,7 @@ def meaning(config) -> dict[str, Any]:
     activation = "hidden_activation" if kind.startswith("gemma") else activation
     eps = {"gpt_neox": "layer_norm_eps", "falcon": "layer_norm_epsilon"}.get(kind, "rms_norm_eps")
     bias = {"falcon": "bias", "opt": "enable_bias"}.get(kind, "attention_bias")
-    without = kind in ("mistral", "mixtral", "phi3", "qwen2")
+    without = kind in ("mistral", "ministral3", "mixtral", "phi3", "qwen2")
     ffn_bias = getattr(c, {"falcon": "bias", "opt": "enable_bias"}.get(kind, "mlp_bias"), False)
     if kind == "mixtral" and c.num_local_experts is None:
         raise Nothing
@@ -133,17 +149,22 @@ def meaning(config) -> dict[str, Any]:
         attention_softcap=c.attn_logit_softcapping if gemma else None,
         experts=(c.num_local_experts, c.num_experts_per_tok) if kind == "mixtral" else (0, 0),
         unturned=[layer for layer in range(c.num_hidden_layers) if kind == "smollm3" and not c.no_rope_layers[layer]],
+        query_scaling=their_query_scaling(c),
         dtype=c.dtype or torch.float32,
     )
-    if kind == "gpt_neox":
-        found["parallel"] = c.use_parallel_residual
-    if kind == "falcon":
-        found["parallel"] = bool(c.new_decoder_architecture or c.parallel_attn)
-        norms = c.num_ln_in_parallel_attn or (2 if c.new_decoder_architecture else 1)
-        found["shared_norm"] = found["parallel"] and norms == 1
     if kind != "opt":
         found["rotary"] = their_rotary(c)
-    return found
+    return found | their_layout(c)
+
+
+def their_layout(c) -> dict[str, bool]:
+    if c.model_type == "gpt_neox":
+        return {"parallel": c.use_parallel_residual}
+    if c.model_type != "falcon":
+        return {}
+    parallel = bool(c.new_decoder_architecture or c.parallel_attn)
+    norms = c.num_ln_in_parallel_attn or (2 if c.new_decoder_architecture else 1)
+    return {"parallel": parallel, "shared_norm": parallel and norms == 1}
 
 
 def our_meaning(config: ModelConfig) -> dict[str, Any]:
@@ -332,6 +353,8 @@ def test_end_of_sequence_ids(file: str, tmp_path):
     for value, wanted in ((2, {2}), ([0, 7], {0, 7}), ([], set()), (None, set()), (2**31 - 1, {2**31 - 1})):
         (tmp_path / file).write_text(json.dumps({"eos_token_id": value}))
         assert eos_ids(tmp_path) == wanted
+    (tmp_path / file).write_text('{"text_config": {"eos_token_id": 5}}')
+    assert eos_ids(tmp_path) == {5}
     for value in (True, False, -1, 2**31, 10**19, 10**399, 1.0, "2", "x" * 999, {}, [True], [2, -1], [None], [[2]]):
         (tmp_path / file).write_text(json.dumps({"eos_token_id": value}))
         with pytest.raises(UserError, match=f"{file}: eos_token_id must be an integer from 0") as caught:

@@ -168,7 +168,7 @@ def test_rotary_matters(case: Case, theirs, our_logits, monkeypatch):
     rotary = next(module for name, module in model.named_modules() if name.endswith("rotary_emb"))
     others = []
     if isinstance(rotary.rope_type, str):
-        plain, _ = rotary.compute_default_rope_parameters(model.config)
+        plain, _ = rotary.compute_default_rope_parameters(rotary.config)
         others = [plain] if rotary.rope_type != "default" else []
         monkeypatch.setattr(rotary, "rope_type", "default")
     for name in [name for name in rotary._buffers if name.endswith("inv_freq") and "original" not in name]:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from test_config import compared
 
-from config import FAMILIES
+from config import FAMILIES, text_part
 
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+MINISTRAL = dict(beta_fast=32.0, beta_slow=1.0, factor=16.0, llama_4_scaling_beta=0.1, mscale=1.0, mscale_all_dim=1.0)
+MINISTRAL |= dict(original_max_position_embeddings=16384, rope_theta=1000000.0)
 SPREAD = [1 + n / 8 for n in range(48)]
 
 
@@ -147,6 +149,54 @@ PUBLISHED = {
     ),
     "granite 3": granite(),
     "olmo 2": llama3(model_type="olmo2", rope_theta=500000, rms_norm_eps=1e-06),
+    "gemma 3, 4B": dict(
+        architectures=["Gemma3ForConditionalGeneration"],
+        boi_token_index=255999,
+        eoi_token_index=256000,
+        eos_token_id=[1, 106],
+        image_token_index=262144,
+        initializer_range=0.02,
+        mm_tokens_per_image=256,
+        model_type="gemma3",
+        text_config=dict(hidden_size=2560, intermediate_size=10240, model_type="gemma3_text", num_hidden_layers=34)
+        | dict(rope_scaling={"factor": 8.0, "rope_type": "linear"}, sliding_window=1024),
+        torch_dtype="bfloat16",
+        vision_config=dict(hidden_size=1152, image_size=896, intermediate_size=4304, model_type="siglip_vision_model")
+        | dict(num_attention_heads=16, num_hidden_layers=27, patch_size=14, vision_use_head=False),
+    ),
+    "mistral small 3.1": dict(
+        architectures=["Mistral3ForConditionalGeneration"],
+        image_token_index=10,
+        model_type="mistral3",
+        multimodal_projector_bias=False,
+        projector_hidden_act="gelu",
+        spatial_merge_size=2,
+        text_config=mistral(hidden_size=5120, head_dim=128, intermediate_size=32768, num_hidden_layers=40)
+        | dict(attention_dropout=0.0, max_position_embeddings=131072, rope_theta=1000000000.0, vocab_size=131072)
+        | dict(sliding_window=None),
+        torch_dtype="bfloat16",
+        vision_config=dict(head_dim=64, hidden_act="silu", hidden_size=1024, image_size=1540, model_type="pixtral")
+        | dict(intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24, patch_size=14, rope_theta=10000.0),
+        vision_feature_layer=-1,
+    ),
+    "ministral 3": dict(
+        architectures=["Mistral3ForConditionalGeneration"],
+        dtype="bfloat16",
+        image_token_index=10,
+        model_type="mistral3",
+        text_config=mistral(model_type="ministral3", head_dim=128, hidden_size=3072, intermediate_size=9216)
+        | dict(num_hidden_layers=26, max_position_embeddings=262144, sliding_window=None, vocab_size=131072)
+        | dict(rope_parameters=MINISTRAL | {"rope_type": "yarn", "type": "yarn"}),
+        tie_word_embeddings=True,
+        vision_config=dict(head_dim=64, hidden_act="silu", hidden_size=1024, image_size=1540, model_type="pixtral"),
+    ),
+    "ministral 3, its text model": mistral(
+        model_type="ministral3",
+        head_dim=128,
+        max_position_embeddings=262144,
+        rope_parameters=MINISTRAL | {"type": "yarn"},
+        vocab_size=131072,
+    ),
     "olmo 3": llama3(
         model_type="olmo3",
         rope_theta=500000,
@@ -192,4 +242,4 @@ def test_published_config(name: str) -> None:
 
 
 def test_every_family_is_published() -> None:
-    assert {raw["model_type"] for raw in PUBLISHED.values()} == FAMILIES.keys()
+    assert {text_part(raw)["model_type"] for raw in PUBLISHED.values()} == FAMILIES.keys()
