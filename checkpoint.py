@@ -70,6 +70,10 @@ PHI3 = LLAMA | {
     "layers.{l}.attention.wqkv": ["model.layers.{l}.self_attn.qkv_proj"],
     "layers.{l}.feed_forward.w13": ["model.layers.{l}.mlp.gate_up_proj"],
 }
+GRANITE_HYBRID = LLAMA | {
+    "layers.{l}.feed_forward.w13": ["model.layers.{l}.shared_mlp.input_linear"],
+    "layers.{l}.feed_forward.w2": ["model.layers.{l}.shared_mlp.output_linear"],
+}
 MIXTRAL = LLAMA | {
     "layers.{l}.feed_forward.router": ["model.layers.{l}.block_sparse_moe.gate"],
     "layers.{l}.feed_forward.w13": [
@@ -134,6 +138,7 @@ WEIGHTS: dict[str, Callable[[ModelConfig], dict[str, list[str]]]] = {
     "qwen3": lambda config: LLAMA,
     "smollm3": lambda config: LLAMA,
     "granite": lambda config: LLAMA,
+    "granitemoehybrid": lambda config: GRANITE_HYBRID,
     "phi3": lambda config: PHI3,
     "gemma2": lambda config: POST_NORMS,
     "gemma3_text": lambda config: POST_NORMS,

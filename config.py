@@ -104,6 +104,8 @@ FIELDS: dict[str, Kind] = {
     "max_window_layers": _whole(2**31 - 1, least=0),
     "layer_types": _list(_one_of(LAYER_TYPES)).or_null,
     "sliding_window_pattern": _LENGTH,
+    "layers_block_type": _list(_one_of(("attention", "full_attention", "mamba", "linear_attention"))).or_null,
+    "position_embedding_type": _one_of(("rope", "nope")).or_null,  # null: nope
     # rotary
     "rope_parameters": _OBJECT.or_null,
     "rope_scaling": _OBJECT.or_null,
@@ -127,7 +129,7 @@ FIELDS: dict[str, Kind] = {
     "no_rope_layers": _list(_one_of((0, 1))).or_null,  # 1: with rotary, by its name the opposite
     "no_rope_layer_interval": _LENGTH,
     # one family's own
-    "num_local_experts": _COUNT,
+    "num_local_experts": _whole(2**12, least=0),
     "num_experts_per_tok": _COUNT,
     "embedding_multiplier": _POSITIVE,
     "attention_multiplier": _POSITIVE,
@@ -266,12 +268,18 @@ FAMILIES: dict[str, Family] = {
         _LLAMA
         | _BIASES
         | dict(embedding_multiplier=1.0, attention_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0),
-        lambda conf: dict(
-            embed_scale=conf["embedding_multiplier"],
-            attention_scale=conf["attention_multiplier"],
-            residual_scale=conf["residual_multiplier"],
-            logit_divisor=conf["logits_scaling"],
-        ),
+        lambda conf: _granite(conf),
+    ),
+    "granitemoehybrid": Family(
+        _LLAMA
+        | dict(embedding_multiplier=1.0, attention_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0)
+        | dict(attention_bias=False, intermediate_size=1024, num_local_experts=8)
+        | dict(position_embedding_type=None, layers_block_type=None),
+        lambda conf: _granite(conf) | _attention_only(conf),
+        names={
+            "intermediate_size": ("shared_intermediate_size",),
+            "layers_block_type": ("layers_block_type", "layer_types"),
+        },
     ),
     "phi3": Family(
         _LLAMA
@@ -519,6 +527,28 @@ def _mixtral(conf: dict[str, Any]) -> dict[str, Any]:
     if chosen > experts:
         raise UserError(f"config.json: num_experts_per_tok must be at most the {experts} experts, not {chosen}")
     return dict(experts=experts, experts_per_token=chosen)
+
+
+def _granite(conf: dict[str, Any]) -> dict[str, Any]:
+    return dict(
+        embed_scale=conf["embedding_multiplier"],
+        attention_scale=conf["attention_multiplier"],
+        residual_scale=conf["residual_multiplier"],
+        logit_divisor=conf["logits_scaling"],
+    )
+
+
+def _attention_only(conf: dict[str, Any]) -> dict[str, Any]:
+    """Of hybrid models: UserError unless each layer is attention and a dense feed-forward part."""
+    layers, family = conf["num_hidden_layers"], conf["model_type"]
+    kinds = conf["layers_block_type"] or ["mamba"] * layers
+    if len(kinds) != layers:
+        raise UserError(f"config.json: layer_types must be a list of {layers}, not of {len(kinds)}")
+    if others := sum(kind in ("mamba", "linear_attention") for kind in kinds):
+        raise UserError(f"{family} with {others} of {layers} layers mamba is not supported; only with attention alone")
+    if experts := conf["num_local_experts"]:
+        raise UserError(f"{family} with {experts} experts is not supported; only with 0 (num_local_experts)")
+    return {} if conf["position_embedding_type"] == "rope" else {"unturned": tuple(range(layers))}
 
 
 def _gemma(conf: dict[str, Any]) -> dict[str, Any]:

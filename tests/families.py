@@ -103,6 +103,9 @@ GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "rope_theta": 2000.0, "factor": 1.5},
     "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
 }
+GRANITE_HYBRID = dict(pad_token_id=None, layer_types=["attention"] * 2, num_local_experts=0, mamba_n_heads=4)
+GRANITE_HYBRID |= dict(embedding_multiplier=1.7, attention_multiplier=0.3, residual_multiplier=0.6, logits_scaling=3.0)
+GRANITE_HYBRID |= dict(intermediate_size=None, shared_intermediate_size=88)
 NEOX = dict(branch="attention", num_key_value_heads=None)
 FALCON = dict(branch="self_attention", num_key_value_heads=None, intermediate_size=None, tie_word_embeddings=True)
 OPT = dict(num_key_value_heads=None, intermediate_size=None, rope_parameters=None, ffn_dim=88, tie_word_embeddings=True)
@@ -179,6 +182,8 @@ CASES = [
         residual_multiplier=0.6,
         logits_scaling=3.0,
     ),
+    case("granitemoehybrid", **GRANITE_HYBRID, position_embedding_type="rope"),
+    case("granitemoehybrid-nope", **GRANITE_HYBRID, position_embedding_type="nope", hidden_act="gelu"),
     case("olmo2", branch="post_attention_layernorm", pad_token_id=None),
     case("olmo2-biases", branch="post_attention_layernorm", attention_bias=True, num_key_value_heads=6),
     case(  # yarn of the layers without a window only
@@ -218,6 +223,7 @@ MODELS = {
     "qwen3": "Qwen3 (dense)",
     "smollm3": "SmolLM3",
     "granite": "Granite 3 (dense)",
+    "granitemoehybrid": "Granite 4 (dense)",
     "gpt_neox": "GPT-NeoX, Pythia",
     "falcon": "Falcon 7B, 40B, 180B",
     "phi3": "Phi-3, Phi-3.5-mini, Phi-4, Phi-4-mini",
