@@ -5,15 +5,17 @@ what the family's class in transformers has (tests/test_config.py compares them,
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 import quantized
-from errors import UserError, shown
+from errors import UserError, cut, shown
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -156,6 +158,12 @@ ONLY = {
     "_remove_final_layer_norm": False,
     "use_bidirectional_attention": False,
 }
+# Fields that say nothing of what a model computes.
+HARMLESS = re.compile(
+    "_.*|model_type|architectures|auto_map|transformers_version|torch_dtype|dtype|use_cache|gradient_checkpointing"
+    "|pretraining_tp|torchscript|.*token_(id|index)|.*_token|.*dropout.*|.*drop|initializer_.*|init_.*|.*_init|output_.*"
+    "|.*loss.*|ep_size|.*_config|id2label|label2id|problem_type|tokenizer_class|return_dict|use_mamba_kernels"
+)
 ALTERNATING = ("gemma2", "gemma3_text", "olmo3")  # never without a window
 PARTIAL = ("gpt_neox", "phi3")  # those of whose heads a part may be turned
 
@@ -450,7 +458,7 @@ class ModelConfig:
         raw = text_part(raw)
         model_type = raw.get("model_type")
         if not isinstance(model_type, str) or model_type not in FAMILIES:
-            raise UserError(f"model_type {shown(model_type)} is not supported; supported: {', '.join(FAMILIES)}")
+            raise UserError(f"model_type {shown(model_type)} is not supported{_what_it_lacks(raw)}")
         conf = _read(raw, FAMILIES[model_type])
         dim, heads = conf["hidden_size"], conf["num_attention_heads"]
         kv_heads = conf.get("num_key_value_heads") or heads
@@ -486,6 +494,37 @@ class ModelConfig:
             dtype=conf["dtype"] or torch.float32,
         )
         return cls(**(fields | FAMILIES[model_type].fields(conf)))
+
+
+def _what_it_lacks(raw: dict[str, Any]) -> str:
+    """The end of the error for an unknown family: what nobody here reads of its config.json, and whose is most like it.
+
+    A field counts the more, the fewer families read it: one that has experts is nearest to another that has them.
+    """
+    text = raw.get("text_config")
+    raw = text if isinstance(text, dict) else raw
+    readers = {family: _names_of(FAMILIES[family]) for family in FAMILIES}
+    weights = {name: 1 / sum(name in names for names in readers.values()) for name in set().union(*readers.values())}
+    given = {name for name, value in raw.items() if value not in (None, False) and not HARMLESS.fullmatch(name)}
+    known = given & weights.keys()
+    if not known:
+        return f"; supported: {', '.join(FAMILIES)}"
+
+    def likeness(family: str) -> float:
+        both, either = (sum(map(weights.get, some)) for some in (known & readers[family], known | readers[family]))
+        alike = commonprefix([str(raw.get("model_type")), family])
+        return both / either + 0.2 * len(alike) / len(family)
+
+    foreign = [cut(name, 40) for name in raw if name in given - known]
+    rest = f" and {len(foreign) - 6} more" if len(foreign) > 6 else ""
+    lacks = f"no family reads its {', '.join(foreign[:6])}{rest}" if foreign else "its fields are known, its layers not"
+    nearest = max(FAMILIES, key=likeness)
+    return f": {lacks}; {f'the nearest supported one is {nearest}' if likeness(nearest) > 0.25 else 'none is like it'}"
+
+
+def _names_of(family: Family) -> set[str]:
+    """What it calls the fields that it reads in a config.json."""
+    return {own for name in family.defaults for own in family.names.get(name, (name,))}
 
 
 def text_part(raw: dict[str, Any]) -> dict[str, Any]:

@@ -355,7 +355,10 @@ UP = "model.layers.1.mlp.up_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
 ROPE = {"rope_theta": 10000.0}
 BROKEN = {
-    "model type": (config_with(model_type="bert"), "model_type 'bert'.*llama, mistral, .*qwen3"),
+    "model type": (
+        config_with(model_type="bert"),
+        "model_type 'bert' is not supported: its fields are known, .* nearest supported one is",
+    ),
     "no model type": (config_with(model_type=None), "model_type None"),
     "rope type": (config_with(rope_parameters=ROPE | {"rope_type": "spiral"}), "rope type 'spiral'.*llama3"),
     "older rope type": (config_with(rope_parameters=None, rope_scaling={"type": "spiral"}), "rope type 'spiral'"),

@@ -361,6 +361,36 @@ def test_every_field_has_a_kind():
     assert {name for family in FAMILIES.values() for name in family.defaults} <= FIELDS.keys()
 
 
+UNSUPPORTED = {  # a family of transformers -> what its line names, a field that the nearest supported one reads
+    "deepseek_v3": ("kv_lora_rank", "num_experts_per_tok"),
+    "jamba": ("mamba_d_state", "num_experts_per_tok"),
+    "qwen2_moe": ("shared_expert_intermediate_size", "num_experts_per_tok"),
+    "llama4": ("attention_chunk_size", "no_rope_layers"),  # its text_config's
+    "bamba": ("mamba_n_heads", "num_key_value_heads"),
+    "olmo": ("its fields are known", "rms_norm_eps"),
+    "mamba2": ("state_size", None),
+    "t5": ("d_model", None),
+}
+
+
+@pytest.mark.parametrize("family", UNSUPPORTED)
+def test_unsupported_family(family: str):
+    """What is missing, and which family is nearest, if any is."""
+    missing, shared = UNSUPPORTED[family]
+    with pytest.raises(UserError) as caught:
+        ModelConfig.from_hf(full(family))
+    line = str(caught.value)
+    assert line.startswith(f"model_type {family!r} is not supported: ") and missing in line and len(line) < 300
+    nearest = line.rpartition("the nearest supported one is ")[2] if shared else None
+    assert line.endswith("none is like it") if nearest is None else shared in FAMILIES[nearest].defaults
+
+
+@pytest.mark.parametrize("raw", [{}, {"model_type": 3}, {"model_type": "x", "y": 1}, {"model_type": "x", "z" * 999: 1}])
+def test_nothing_known_of_a_family(raw):
+    with pytest.raises(UserError, match="is not supported; supported: llama, .*, opt$"):
+        ModelConfig.from_hf(raw)
+
+
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
 def test_end_of_sequence_ids(file: str, tmp_path):
     """An id, a list of ids or none; all else is one line that names the file."""
