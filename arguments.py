@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from checkpoint import EMBEDDED
 from commandline import Parser, compiling, number, positive, thread_count
 from engine import Engine
 from errors import UserError, cut, place, shown
-from files import POSITIVE, check_apart, check_output, decoded, is_a, read_json, write_json
+from files import POSITIVE, check_apart, check_output, decoded, is_a, parse_json, read_json, write_json
 from formats import FORMATS
 from needs import Needs
 from policies import layers as layer_policies
@@ -60,6 +61,7 @@ def parse(argv: list[str] | None, manual: str = "") -> argparse.Namespace:
     rendered += " (one that lacks the tokenizer's BOS runs without it)"
     add("--rendered", action="store_true", default=None, help=rendered)
     add("--system", metavar="TEXT", help="the system message of a chat")
+    add_template_option(add)
     add("--interactive", action="store_true", help="go on, a turn a line, over one cache that keeps its size")
     add("--input", metavar="F", help="a file of prompts, a JSON object a line")
     add("--output", metavar="F", help="where the results go, a line each when it is done")
@@ -85,6 +87,25 @@ def parse(argv: list[str] | None, manual: str = "") -> argparse.Namespace:
 
 def add_checkpoint(add: Callable) -> None:
     add("--checkpoint", default=str(EMBEDDED), help="Hugging Face folder, .gguf file or hub id (default: embedded)")
+
+
+def add_template_option(add: Callable) -> None:
+    text = "what the chat template reads, such as enable_thinking=false or reasoning_effort=high; may be repeated"
+    add("--template-option", action="append", metavar="NAME=VALUE", help=f"{text} (VALUE: JSON, or else text)")
+
+
+def template_options(given: list[str] | None) -> dict[str, Any]:
+    options = {}
+    for text in given or ():
+        name, equals, value = text_of(text, "--template-option").partition("=")
+        if not equals or not name.isidentifier():
+            raise UserError(f"--template-option must be NAME=VALUE, such as enable_thinking=false, not {shown(text)}")
+        value = {"True": "true", "False": "false", "None": "null"}.get(value, value)  # as in Python and Jinja
+        try:
+            options[name] = parse_json(value, "", object)
+        except UserError:
+            options[name] = value
+    return options
 
 
 def add_cache(parser: argparse.ArgumentParser) -> Callable:
@@ -274,12 +295,15 @@ class Asked(Setup):
     def _template(self) -> chat.ChatTemplate | None:
         args = self.args
         wanted = args.chat or args.interactive and args.chat is None
-        template = chat.load(self.folder, self.tokenizer) if wanted else None
+        options = template_options(args.template_option)
+        template = chat.load(self.folder, self.tokenizer, options) if wanted else None
         if args.chat and template is None:
             without = "without --chat the prompt is continued as it stands"
             raise UserError(f"{place(args.checkpoint)} has no chat template; {without}")
         if args.system is not None and template is None:
             raise UserError("--system is a part of a chat; give --chat and a checkpoint that has a chat template")
+        if options and template is None:
+            raise UserError("--template-option is for a chat; give --chat and a checkpoint that has a chat template")
         return template
 
     def text(self) -> TextStream:

@@ -7,24 +7,30 @@ included. It runs in a process of its own (rendering.py). `load(folder)` takes t
     tokenizer_config.json     "chat_template": a string, or a list of {"name", "template"}, of which "default" counts
     chat_template.json        {"chat_template": ...}
 
+Where tools are given, "tool_use" of that list counts, or additional_chat_templates/tool_use.jinja beside the first.
+Options are what a template reads beside the messages: enable_thinking, reasoning_effort, tools, ... A name that it does
+not read is an error.
+
 What a template sees (variables, filters, tags) and the text it gives are those of transformers' `apply_chat_template`,
-and so are the ids. The one difference is meant: the name of a special token in a message is text, never that token.
-(What the tokenizer's files do not call special, such as "<think>" in Qwen 3, is that token in a message too.)
+and so are the ids. The one difference is meant: the name of a special token in a message or an option is text, never
+that token. (What the tokenizer's files do not call special, such as "<think>" in Qwen 3, is that token there too.)
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from child import Child, Overrun
-from errors import UserError, place, visible
+from errors import UserError, place, shown, visible
 from files import read_text
 from tokenizer import Tokenizer, read_json, read_settings, special_tokens
 
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
+# {"role": "system" | "user" | "assistant" | "tool" | ..., "content": ...}, and what a template may know beside these,
+# such as reasoning_content and tool_calls.
+Message = dict[str, Any]
 
 SECONDS, MIB = 4, 768  # of CPU time and of memory for a rendering
 
@@ -40,13 +46,15 @@ class ChatTemplate:
     source: str
     tokenizer: Tokenizer
     variables: dict[str, str]  # bos_token, eos_token, ... as text
+    options: Mapping[str, Any] = field(default_factory=dict)  # unless a call gives others
+    tool_source: str | None = None  # the template where tools are given, if it is one of its own
     child: Child = field(default_factory=lambda: Child("rendering:render", SECONDS, MIB))
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    def prompt(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> list[int]:
         """Ids of a whole conversation, BOS and the beginning of the assistant's answer included."""
-        return self._encode(self.render(self._shown(messages)))
+        return self._encode(self.render(self._shown(messages), options))
 
-    def next_turn(self, messages: Sequence[Message]) -> list[int]:
+    def next_turn(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> list[int]:
         """Ids that follow the latest answer, messages[-2]: what ends it, the new message, the next answer's beginning.
 
         The answer's own ids, without an end-of-sequence token, are before them in the cache as the model gave them, so
@@ -54,25 +62,44 @@ class ChatTemplate:
         """
         shown = self._shown(messages)
         assert shown[-2]["role"] == "assistant"
-        shown[-2]["content"] = _ANSWER
-        text = self.render(shown)
+        shown[-2] = {"role": "assistant", "content": _ANSWER}
+        text = self.render(shown, options)
         if _ANSWER not in text:
             raise UserError("the chat template does not show earlier answers, so a conversation cannot go on with it")
         return self._encode(text.rpartition(_ANSWER)[2], continues=True)
 
     def _shown(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages as the template gets them: a seam after the first letter of each special token's name."""
+        """The messages as the template gets them: without what is None, as in transformers, and without markers."""
+        return self._seamed([{k: v for k, v in message.items() if v is not None} for message in messages])
+
+    def _seamed(self, value: Any) -> Any:
+        """A JSON value with a seam after the first letter of each special token's name in its strings."""
         names = "|".join(map(re.escape, self.tokenizer.special_ids)) or "(?!)"
         first_letter = re.compile(f"(?={names})(.)", re.DOTALL)  # also where names overlap
-        plain = [message | {"content": re.sub(f"[{_SEAM}{_ANSWER}]", "", message["content"])} for message in messages]
-        return [message | {"content": first_letter.sub(rf"\1{_SEAM}", message["content"])} for message in plain]
 
-    def render(self, messages: list[Message] | None) -> str:
-        """The text of these messages; with None only check the template."""
+        def seamed(value: Any) -> Any:
+            if isinstance(value, str):
+                return first_letter.sub(rf"\1{_SEAM}", re.sub(f"[{_SEAM}{_ANSWER}]", "", value))
+            if isinstance(value, Mapping):
+                return {seamed(name): seamed(each) for name, each in value.items()}
+            return [seamed(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+        return seamed(value)
+
+    def render(self, messages: list[Message] | None, options: Mapping[str, Any] | None = None) -> str:
+        """The text of these messages; with None only check the template and the options."""
+        options = {**self.options, **(options or {})}
+        source = self.tool_source if self.tool_source and options.get("tools") is not None else self.source
+        given = {"source": source, "variables": self.variables, "options": self._seamed(options)}
         try:
-            answer = self.child.ask({"source": self.source, "variables": self.variables, "messages": messages})
+            answer = self.child.ask(given | {"messages": messages})
         except Overrun as error:
             raise UserError(f"the chat template {error}") from None
+        if "unread" in answer:
+            reads = ", ".join(answer["reads"]) or "none"
+            raise UserError(
+                f"the chat template reads no {shown(answer['unread'])}; its options are: {visible(reads)[:200]}"
+            )
         if "syntax" in answer:
             raise UserError(f"line {answer['line']} of the chat template: {visible(answer['syntax'])}")
         if "refused" in answer:
@@ -120,17 +147,20 @@ class Turns:
         self.begun = True
 
 
-def load(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """The chat template in `folder`, or None if there is none; UserError if it is broken."""
+def load(folder: Path, tokenizer: Tokenizer, options: Mapping[str, Any] | None = None) -> ChatTemplate | None:
+    """The chat template in `folder`, or None if there is none; UserError if it is broken, or reads no such options."""
     path, source = _find(folder)
     if source is None:
         return None
+    named = {"default": source}
     if isinstance(source, list):
         named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-        source = named.get("default")
-    if not isinstance(source, str):
+    source, tool_source = named.get("default"), named.get("tool_use")
+    if path.suffix == ".jinja" and (other := folder / "additional_chat_templates" / "tool_use.jinja").exists():
+        tool_source = read_text(other)
+    if not isinstance(source, str) or not isinstance(tool_source, str | None):
         raise UserError(f"{place(path)}: chat_template must be a text or a list with one named 'default'")
-    template = ChatTemplate(source, tokenizer, special_tokens(folder))
+    template = ChatTemplate(source, tokenizer, special_tokens(folder), options or {}, tool_source)
     try:
         template.render(None)
     except UserError as error:

@@ -347,6 +347,8 @@ def job_settings(asked: Asked) -> dict[str, Any]:
     settings = {f"--{name.replace('_', '-')}": getattr(asked.args, name) for name in names}
     if asked.sizing.format != "dense":  # which job files of earlier versions do not name
         settings["--cache-format"] = asked.sizing.format
+    if asked.args.template_option:
+        settings["--template-option"] = asked.args.template_option
     if asked.about:
         with accessing(asked.args.load_cache), open(asked.args.load_cache, "rb") as file:
             settings["--load-cache"] = file_digest(file, "sha256").hexdigest()

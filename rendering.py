@@ -5,29 +5,38 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 
 MOST_BYTES = 50 << 20  # of a rendered conversation
-_compiled: dict[str, jinja2.Template] = {}  # the latest one
+_SET = {"messages", "add_generation_prompt"}  # what no option may set
+_compiled: dict[str, tuple[jinja2.Template, set[str]]] = {}  # the latest one, and the options that it reads
 
 
 def render(request: dict[str, Any]) -> dict[str, Any]:
-    """Render `messages` with the template `source` and the `variables`, or only compile it if messages is None.
+    """Render `messages` with the template `source`, the `variables` and the `options`.
 
-    The answer has one of: text; refused, in the template's own words; failed; and syntax with its line, for a source
-    that is no template.
+    If messages is None, only compile the template and check the options. The answer has one of: text; refused, in the
+    template's own words; failed; unread, the name of an option, with the names that the template reads; and syntax with
+    its line, for a source that is no template.
     """
     try:
-        source = request["source"]
+        source, options = request["source"], request["options"]
         if source not in _compiled:
             _compiled.clear()
-            _compiled[source] = _environment().from_string(source)
+            environment = _environment()
+            reads = jinja2.meta.find_undeclared_variables(environment.parse(source)) - _SET
+            _compiled[source] = environment.from_string(source), reads
+        template, reads = _compiled[source]
+        if unread := options.keys() - reads:
+            return {"unread": min(unread), "reads": sorted(reads - request["variables"].keys())}
         if request["messages"] is None:
             return {"text": ""}
-        shown = {"messages": request["messages"], "add_generation_prompt": True, "tools": None, "documents": None}
-        text = _compiled[source].render(request["variables"], **shown)
+        messages = [_with_reasoning(message) for message in request["messages"]]
+        shown = {"tools": None, "documents": None} | request["variables"] | options
+        text = template.render(shown, messages=messages, add_generation_prompt=True)
         if len(text.encode("utf-8", "surrogatepass")) > MOST_BYTES:
             return {"failed": f"it makes more than {MOST_BYTES >> 20} MB of text"}
         return {"text": text}
@@ -39,6 +48,13 @@ def render(request: dict[str, Any]) -> dict[str, Any]:
         return {"failed": "it takes too much memory"}
     except Exception as error:  # a template is a program: it may fail in any way
         return {"failed": f"{type(error).__name__}: {_line(error)}"}
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """As transformers does it: what was thought, under both names that templates read it by."""
+    names = ("reasoning_content", "thinking", "reasoning")
+    thought = next((message[name] for name in names if message.get(name) is not None), None)
+    return message if thought is None else {"thinking": thought} | message | {"reasoning_content": thought}
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -34,7 +34,9 @@ from arguments import (
     add_cache,
     add_checkpoint,
     add_running,
+    add_template_option,
     rows,
+    template_options,
 )
 from engine import Engine
 from errors import UserError, place, shown
@@ -82,6 +84,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--keep", type=natural, default=4, metavar="N", help="conversations that go on from their caches (default: 4)")
     add("--cache-dir", metavar="DIR", help="where save_cache writes prompt caches, and load_cache finds them")
     plan_text = "make the plan from this text, or from the first request (default: a text about a river)"
+    add_template_option(add)
     add("--plan-text", metavar="FILE|first", help=plan_text)
     add("--quiet", action="store_true", help="no line for each request")
     add_cache(parser)
@@ -119,7 +122,10 @@ class Serving(Setup):
                 if not Path(args.cache_dir).is_dir():
                     raise UserError(f"--cache-dir {place(args.cache_dir)} is no folder; make it first")
             check_folder(Path(args.cache_dir), "--cache-dir")
-        self.template = None if self.tokenizer is tokenizers.NONE else chat.load(self.folder, self.tokenizer)
+        options = template_options(args.template_option)
+        self.template = None if self.tokenizer is tokenizers.NONE else chat.load(self.folder, self.tokenizer, options)
+        if options and self.template is None:
+            raise UserError(f"--template-option is for a chat template, and {place(args.checkpoint)} has none")
         self.max_length = args.max_length or min(self.sizing.config.reach, LENGTH)
         self.lanes = self._lanes() if args.page else {}
         self.needs = self._needs()

@@ -4,11 +4,13 @@ What OpenAI knows and this server does not do may only have the value that asks 
 ends the sentence "FIELD must be ..."; it is what an error says.
 """
 
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from errors import cut, shown
+from errors import UserError, cut, shown
+from files import parse_json
 from serving.errors import ApiError
 
 Lane = Literal["full", "uniform", "squeezed"]
@@ -84,20 +86,38 @@ class Part(Strict):
 
 
 class Message(Strict):
-    role: Literal["system", "user", "assistant"] = field("system, user or assistant", ...)
-    content: str | Annotated[list[Part], Field(min_length=1)] = field("a string, or a list of parts of type text", ...)
-    name: None = only("null")
+    role: Literal["system", "developer", "user", "assistant", "tool"] = field(
+        "system, developer, user, assistant or tool", ...
+    )
+    content: str | Annotated[list[Part], Field(min_length=1)] | None = field(
+        "a string, or a list of parts of type text", ...
+    )
+    reasoning_content: str | None = field("a string")
+    tool_calls: list[dict[str, Any]] | None = field("a list of objects")
+    tool_call_id: str | None = field("a string")
+    name: str | None = field("a string")
     refusal: None = only("null")
     annotations: Nothing | None = only("[]")
     audio: None = only("null")
     function_call: None = only("null")
-    tool_calls: Nothing | None = only("[]")
 
     @property
-    def plain(self) -> dict[str, str]:
+    def plain(self) -> dict[str, Any]:
         """As a chat template takes it."""
         parts = self.content if isinstance(self.content, list) else ()
-        return {"role": self.role, "content": "".join(part.text for part in parts) if parts else self.content}
+        content = "".join(part.text for part in parts) if parts else self.content
+        more = {name: getattr(self, name) for name in ("reasoning_content", "tool_call_id", "name")}
+        more["tool_calls"] = [as_object(call) for call in self.tool_calls or ()]
+        return {"role": self.role, "content": content} | {name: value for name, value in more.items() if value}
+
+
+def as_object(call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call with its arguments as an object, which templates are written for; OpenAI has them as JSON text."""
+    function = call.get("function")
+    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+        with suppress(UserError):
+            return call | {"function": function | {"arguments": parse_json(function["arguments"], "")}}
+    return call
 
 
 class ChatBody(Body):
@@ -105,7 +125,10 @@ class ChatBody(Body):
     max_completion_tokens: int | None = field("an integer of at least 1", ge=1)
     logprobs: Literal[False] | None = only("false")
     top_logprobs: Literal[0] | None = only("0")
-    tools: Nothing | None = only("[]")
+    chat_template_kwargs: dict[str, Any] | None = field("an object with what the chat template reads")
+    tools: Nothing | None = field(
+        "[] or left out: this server does not read calls out of an answer (chat_template_kwargs can show it tools)"
+    )
     tool_choice: Literal["none", "auto"] | None = only("none")
     parallel_tool_calls: bool | None = field("true or false")
     functions: Nothing | None = only("[]")
@@ -115,9 +138,15 @@ class ChatBody(Body):
     store: Literal[False] | None = only("false")
     audio: None = only("null")
     prediction: None = only("null")
-    reasoning_effort: None = only("null")
+    reasoning_effort: str | None = field("a string")
     verbosity: None = only("null")
     web_search_options: None = only("null")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the chat template reads beside the messages."""
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return effort | (self.chat_template_kwargs or {})
 
 
 def parsed(kind: type[Body], data: bytes) -> Body:

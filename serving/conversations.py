@@ -2,10 +2,11 @@
 
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from threading import Lock
+from typing import Any
 
 from chat import Message
 from promptcache import PromptCache
@@ -37,9 +38,9 @@ class Conversations:
         with self._lock:
             return sum(turn.cache.nbytes for turn in self._turns.values())
 
-    def find(self, messages: Sequence[Message]) -> Turn | None:
-        """The conversation with just these messages."""
-        key = key_of(messages)
+    def find(self, messages: Sequence[Message], options: Mapping[str, Any]) -> Turn | None:
+        """The conversation with just these messages, and options of the chat template."""
+        key = key_of(messages, options)
         with self._lock:
             if key in self._turns:
                 self._turns.move_to_end(key)
@@ -55,6 +56,5 @@ class Conversations:
                 self._turns.popitem(last=False)
 
 
-def key_of(messages: Sequence[Message]) -> bytes:
-    pairs = [[message["role"], message["content"]] for message in messages]
-    return sha256(json.dumps(pairs).encode()).digest()
+def key_of(messages: Sequence[Message], options: Mapping[str, Any]) -> bytes:
+    return sha256(json.dumps([messages, options], sort_keys=True).encode()).digest()

@@ -157,20 +157,24 @@ class Chat(Form):
             raise ApiError(400, f"{self.model} has no chat template; use /v1/completions", "messages")
         if None not in (body.max_tokens, body.max_completion_tokens):
             raise ApiError(400, "give one of max_tokens and max_completion_tokens", "max_tokens")
+        for n, message in enumerate(body.messages):
+            if message.content is None and not message.tool_calls:
+                where = f"messages[{n}].content"
+                raise ApiError(400, f"{where} must be a string, not None, in a message without tool_calls", where)
         new = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        messages = [message.plain for message in body.messages]
+        messages, options, template = [message.plain for message in body.messages], body.options, self.words.template
         past = self.past(body)
         if past:  # as after an answer that said nothing
-            ids = self.words.template.next_turn([*NOTHING, *messages])
+            ids = template.next_turn([*NOTHING, *messages], options)
             return [self.answer(body, ids, new, self.words.turn_ids, past=past)]
         own = self.kept.most and body.lane is None
-        turn = self.kept.find(messages[:-1]) if own and messages[-1]["role"] == "user" else None
+        turn = self.kept.find(messages[:-1], options) if own and messages[-1]["role"] == "user" else None
         keep = "answer" if own else None
         if turn:
-            ids = [*turn.unfed, *self.words.template.next_turn(messages)]
+            ids = [*turn.unfed, *template.next_turn(messages, options)]
             how = {"past": turn.cache, "before": turn.ids}
             return [self.answer(body, ids, new, self.words.turn_ids, keep=keep, turn=turn, **how)]
-        return [self.answer(body, self.words.template.prompt(messages), new, self.words.turn_ids, keep=keep)]
+        return [self.answer(body, template.prompt(messages, options), new, self.words.turn_ids, keep=keep)]
 
     async def finish(self, call: Call, body: ChatBody) -> None:
         await super().finish(call, body)
@@ -184,7 +188,7 @@ class Chat(Form):
         unfed = [] if closed or completion.finish_reason == "eos" else said
         messages = [message.plain for message in body.messages] + [{"role": "assistant", "content": answer.text}]
         ids = [*(answer.turn.ids if answer.turn else ()), *answer.request.ids, *completion.tokens[:-1]]
-        self.kept.keep(Turn(key_of(messages), completion.cache, unfed, ids), answer.turn)
+        self.kept.keep(Turn(key_of(messages, body.options), completion.cache, unfed, ids), answer.turn)
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         message = {"role": "assistant", "content": answer.text, "refusal": None}

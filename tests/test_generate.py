@@ -303,6 +303,21 @@ def test_a_broken_chat_template(capsys, tmp_path):
     assert "chat_template.jinja: line 1 of the chat template" in refused(capsys, "--checkpoint", folder, "--chat")
 
 
+def test_template_options(capsys, tmp_path):
+    """As JSON, as Python writes it, or as text; in a single chat and in a conversation."""
+    folder = linked(tmp_path, "{{ a | tojson }}{{ b | tojson }}{{ c }}" + TEMPLATE)
+    options = ("--template-option", "a=False", "--template-option", 'b={"x": [1]}', "--template-option", "c=high=1")
+    wanted = tokenizers.load(folder).encode('false{"x": [1]}high=1# user: x\n# assistant: ', special=False)
+    for talk in ("--chat", "--interactive"):
+        asked = generate.Asked(generate.parse(["--checkpoint", str(folder), talk, *options]))
+        assert asked.turns.ids("x") == wanted
+    args = ("--checkpoint", folder, "--prompt", "x")
+    wrong = refused(capsys, *args, "--chat", "--template-option", "d=1")
+    assert "the chat template reads no 'd'; its options are: a, b, c" in wrong
+    assert "must be NAME=VALUE" in refused(capsys, *args, "--chat", "--template-option", "a")
+    assert "--template-option is for a chat" in refused(capsys, *args, *options)
+
+
 @pytest.mark.parametrize("template", [None, TEMPLATE])
 def test_interactive(capsys, tmp_path, monkeypatch, template):
     """The answers of the engine's own conversation; memory stays; every turn reports."""

@@ -222,12 +222,24 @@ BAD_CHATS = [
     ({"messages": None}, "messages", "a list of messages"),
     ({"messages": []}, "messages", "a list of messages"),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "is missing"),
-    ({"messages": [{"role": "owner", "content": "x"}]}, "messages[0].role", "system, user or assistant"),
+    (
+        {"messages": [{"role": "owner", "content": "x"}]},
+        "messages[0].role",
+        "system, developer, user, assistant or tool",
+    ),
     ({"messages": [{"role": "user", "content": "x", "colour": 1}]}, "messages[0].colour", "unknown field"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "type text"),
     ({"messages": ["x"]}, "messages[0]", "not 'x'"),
     ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens", "give one of"),
-    ({"tools": [{"type": "function"}]}, "tools", "must be []"),
+    ({"tools": [{"type": "function"}]}, "tools", "chat_template_kwargs can show it tools"),
+    ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content", "without tool_calls"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].content", "is missing"),
+    ({"messages": [{"role": "user", "content": "", "tool_calls": 5}]}, "messages[0].tool_calls", "a list of objects"),
+    ({"reasoning_effort": "high"}, None, "reads no 'reasoning_effort'; its options are: "),
+    ({"reasoning_effort": 3}, "reasoning_effort", "a string"),
+    ({"chat_template_kwargs": {"enable_thinkin": True}}, None, "reads no 'enable_thinkin'"),
+    ({"chat_template_kwargs": {"messages": []}}, None, "reads no 'messages'"),
+    ({"chat_template_kwargs": [1]}, "chat_template_kwargs", "an object"),
     ({"response_format": {"type": "json_object"}}, "response_format", "supports nothing else"),
     ({"max_tokens": None, "max_completion_tokens": 300}, None, "exceed max-length 256"),
 ]
@@ -705,3 +717,47 @@ def test_generate_imports_nothing_of_it():
     code = "import sys, generate; print(*{name.partition('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"serving", *serve.PACKAGES} & set(done.stdout.split())
+
+
+THINKING = """{{ tools | tojson if tools }}{{ reasoning_effort }}{% for m in messages %}# {{ m.role }}: {{ m.content }}
+{% for call in m.tool_calls or [] %}{{ call.function.arguments.x }}{{ call.id }}{% endfor %}
+{{- m.reasoning_content }}{{ m.tool_call_id }}{% endfor %}# assistant:{% if enable_thinking is false %}-{% endif %}"""
+
+
+def test_what_a_template_reads_comes_with_the_body_or_the_command_line(tmp_path):
+    """Thoughts, calls (their arguments as an object, not as the text that OpenAI has) and results too."""
+    folder = chat_folder(tmp_path)
+    (folder / "chat_template.jinja").write_text(THINKING)
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": "y"}'}}
+    messages = [
+        {"role": "user", "content": "def f"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "hm"},
+        {"role": "tool", "content": "5", "tool_call_id": "c1"},
+    ]
+    given = {"enable_thinking": False, "tools": [{"a": 1}]}
+    with serving("--checkpoint", str(folder), "--keep", "2", "--template-option", "reasoning_effort=low") as live:
+
+        def ask(messages: list[dict], **more) -> tuple[int, int]:
+            body = {"messages": messages, "temperature": 0, "max_tokens": 2} | more
+            answer = live.http.post(CHATS, json=body).json()
+            assert answer["choices"][0]["message"]["content"] == alone(live, TOKENIZER.encode(text, special=False), 2)
+            return answer["usage"]["prompt_tokens"], cached(answer["usage"])
+
+        text = "low# user: def f\n# assistant: \nyc1hm# tool: 5\nc1# assistant:"
+        ask(messages)
+        text = '[{"a": 1}]high' + text.removeprefix("low") + "-"
+        ask(messages, chat_template_kwargs=given, reasoning_effort="high")
+        ask(messages, chat_template_kwargs=given | {"reasoning_effort": "high"})
+        # A kept conversation goes on with its own options only: they stand before its first turn.
+        [said], url = turns_of(live, ["def f"])[1], CHATS
+        turn = [messages[0], {"role": "assistant", "content": said}, {"role": "user", "content": "x"}]
+        body = {"messages": turn, "temperature": 0, "max_tokens": 2, "reasoning_effort": "high"}
+        assert cached(live.http.post(url, json=body).json()["usage"]) == 0
+        del body["reasoning_effort"]
+        assert cached(live.http.post(url, json=body).json()["usage"]) > 0
+
+
+@pytest.mark.parametrize("option", ["enable_thinkin=1", "enable_thinking", "=1", "a-b=1"])
+def test_a_template_option_that_is_none(tmp_path, option):
+    with pytest.raises(ValueError, match="reads no 'enable_thinkin'|must be NAME=VALUE"):
+        serve.Serving(serve.parse(["--checkpoint", str(chat_folder(tmp_path)), "--template-option", option]))
