@@ -298,7 +298,7 @@ def check_folder(path: Path, name: str) -> None:
 
 
 CHECKPOINT_FILE = re.compile(
-    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|tekken|chat_template)\.json"
     r"|merges\.txt|tokenizer\.model|chat_template\.jinja|.*\.(safetensors|bin)(\.index\.json)?|.*\.gguf"
 )
 

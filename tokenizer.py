@@ -4,6 +4,7 @@
 
     tokenizer.json               Hugging Face `tokenizers`
     vocab.json and merges.txt    byte-level BPE (GPT-2, OPT, Qwen)
+    tekken.json                  Mistral's own
     tokenizer.model              sentencepiece (Llama 2, Mistral), or tiktoken lines "base64 rank" (Llama 3)
 
 A GGUF file stands for a folder; its metadata hold byte-level BPE or sentencepiece.
@@ -30,6 +31,7 @@ from child import Child, Overrun
 from errors import UserError, place, shown, visible
 
 MOST_BYTES = 64 << 20  # of a file with a vocabulary; the largest that are published have half of it
+MOST_SPECIAL = 1 << 16  # tokens of a tekken.json; those that are published have 1000
 MOST_GROWTH = 64  # times that normalizing may lengthen a text
 TRY_SECONDS, TRY_MIB = 10, 1536  # for a trial of a tokenizer
 
@@ -50,6 +52,12 @@ LLAMA3_WORDS = _WORDS % "{1,3}"
 _LLAMA3_NAMED = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
 _LLAMA3_FREE = [n for n in range(256) if n not in _LLAMA3_NAMED]
 _LLAMA3_SPECIAL = _LLAMA3_NAMED | {n: f"reserved_special_token_{i}" for i, n in enumerate(_LLAMA3_FREE)}
+
+
+# The special tokens of a tekken.json that does not list them.
+_TEKKEN_NAMES = """<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS]
+[TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT]
+[TOOL_CONTENT]"""
 
 
 @dataclass(frozen=True)
@@ -177,6 +185,8 @@ def load(folder: Path) -> Tokenizer | None:
         return _load_json(folder / "tokenizer.json", settings)
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         return _load_vocab_merges(folder, settings)
+    if (folder / "tekken.json").exists():
+        return _load_tekken(folder / "tekken.json", settings)
     if (folder / "tokenizer.model").exists():
         data = files.read_bytes(folder / "tokenizer.model", MOST_BYTES)
         load_model = _load_tiktoken if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data) else _load_sentencepiece
@@ -195,8 +205,9 @@ def eos_ids(folder: Path, tokenizer: Tokenizer | None = None, chat: bool = False
     own = [tokenizer.eos] if tokenizer and tokenizer.eos is not None else []
     for name in ("generation_config.json", "config.json"):
         settings = read_json(folder / name)
-        text = settings.get("text_config")  # of a model of several modalities
-        value = settings.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
+        value, text = settings.get("eos_token_id"), settings.get("text_config")
+        if value is None and isinstance(text, dict):  # of a model of text and images
+            value = text.get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
             text = f"eos_token_id must be an integer from 0 to {2**31 - 1} or a list of such, not {shown(value)}"
@@ -492,8 +503,6 @@ def _splitter(tokens: Iterable[dict[str, Any]]) -> Callable[[str, bool], Iterato
 
 
 def _load_tiktoken(path: Path, data: bytes, settings: dict[str, Any]) -> Tokenizer:
-    import tiktoken
-
     ranks = {}
     for n, line in enumerate(data.splitlines(), 1):
         try:
@@ -501,15 +510,54 @@ def _load_tiktoken(path: Path, data: bytes, settings: dict[str, Any]) -> Tokeniz
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
             raise UserError(f"{place(path)}: line {n} is not a base64 token and its rank") from None
-    pieces = {rank: token for token, rank in ranks.items()}
-    if sorted(pieces) != list(range(len(ranks))) or sum(len(token) == 1 for token in ranks) != 256:
+    if sorted(ranks.values()) != list(range(len(ranks))) or sum(len(token) == 1 for token in ranks) != 256:
         raise UserError(
             f"{place(path)}: ranks must be 0 to {len(ranks) - 1}, once each, and cover the 256 single bytes"
         )
     special = {f"<|{name}|>": len(ranks) + n for n, name in _LLAMA3_SPECIAL.items()}
-    coder = tiktoken.Encoding(path.name, pat_str=LLAMA3_WORDS, mergeable_ranks=ranks, special_tokens=special)
+    names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    return _wrap_ranks(path, LLAMA3_WORDS, ranks, special, settings, names)
+
+
+def _load_tekken(path: Path, settings: dict[str, Any]) -> Tokenizer:
+    """Mistral's own file: special tokens, and after them as many tokens of the vocabulary as the model has."""
+    data = files.read_json(path, most=MOST_BYTES)
+    try:
+        config, listed = data["config"], data.get("special_tokens")
+        words, size, first = (config[name] for name in ("pattern", "default_vocab_size", "default_num_special_tokens"))
+        if listed is None:
+            listed = [{"rank": i, "token_str": name} for i, name in enumerate(_TEKKEN_NAMES.split())]
+        named = {token["token_str"]: token["rank"] for token in listed}
+        filled = range(len(named), min(first, MOST_SPECIAL))
+        special = named | {f"<SPECIAL_{i}>": i for i in filled}
+        vocab = data["vocab"][: size - first]
+        ranks = {base64.b64decode(token["token_bytes"], validate=True): first + token["rank"] for token in vocab}
+        sound = isinstance(words, str) and all(isinstance(name, str) for name in named)
+        sound &= len(ranks) == size - first and list(ranks.values()) == list(range(first, size))
+        sound &= len(special) == first and sorted(special.values()) == list(range(first))
+        sound &= sum(len(token) == 1 for token in ranks) == 256
+    except (AttributeError, KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise UserError(f"{place(path)}: not a vocabulary of Mistral's, with its pattern, sizes and special tokens")
+    return _wrap_ranks(path, words, ranks, special, settings, _CLASS_TOKENS["Tekken"])
+
+
+def _wrap_ranks(
+    path: Path,
+    words: str,
+    ranks: dict[bytes, int],
+    special: dict[str, int],
+    settings: dict[str, Any],
+    names: dict[str, str],
+) -> Tokenizer:
+    """The `Tokenizer` of tokens by rank, which are their ids. names: the special tokens that have a part."""
+    import tiktoken
+
+    pieces = {rank: token for token, rank in ranks.items()}
+    coder = _safely(path, tiktoken.Encoding, path.name, pat_str=words, mergeable_ranks=ranks, special_tokens=special)
     settings = {"add_bos_token": True} | settings
-    named = _named(settings, {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"})
+    named = _named(settings, names)
     return Tokenizer(
         lambda text, parse: _safely(
             path, coder.encode, text, allowed_special="all" if parse else set(), disallowed_special=()
@@ -605,13 +653,16 @@ _PARTS = [f"{part}_token" for part in ("bos", "eos", "unk", "sep", "pad", "cls",
 _CLASS_TOKENS = {
     "GPT2": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
     "Qwen2": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
+    "Tekken": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
 }
 
 
 def _class_tokens(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
     """The tokens that the class of the tokenizer names, or, where no file says which one it is, that of the model."""
     kind = settings.get("tokenizer_class")
-    if kind is None and not (folder / "tokenizer.json").exists():
+    if (folder / "tekken.json").exists() and not (folder / "tokenizer.json").exists():
+        kind = "Tekken"
+    elif kind is None and not (folder / "tokenizer.json").exists():
         model = str(read_json(folder / "config.json").get("model_type"))
         kind = "Qwen2" if model.startswith("qwen") else "GPT2" if model in ("gpt2", "opt") else None
     return next((tokens for name, tokens in _CLASS_TOKENS.items() if str(kind).startswith(name)), {})

@@ -5,15 +5,17 @@ import io
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
 import tokenizers
 import transformers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from errors import UserError
-from tokenizer import TextStream, Tokenizer, eos_ids, load
+from tokenizer import TextStream, Tokenizer, eos_ids, load, special_tokens
 
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466"  # four emoji joined by ZWJ into one
 TEXTS = [
@@ -29,6 +31,7 @@ TEXTS = [
     "",
     "\u2028 \x00 \x85 \xa0 \ufeff \ufffd \U0010ffff e\u0301",
 ]
+BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}  # the letters of byte-level BPE
 SPECIAL = ["<|endoftext|>", "</s>", "<s>", "<|begin_of_text|>", "<unk>"]
 
 
@@ -97,6 +100,21 @@ def tiktoken_lines() -> str:
     return "".join(f"{base64.b64encode(token).decode()} {n}\n" for n, token in enumerate(tokens))
 
 
+TEKKEN_NAMES = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "<pad>"]
+
+
+def tekken(names: list[str] | None, special: int = 24) -> dict[str, Any]:
+    """As Mistral publishes it: the vocabulary has more tokens than the model, and not all special ones have names."""
+    backend = split_words(TEKKEN_WORDS)
+    vocab = sorted(backend.get_vocab(), key=backend.token_to_id)[3:]  # without the special tokens
+    tokens = [base64.b64encode(bytes(BYTES[letter] for letter in token)).decode() for token in vocab]
+    config = {"pattern": TEKKEN_WORDS, "default_vocab_size": special + 480, "default_num_special_tokens": special}
+    config |= {"num_vocab_tokens": len(vocab), "version": "v11"}
+    made = {"config": config, "vocab": [{"rank": n, "token_bytes": token} for n, token in enumerate(tokens)]}
+    listed = [{"rank": n, "token_str": name, "is_control": True} for n, name in enumerate(names or ())]
+    return made if names is None else made | {"special_tokens": listed}
+
+
 def save_vocab_merges(folder: Path, backend: tokenizers.Tokenizer, **config: object) -> Path:
     folder.mkdir(exist_ok=True)
     backend.model.save(str(folder))
@@ -107,7 +125,7 @@ def save_vocab_merges(folder: Path, backend: tokenizers.Tokenizer, **config: obj
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One folder of every form; "pieces_json" is the sentencepiece model as transformers converts it."""
     root = tmp_path_factory.mktemp("tokenizers")
-    made = {name: root / name for name in ("json", "merges", "qwen", "pieces", "pieces_json", "tiktoken")}
+    made = {name: root / name for name in ("json", "merges", "qwen", "pieces", "pieces_json", "tekken", "tiktoken")}
     for folder in made.values():
         folder.mkdir()
     backend = train_bytes()
@@ -122,6 +140,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     backend.save(str(made["json"] / "tokenizer.json"))
     (made["pieces"] / "tokenizer.model").write_bytes(train_pieces())
     convert_pieces(made["pieces"]).save(str(made["pieces_json"] / "tokenizer.json"))
+    write(made["tekken"], "tekken.json", tekken(TEKKEN_NAMES))
     write(made["tiktoken"], "tokenizer.model", tiktoken_lines())
     return made
 
@@ -131,7 +150,7 @@ def loaded(folders: dict[str, Path]) -> dict[str, Tokenizer]:
     return {name: load(folder) for name, folder in folders.items()}
 
 
-FORMS = ["json", "merges", "qwen", "pieces", "pieces_json", "tiktoken"]
+FORMS = ["json", "merges", "qwen", "pieces", "pieces_json", "tekken", "tiktoken"]
 
 
 @pytest.fixture(params=FORMS)
@@ -177,6 +196,9 @@ def test_ids_equal_transformers(loaded: dict[str, Tokenizer], folders: dict[str,
     if form in ("merges", "qwen"):
         kind = {"merges": transformers.GPT2Tokenizer, "qwen": transformers.Qwen2Tokenizer}[form]
         wanted = kind.from_pretrained(folders[form])
+    elif form == "tekken":
+        wanted = with_bos(transformers.TokenizersBackend.from_pretrained(folders[form]).backend_tokenizer)
+        wanted = transformers.PreTrainedTokenizerFast(tokenizer_object=wanted)
     else:
         file = folders["json" if form == "json" else "pieces_json"] / "tokenizer.json"
         wanted = transformers.PreTrainedTokenizerFast(tokenizer_file=str(file))
@@ -197,6 +219,8 @@ TEKKEN_WORDS = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# gpt-oss: as tekken, but with contractions at the end of a word and digits in threes.
+O200K_WORDS = TEKKEN_WORDS.replace("|", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?|", 2).replace(r"\p{N}| ", r"\p{N}{1,3}| ")
 
 
 def split_words(words: str) -> tokenizers.Tokenizer:
@@ -208,6 +232,17 @@ def qwen_json() -> tokenizers.Tokenizer:
     backend.normalizer = normalizers.NFC()
     backend.add_tokens([AddedToken("<think>", normalized=False)])
     return backend
+
+
+def distilled_json() -> tokenizers.Tokenizer:
+    """DeepSeek's names of special tokens have sentencepiece's space in them, and its own BOS is before each text."""
+    backend = split_words(WORDS % "")
+    backend.normalizer = normalizers.NFC()
+    backend.add_special_tokens(
+        [AddedToken(f"<｜{name}｜>", normalized=False) for name in ("begin▁of▁sentence", "User")]
+    )
+    backend.add_tokens([AddedToken("<think>", normalized=False)])
+    return with_bos(backend, "<｜begin▁of▁sentence｜>")
 
 
 def neox_json() -> tokenizers.Tokenizer:
@@ -253,9 +288,9 @@ def gemma_json(folder: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def with_bos(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    bos = [("<s>", backend.token_to_id("<s>"))]
-    template = processors.TemplateProcessing(single="<s> $A", special_tokens=bos)
+def with_bos(backend: tokenizers.Tokenizer, name: str = "<s>") -> tokenizers.Tokenizer:
+    bos = [(name, backend.token_to_id(name))]
+    template = processors.TemplateProcessing(single=f"{name} $A", special_tokens=bos)
     backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
     return backend
 
@@ -277,8 +312,34 @@ PUBLISHED = {
     "falcon": (lambda _: falcon_json(), str, "PreTrainedTokenizerFast", "falcon"),
     "phi-3": (phi3_json, str, "LlamaTokenizer", "phi3"),
     "gemma2, gemma3": (gemma_json, str, "GemmaTokenizer", "gemma2"),
+    "gpt-oss": (lambda _: split_words(O200K_WORDS), str, "PreTrainedTokenizerFast", "gpt_oss"),
+    "olmo3": (lambda _: split_words(WORDS % "{1,3}"), str, "GPT2Tokenizer", "olmo3"),
+    "granite 4": (lambda _: split_words(WORDS % "{1,3}"), str, "GPT2Tokenizer", "granitemoehybrid"),
+    "ministral 3": (lambda _: with_bos(split_words(TEKKEN_WORDS)), str, "TokenizersBackend", "mistral3"),
+    "gemma3 with images": (gemma_json, str, "GemmaTokenizer", "gemma3"),
+    "deepseek-r1 from qwen2": (
+        lambda _: distilled_json(),
+        normalizers.NFC().normalize_str,
+        "LlamaTokenizerFast",
+        "qwen2",
+    ),
+    "deepseek-r1 from llama": (
+        lambda _: with_bos(split_words(WORDS % "{1,3}")),
+        str,
+        "LlamaTokenizerFast",
+        "llama",
+    ),
 }
-MORE_TEXTS = ["a  b   c\n\nd\n\n\ne \n f      g", "\n\tif x:\n\t\t  pass", "<think>a 1234567 ABCdef's</think>"]
+MORE_TEXTS = [
+    "camelCase HTTPServer iPhone ǅungla ʰa ªº ÉCOLE É́cole DON'T don'T I'LL x'Re 'tis 's",
+    "٣٤٥٦٧ १२३४ Ⅷ½² 0x1F 3.14159 1,234,567 12345678901",
+    "a//b /// \r\n/\r\n //\n\n!!!\r\r?/\n \t /x\\/",
+    "\u0301\u0301a\u0301 \u200d\u200b\ufe0f #\ufe0f\u20e3 \u3000\u3000x\xa0\xa0y \u180e",
+    "<|start|>assistant<|channel|>final<|message|>[INST]x[/INST]<｜Assistant｜> <start_of_turn>",
+    "a  b   c\n\nd\n\n\ne \n f      g",
+    "\n\tif x:\n\t\t  pass",
+    "<think>a 1234567 ABCdef's</think>",
+]
 
 
 @pytest.mark.parametrize("family", PUBLISHED)
@@ -296,7 +357,7 @@ def test_published_forms(folders: dict[str, Path], family: str, tmp_path: Path) 
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == kept(text)
         stream = TextStream(ours)
         assert "".join(map(stream.push, ids)) + stream.flush() == kept(text)
-    assert (ours.prefix != ()) == any(name in family for name in ("llama", "mistral", "gemma"))
+    assert (ours.prefix != ()) == any(name in family for name in ("llama", "mistral", "ministral", "gemma", "deepseek"))
 
 
 def test_pieces_equal_sentencepiece(loaded: dict[str, Tokenizer], folders: dict[str, Path]) -> None:
@@ -319,6 +380,17 @@ def test_tiktoken_splits_and_reserves_as_llama_3(loaded: dict[str, Tokenizer], f
     assert last == [base + 255]
     pieces = [tokenizer.token_bytes(i) for i in tokenizer.encode("12345", special=False)]
     assert not any(b"34" in piece for piece in pieces)  # digits go in threes, though "12345" is a token
+
+
+def test_tekken_without_a_list_of_special_tokens(tmp_path: Path) -> None:
+    """Those of Mistral's first files, and names for the others; a template gets them too."""
+    with pytest.raises(ValueError, match="special tokens"):  # fewer than have names
+        load(write(tmp_path, "tekken.json", tekken(None, 8)))
+    tokenizer = load(write(tmp_path, "tekken.json", tekken(None)))
+    names = ["<s>", "[INST]", "[TOOL_CALLS]", "[SYSTEM_PROMPT]", "[TOOL_CONTENT]", "<SPECIAL_20>", "<SPECIAL_23>"]
+    assert tokenizer.encode("".join(names), parse_special=True) == [1, 1, 3, 9, 17, 19, 20, 23]
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.vocab_size, len(tokenizer.special_ids)) == (1, 2, 504, 24)
+    assert special_tokens(tmp_path) == dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
 
 
 def test_special_names_in_text_are_text(tokenizer: Tokenizer) -> None:
@@ -565,6 +637,10 @@ def test_stops_that_hold_special_tokens(tokenizer: Tokenizer) -> None:
         (None, None, set()),
         (None, {"eos_token_id": 2}, {2}),
         (None, {"eos_token_id": None}, set()),
+        (None, {"text_config": {"eos_token_id": [1, 106]}}, {1, 106}),
+        (None, {"text_config": {"eos_token_id": 1}, "eos_token_id": 5}, {5}),
+        (None, {"text_config": 7}, set()),
+        ({"eos_token_id": [200002, 199999, 200012]}, {"eos_token_id": 200002}, {200002, 199999, 200012}),
         ({"eos_token_id": [1, 5]}, {"eos_token_id": 2}, {1, 5}),
         ({"eos_token_id": 0}, {"eos_token_id": 2}, {0}),
         ({"eos_token_id": None}, {"eos_token_id": [2, 3]}, {2, 3}),
@@ -611,6 +687,24 @@ def test_no_files(tmp_path: Path) -> None:
     assert load(tmp_path) is None
 
 
+def changed(**config: Any) -> dict[str, Any]:
+    """A tekken.json of single bytes."""
+    right = {"pattern": ".", "default_vocab_size": 259, "default_num_special_tokens": 3}
+    vocab = [{"rank": n, "token_bytes": base64.b64encode(bytes([n])).decode()} for n in range(256)]
+    listed = [{"rank": n, "token_str": name} for n, name in enumerate(TEKKEN_NAMES[:3])]
+    return {"config": right | config, "vocab": vocab, "special_tokens": listed}
+
+
+BAD_TEKKEN = [changed(**{name: bad}) for name in changed()["config"] for bad in (None, "3", 10**12, -1, [1])]
+BAD_TEKKEN = [json.dumps(bad) for bad in BAD_TEKKEN if bad["config"]["pattern"] != "3"]
+BAD_TEKKEN += [
+    json.dumps(changed() | {name: bad}) for name in ("config", "vocab", "special_tokens") for bad in (5, [5])
+]
+BAD_TEKKEN += [json.dumps(changed() | {"special_tokens": [{"rank": 0, "token_str": name}]}) for name in (5, [5])]
+BAD_TEKKEN += [json.dumps(changed() | {"vocab": changed()["vocab"][::-1]})]
+BAD_TEKKEN += [json.dumps(changed() | {"vocab": 256 * [{"rank": 0, "token_bytes": bad}]}) for bad in ("?", "YQ==", 5)]
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [
@@ -625,6 +719,9 @@ def test_no_files(tmp_path: Path) -> None:
         ({"vocab.json": '{"a": 0}', "merges.txt": "", "added_tokens.json": '{"x": 7}'}, ["'x' must have id 7"]),
         ({"vocab.json": '{"a": 0}', "merges.txt": "", "added_tokens.json": '{"x": "y"}'}, ["added tokens"]),
         ({"vocab.json": '{"a": 0}', "merges.txt": "", "tokenizer_config.json": "}"}, ["tokenizer_config.json"]),
+        ({"tekken.json": "{"}, ["tekken.json", "not JSON"]),
+        *(({"tekken.json": bad}, ["tekken.json", "not a vocabulary"]) for bad in BAD_TEKKEN),
+        ({"tekken.json": json.dumps(changed(pattern="("))}, ["tekken.json"]),
         ({"tokenizer.model": ""}, ["tokenizer.model", "neither"]),
         ({"tokenizer.model": "not a model\n"}, ["tokenizer.model", "neither"]),
         ({"tokenizer.model": "YQ== 0\n?\n"}, ["tokenizer.model", "line 2"]),
@@ -670,5 +767,5 @@ def test_broken_settings(folders: dict[str, Path], form: str, settings: dict, tm
         (tmp_path / file.name).write_bytes(file.read_bytes())
     kind = {"merges": "GPT2Tokenizer", "qwen": "Qwen2Tokenizer"}.get(form)
     write(tmp_path, "tokenizer_config.json", settings | {"tokenizer_class": kind})
-    if form != "tiktoken" or not any("special_tokens" in key or "added" in key for key in settings):
+    if form not in ("tekken", "tiktoken") or not any("special_tokens" in key or "added" in key for key in settings):
         one_line_error(lambda: load(tmp_path), "token")
