@@ -402,6 +402,7 @@ class ModelConfig:
     attention_scale: float | None = None  # None: head_dim ** -0.5
     attention_softcap: float | None = None
     query_scaling: tuple[float, int] | None = None  # (b, n): a query at p is multiplied by 1 + b log(1 + p // n)
+    attention_sinks: bool = False  # a learned logit a head in every softmax, never soft-capped, that reads nothing
     sliding_window: int | None = None
     windowed: tuple[int, ...] = ()  # the layers that have it
     # feed-forward
@@ -761,6 +762,7 @@ def parameters(c: ModelConfig) -> int:
     heads, groups = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     attention = c.dim * (heads + 2 * groups) + heads * c.dim
     attention += (heads + 2 * groups) * c.qkv_bias + c.dim * c.output_bias
+    attention += c.n_heads * c.attention_sinks
     attention += norm * {None: 0, "head": 2 * c.head_dim, "projection": heads + groups}[c.qk_norm]
     width = (2 if c.ffn_gate else 1) * c.ffn_dim
     if c.experts:

@@ -85,6 +85,20 @@ def decoded(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     return (x.to(wide) * scale.to(wide)[..., None]).to(dtype)
 
 
+def softmaxed(scores: Tensor, sink: Tensor | None = None) -> Tensor:
+    """Softmax over the last dimension of scores [B, K, G, ..., N].
+
+    sink [H]: of each head a logit that takes part in the softmax and reads nothing, so that the shares sum to less than
+    1; None: no such logit.
+    """
+    if sink is None:
+        return scores.softmax(-1)
+    sink = sink.to(scores.dtype).view(scores.shape[1:3] + (1,) * (scores.dim() - 3))
+    top = torch.maximum(scores.amax(-1, keepdim=True), sink)
+    raised = (scores - top).exp_()
+    return raised.div_(raised.sum(-1, keepdim=True) + (sink - top).exp())
+
+
 def softcapped(x: Tensor, cap: float | None) -> Tensor:
     """x held softly within [-cap, cap]; None: as it is."""
     return x if cap is None else cap * torch.tanh(x / cap)

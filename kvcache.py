@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from formats import Stored, arenas
-from kernels import decoded, dot, mix, softcapped
+from kernels import decoded, dot, mix, softcapped, softmaxed
 
 
 class LayerCache(NamedTuple):
@@ -37,12 +37,19 @@ class LayerCache(NamedTuple):
             part.index_put_(at, new[:, :, 0].to(part.dtype))
 
     def attend(
-        self, q: Tensor, valid: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None
+        self,
+        q: Tensor,
+        valid: Tensor,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        sink_logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention of one token per row over its slots.
 
         q [B, H, 1, D]; valid [B]: how many leading slots count (more than N means all). sinks [B, K, 1, n, D] replace
-        the first n keys. Returns out [B, H, 1, D] and probs [B, K, G, N]; softmax in fp32.
+        the first n keys; sink_logits [H]: as of `softmaxed`, which is taken in fp32. Returns out [B, H, 1, D] and probs
+        [B, K, G, N].
         """
         k, v, k_scale, v_scale = self.stored
         q = q.unflatten(1, (k.shape[1], -1)).squeeze(3) * scale
@@ -51,7 +58,7 @@ class LayerCache(NamedTuple):
             scores = torch.cat((dot(q, sinks[:, :, 0]), scores[..., sinks.shape[3] :]), dim=-1)
         scores = softcapped(scores.to(torch.promote_types(q.dtype, torch.float32)), softcap)
         empty = torch.arange(k.shape[2], device=q.device) >= valid[:, None]
-        probs = scores.masked_fill(empty[:, None, None], float("-inf")).softmax(-1)
+        probs = softmaxed(scores.masked_fill(empty[:, None, None], float("-inf")), sink_logits)
         shares = probs if v_scale is not None else probs.to(q.dtype)
         return mix(shares, v, v_scale).to(q.dtype).flatten(1, 2)[:, :, None], probs
 
@@ -60,12 +67,19 @@ class LayerCache(NamedTuple):
         return self.stored.each(lambda own, new: torch.cat((own, new), dim=2), Stored.of(k, v, self.stored.format))
 
     def look(
-        self, q: Tensor, both: Stored, visible: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+        self,
+        q: Tensor,
+        both: Stored,
+        visible: Tensor,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+        sink_logits: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Attention of T tokens per row over the slots and each other (`both`, of `followed_by`). Nothing is written.
 
         q [B, H, T, D]; visible [B, 1 or K, T, N + T]; sinks [B, K, T, n, D] are the first n keys as each token sees
-        them. Returns out [B, H, T, D] and probs [B, K, G, T, N + T].
+        them; sink_logits [H]: as of `softmaxed`. Returns out [B, H, T, D] and probs [B, K, G, T, N + T].
         """
         keys, values = decoded(both.k, both.k_scale, q.dtype), decoded(both.v, both.v_scale, q.dtype)
         q = q.unflatten(1, (keys.shape[1], -1)) * scale
@@ -73,7 +87,7 @@ class LayerCache(NamedTuple):
         if sinks is not None:
             scores[..., : sinks.shape[3]] = (q[..., None, :] @ sinks[:, :, None].mT).squeeze(-2)
         scores = softcapped(scores.to(torch.promote_types(q.dtype, torch.float32)), softcap)
-        probs = scores.masked_fill(~visible[:, :, None], float("-inf")).softmax(-1)
+        probs = softmaxed(scores.masked_fill(~visible[:, :, None], float("-inf")), sink_logits)
         return (probs.to(values.dtype) @ values[:, :, None]).flatten(1, 2), probs
 
     def absorb(self, source: Tensor, both: Stored) -> None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ACTIVATIONS, ModelConfig
-from kernels import Linear, softcapped
+from kernels import Linear, softcapped, softmaxed
 from kvcache import LayerCache
 from parallel import of_group, shard, summed
 
@@ -205,7 +205,7 @@ class Slots(NamedTuple):
         slot = policy.slot(seen, layer)
         layer.write(slot, k, v)
         sinks = attention.sinks(policy.sinks, layer, position, rotary, k.dtype)
-        out, probs = layer.attend(q, seen + 1, attention.scale, attention.softcap, sinks)
+        out, probs = layer.attend(q, seen + 1, attention.scale, attention.softcap, sinks, attention.sink_logits)
         policy.observe(layer, slot, seen, of_group(probs) if policy.scored else probs)
         return out
 
@@ -228,12 +228,20 @@ class Chunk(Slots):
         behind = layer.followed_by(k, v)
         sinks = attention.sinks(policy.sinks, layer, self.positions(v[:, 0]), rotary, k.dtype)
         visible = policy.visible(seen, q.shape[2], layer)
-        out, probs = layer.look(q, behind, visible, attention.scale, attention.softcap, sinks)
+        form = (attention.scale, attention.softcap, sinks, attention.sink_logits)
+        out, probs = layer.look(q, behind, visible, *form)
         layer.absorb(policy.absorb(layer, seen, of_group(probs) if policy.scored else probs), behind)
         return out
 
 
 class Attention(nn.Module):
+    """Grouped-query attention.
+
+    Two things are called sinks. `sink_logits` [H] are parameters: of each head a logit that takes part in every softmax
+    and reads nothing (gpt-oss). What `sinks` gives are tokens: the first ones of a prompt, which the policy streaming
+    keeps, because models without such parameters put there the attention that is to read nothing.
+    """
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
@@ -244,6 +252,7 @@ class Attention(nn.Module):
         self.wqkv = Linear(config.dim, self.q_size + 2 * self.kv_size, bias=config.qkv_bias)
         self.wo = Linear(self.q_size, config.dim, bias=config.output_bias)
         self.query_scaling = config.query_scaling
+        self.sink_logits = nn.Parameter(torch.zeros(self.heads)) if config.attention_sinks else None
         self.qk_norm = config.qk_norm
         if self.qk_norm:
             whole = self.qk_norm == "projection"
@@ -287,20 +296,35 @@ class Attention(nn.Module):
         if self.softcap is None and (self.window is None or length <= self.window):
             if q.is_cuda and q.dtype == torch.float32:  # its one fused kernel there wants as many keys as queries
                 k, v = (part.repeat_interleave(self.heads // self.kv_heads, 1) for part in (k, v))
-            grouped = k.shape[1] != self.heads
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
+            return self._fused(q, k, v)
         chunks = []
         for start in range(0, length, PROMPT_CHUNK):
             end = min(start + PROMPT_CHUNK, length)
             if self.softcap is None:
                 keys, mask = self.visible(start, end, q.device)
-                part = (q[:, :, start:end], k[:, :, keys], v[:, :, keys])
-                chunk = F.scaled_dot_product_attention(*part, mask, scale=self.scale, enable_gqa=True)
+                chunk = self._fused(q[:, :, start:end], k[:, :, keys], v[:, :, keys], mask)
             else:
                 keys, probs = self.prompt_probs(q, k, start, end)
                 chunk = (probs.to(v.dtype) @ v[:, :, None, keys]).flatten(1, 2)
             chunks.append(chunk)
         return torch.cat(chunks, dim=2)
+
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """One call of PyTorch's attention of q [B, H, T, D] over k, v [B, K or H, M, D]; mask [T, M]: None: causal.
+
+        A head's sink logit enters as the logit of one more key, in front: q and k get a further element, which is the
+        sink logit in every query, 1 in that key and 0 in the others. Its value is 0. A query in front keeps what is
+        causal so. 8 elements are added, because fused kernels on a GPU want multiples of that.
+        """
+        added = 0 if self.sink_logits is None else 8
+        if added:
+            q, k, v = (F.pad(part, (0, added, 1, 0)) for part in (q, k, v))
+            q[..., -1], k[:, :, 0, -1] = (self.sink_logits / self.scale)[:, None], 1
+            mask = None if mask is None else F.pad(mask, (1, 0, 1, 0), value=True)
+        causal = mask is None
+        grouped = not causal or k.shape[1] != self.heads
+        out = F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=self.scale, enable_gqa=grouped)
+        return out[:, :, 1:, :-added] if added else out
 
     def prompt_probs(self, q: Tensor, k: Tensor, start: int, end: int) -> tuple[slice, Tensor]:
         """What the queries start..end of a prompt attend to: the keys they can see at all, and the share of each.
@@ -309,7 +333,7 @@ class Attention(nn.Module):
         """
         keys, mask = self.visible(start, end, q.device)
         logits = self.logits(q[:, :, start:end], k[:, :, keys])
-        return keys, logits.masked_fill(~mask, float("-inf")).softmax(-1)
+        return keys, softmaxed(logits.masked_fill(~mask, float("-inf")), self.sink_logits)
 
     def group_probs(self, q: Tensor, k: Tensor, start: int, end: int) -> tuple[slice, Tensor]:
         """The same with the query heads of all ranks that hold the same key-value heads."""
@@ -317,7 +341,9 @@ class Attention(nn.Module):
         return keys, of_group(probs)
 
     def logits(self, q: Tensor, k: Tensor) -> Tensor:
-        """q [B, H, T, D], k [B, K, M, D] -> what the softmax is taken of, nothing masked: [B, K, G, T, M] in fp32."""
+        """q [B, H, T, D], k [B, K, M, D] -> what the softmax is taken of beside the sink logits, nothing masked:
+        [B, K, G, T, M] in fp32.
+        """
         logits = q.unflatten(1, (self.kv_heads, -1)) * self.scale @ k[:, :, None].mT
         return softcapped(logits.to(torch.promote_types(q.dtype, torch.float32)), self.softcap)
 

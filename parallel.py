@@ -83,6 +83,8 @@ def cut_of(name: str, config: ModelConfig, own: Shard) -> Cut:
     """Which part of a parameter of the whole model (`config`) a rank has."""
     module, _, kind = name.rpartition(".")
     part = module.rpartition(".")[2]
+    if kind == "sink_logits":
+        return Cut((own.part(config.n_heads),))
     if own.world == 1 or part not in ("wqkv", "wo", "q_norm", "k_norm", "w13", "w2"):
         return Cut()
     dim, heads, kv_heads = config.head_dim, own.part(config.n_heads), own.kv_part(config.n_kv_heads)

@@ -119,7 +119,7 @@ class Reading(Causal):
             real = torch.full((len(k),), length, device=k.device) if real is None else real
             self.evidence = self.measure(
                 Attended(
-                    *(self.signal, after, q, k, v, real, attention.window, attention.logits),
+                    *(self.signal, after, q, k, v, real, attention.window, attention.logits, attention.sink_logits),
                     branch=lambda heads: self.block.branch(attention.out(heads)),
                     select=partial(policy.select, real, length, scores=scores),
                 )

@@ -71,12 +71,15 @@ def rotate(x: Tensor, position: Tensor, frequencies: Tensor, scale: float = 1.0)
     return torch.cat((scale * turned, rest), -1)
 
 
-def attended(query: Tensor, keys: Tensor, values: Tensor, entries: list[Entry], attention: Attention) -> Tensor:
-    """What a query reads; each entry's account of what it received, and of the error that its loss would make."""
+def attended(
+    query: Tensor, keys: Tensor, values: Tensor, entries: list[Entry], attention: Attention, head: int
+) -> Tensor:
+    """What a head's query reads; each entry's account of what it received, and of the error its loss would make."""
     scores = keys @ query * attention.scale
     if attention.softcap:
         scores = attention.softcap * (scores / attention.softcap).tanh()
-    probs = scores.softmax(0)
+    sink = scores[:0] if attention.sink_logits is None else attention.sink_logits[head : head + 1]
+    probs = torch.cat((scores, sink)).softmax(0)[: len(entries)]
     out = probs @ values
     for entry, prob in zip(entries, probs.tolist(), strict=True):
         entry.received[-1] += prob
@@ -212,7 +215,7 @@ class NaiveCache:
                     if model.config.query_scaling:
                         growth, length = model.config.query_scaling
                         query = query * (1 + growth * math.log(1 + t // length))
-                    out.append(attended(query, keys, values, entries, attention))
+                    out.append(attended(query, keys, values, entries, attention, len(out)))
             if policy == "tova":  # every head keeps the same positions
                 for same in zip(*self.lists[layer], strict=True):
                     for entry in same:

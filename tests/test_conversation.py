@@ -22,6 +22,7 @@ SHAPES = {
     "plain": {},
     "window": {"sliding_window": 16, "windowed": (0, 2)},
     "partial rotary, soft caps": {"rotary_dim": 6, "attention_softcap": 3.0},
+    "sink logits": {"attention_sinks": True, "sliding_window": 16, "windowed": (1,)},
 }
 
 

@@ -54,6 +54,7 @@ FORMS = [
     dict(parallel=True, shared_norm=True, norm="layer"),
     dict(qk_norm="head", attention_softcap=20.0, logit_softcap=30.0),
     dict(sliding_window=16, windowed=(0,)),
+    dict(attention_sinks=True, sliding_window=16, windowed=(1,)),
     dict(rope=BY_LENGTH[1], max_positions=32),
 ]
 

@@ -19,6 +19,7 @@ FORMS = {
     "plain": {},
     "windows": {"sliding_window": 14, "windowed": (0,)},
     "soft caps": {"attention_softcap": 3.0},
+    "sink logits": {"attention_sinks": True},
     "post norms": {"post_norms": True, "residual_scale": 0.7, "qk_norm": "head"},
     "post norms alone": {"pre_norms": False, "post_norms": True, "qk_norm": "projection"},
     "parallel": {"parallel": True, "norm": "layer", "ffn_gate": False, "qkv_bias": True, "output_bias": True},
@@ -58,7 +59,10 @@ def naive_curve(block, attended, policy, token_policy, scores, row: int, sizes: 
             logits = attended.k[row, group, [*near, at]] @ query * attention.scale
             if attention.softcap:
                 logits = attention.softcap * (logits / attention.softcap).tanh()
-            heads.append(logits.softmax(0) @ attended.v[row, group, [*near, at]])
+            if attention.sink_logits is not None:
+                logits = torch.cat((logits, attention.sink_logits[head : head + 1]))
+            shares = logits.softmax(0)[: len(near) + 1]
+            heads.append(shares @ attended.v[row, group, [*near, at]])
         out = attention.wo(torch.cat(heads))
         return block.post_attention_norm(out) * block.residual_scale
 

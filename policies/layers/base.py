@@ -33,6 +33,7 @@ class Attended(NamedTuple):
     lengths: Tensor  # [R]
     window: int | None
     logits: Callable[[Tensor, Tensor], Tensor]  # q [R, H, T, D], k [R, K, M, D] -> [R, K, G, T, M] in fp32
+    sink_logits: Tensor | None  # [H]: in the softmax beside those; None: none
     branch: Callable[[Tensor], Tensor]  # what heads read [..., H * D] -> what that adds to the residual stream [..., C]
     select: Callable[[int], Tensor]  # slots -> the prompt positions that the token policy keeps in them [R, 1 or K, n]
 
