@@ -48,7 +48,7 @@ from sizing import Sizing
 from weights import WEIGHT_FORMATS, bits_of, held_bytes, holds, is_matrix, own_groups, replace_matrix
 
 # Our module -> the checkpoint's modules that are fused into it, in this order, weight and bias alike. {l} is the
-# layer, {e} every expert in turn.
+# layer, {e} every expert in turn. `dense` in place of `feed_forward`: of the layers without experts among others.
 LLAMA = {
     "embed": ["model.embed_tokens"],
     "layers.{l}.attention_norm": ["model.layers.{l}.input_layernorm"],
@@ -82,6 +82,23 @@ MIXTRAL = LLAMA | {
     ],
     "layers.{l}.feed_forward.w2": ["model.layers.{l}.block_sparse_moe.experts.{e}.w2"],
 }
+MIXTURE = LLAMA | {
+    "layers.{l}.feed_forward.router": ["model.layers.{l}.mlp.gate"],
+    "layers.{l}.feed_forward.w13": [
+        "model.layers.{l}.mlp.experts.{e}.gate_proj",
+        "model.layers.{l}.mlp.experts.{e}.up_proj",
+    ],
+    "layers.{l}.feed_forward.w2": ["model.layers.{l}.mlp.experts.{e}.down_proj"],
+    "layers.{l}.dense.w13": LLAMA["layers.{l}.feed_forward.w13"],  # of the layers without experts
+    "layers.{l}.dense.w2": LLAMA["layers.{l}.feed_forward.w2"],
+}
+# All experts of a layer in one tensor, as transformers 5 holds them, and writes them if it is asked to.
+STACKED = {
+    "layers.{l}.feed_forward.router": ["model.layers.{l}.mlp.gate"],
+    "layers.{l}.feed_forward.w13": ["model.layers.{l}.mlp.experts.gate_up_proj"],
+    "layers.{l}.feed_forward.w2": ["model.layers.{l}.mlp.experts.down_proj"],
+}
+STACKS = (".experts.gate_up_proj", ".experts.down_proj")  # as they are called, without ".weight"
 POST_NORMS = LLAMA | {
     "layers.{l}.post_attention_norm": ["model.layers.{l}.post_attention_layernorm"],
     "layers.{l}.ffn_norm": ["model.layers.{l}.pre_feedforward_layernorm"],
@@ -136,6 +153,7 @@ WEIGHTS: dict[str, Callable[[ModelConfig], dict[str, list[str]]]] = {
     "mixtral": lambda config: MIXTRAL,
     "qwen2": lambda config: LLAMA,
     "qwen3": lambda config: LLAMA,
+    "qwen3_moe": lambda config: MIXTURE,
     "smollm3": lambda config: LLAMA,
     "granite": lambda config: LLAMA,
     "granitemoehybrid": lambda config: GRANITE_HYBRID,
@@ -178,15 +196,27 @@ class Stored(NamedTuple):
     name: str
     shape: list[int]
     tensor: Tensor | None = None  # of a file that can only be read as a whole
+    stack: bool = False  # of experts [E, out, in], which we have by rows [E * out, in]
 
     def read(self, own: Cut = WHOLE) -> Tensor:
         """The tensor, or a part. The file is mapped anew for each one, so that the pages read before are let go."""
         if self.tensor is not None:
-            return own.of(self.tensor)
-        if self.file.suffix != ".safetensors":
-            return own.of(_unpickle(self.file)[self.name])
-        with _reading(self.file), safe_open(self.file, "pt") as tensors:
-            return tensors.get_tensor(self.name) if own == WHOLE else own.of(tensors.get_slice(self.name))
+            whole = self.tensor
+        elif self.file.suffix != ".safetensors":
+            whole = _unpickle(self.file)[self.name]
+        else:
+            with _reading(self.file), safe_open(self.file, "pt") as tensors:
+                if own != WHOLE and not self.stack:
+                    return own.of(tensors.get_slice(self.name))
+                whole = tensors.get_tensor(self.name)
+        return own.of(whole.flatten(0, 1) if self.stack else whole)
+
+    def by_rows(self) -> "Stored":
+        """The same of stacked experts, which have names without an end; others as they are."""
+        if not (self.name.endswith(STACKS) and len(self.shape) == 3):
+            return self
+        experts, rows, columns = self.shape
+        return self._replace(shape=[experts * rows, columns], stack=True)
 
 
 def load(
@@ -202,7 +232,7 @@ def load(
     _check_weights(weights)
     folder = resolve(path)
     whole, found, _ = _matched(folder, dtype)
-    own, names = parallel.shard(), _names(folder, whole.config)
+    own, names = parallel.shard(), _names(folder, whole.config, found)
     model = _of_rank(whole, own)
     parallel.share(whole.config.n_kv_heads)
     config = model.config
@@ -261,7 +291,7 @@ def outline(path: str | Path, dtype: str | torch.dtype = "auto", weights: str = 
     """The config of what `load` would give, the bytes of its weights, and the same UserErrors; no weights are read."""
     folder, own = resolve(path), parallel.shard()
     model, found, _ = _matched(folder, dtype)
-    size, *_ = _survey(model, found, _names(folder, model.config), weights, own)
+    size, *_ = _survey(model, found, _names(folder, model.config, found), weights, own)
     return model.config.of_rank(own.world), size
 
 
@@ -282,7 +312,7 @@ def report(
     folder = resolve(path)
     model, found, unused = _matched(folder, dtype)
     config = model.config.of_rank(ranks)
-    size, bits, dequantized = _survey(model, found, _names(folder, config), weights, Shard(0, ranks))
+    size, bits, dequantized = _survey(model, found, _names(folder, config, found), weights, Shard(0, ranks))
     sizing = Sizing(config, Full(), Uniform())
     count, token, full = parameters(config), sizing.slot_bytes(), sizing.full_bytes(tokens)
     squeezed = min(full, int(budget * tokens) * config.n_layers * token)
@@ -446,14 +476,17 @@ def _matched(folder: Path, dtype: str | torch.dtype) -> Matched:
             continue
         short = next((short for short in prefixes if tensor.name.startswith(short)), "")
         name = prefixes.get(short, "") + tensor.name.removeprefix(short)
+        if isinstance(tensor, Stored) and (tensor := tensor.by_rows()).stack:
+            name += ".weight"
         if name in found:
             raise UserError(f"{place(folder)}: {cut(tensor.name)} and {cut(found[name].name)} are the same tensor")
         found[name] = tensor
     if several and raw.get("tie_word_embeddings") is None:  # left out by either kind, so that the files tell
         config = replace(config, tie_embeddings="lm_head.weight" not in found)
-    layers, experts = config.n_layers, max(config.experts, 1)
-    if layers * experts > len(found):  # each has tensors of its own; a model of that size is not even built
-        size = f"{layers} layers" + (f" of {experts} experts" if config.experts else "")
+    layers, mixtures = config.n_layers, 0 if _stacked(found) else config.n_layers - len(config.dense)
+    if layers + mixtures * max(0, config.experts - 1) > len(found):
+        # Each layer and expert has tensors of its own; a model of that size is not even built.
+        size = f"{layers} layers" + (f" of {config.experts} experts" if config.experts else "")
         raise UserError(
             f"the weights in {place(folder)} do not fit its config.json; {size}, but only {len(found)} tensors"
         )
@@ -512,9 +545,16 @@ def _listed(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _names(folder: Path, config: ModelConfig) -> dict[str, list[str]]:
+def _names(folder: Path, config: ModelConfig, found: dict[str, Stored]) -> dict[str, list[str]]:
     """Our module -> the checkpoint's modules that are fused into it."""
-    return gguf_file.names(folder) if gguf_file.is_gguf(folder) else WEIGHTS[config.model_type](config)
+    if gguf_file.is_gguf(folder):
+        return gguf_file.names(folder)
+    return WEIGHTS[config.model_type](config) | (STACKED if config.experts and _stacked(found) else {})
+
+
+def _stacked(found: dict[str, Stored]) -> bool:
+    """Whether the experts of a layer are one tensor."""
+    return any(name.endswith(".experts.gate_up_proj.weight") for name in found)
 
 
 def _parts(name: str, rows: int, config: ModelConfig, names: dict[str, list[str]]) -> dict[str, int]:
@@ -522,6 +562,8 @@ def _parts(name: str, rows: int, config: ModelConfig, names: dict[str, list[str]
     module, kind = name.rsplit(".", 1)
     layer = module.split(".")[1] if module.startswith("layers.") else ""
     key = module.replace(f"layers.{layer}", "layers.{l}")
+    if layer and int(layer) in config.dense:
+        key = key.replace("feed_forward", "dense")
     templates = names[key]
     experts = range(config.experts if "{e}" in templates[0] else 1)
     sources = [source.format(l=layer, e=expert) for expert in experts for source in templates]
@@ -534,7 +576,7 @@ def _parts(name: str, rows: int, config: ModelConfig, names: dict[str, list[str]
 def _check(folder: Path, model: Transformer, found: dict[str, Stored]) -> None:
     """UserError unless the tensors found are those that the model consists of. A tied one goes by either name."""
     config, wanted = model.config, {}
-    names = _names(folder, config)
+    names = _names(folder, config, found)
     (embed,), (head,) = (_parts(f"{name}.weight", 1, config, names) for name in ("embed", "head"))
     if config.tie_embeddings and head in found and embed not in found:
         found[embed] = found.pop(head)

@@ -133,6 +133,10 @@ FIELDS: dict[str, Kind] = {
     # one family's own
     "num_local_experts": _whole(2**12, least=0),
     "num_experts_per_tok": _COUNT,
+    "norm_topk_prob": _YES_NO,
+    "moe_intermediate_size": _SIZE,
+    "decoder_sparse_step": _LENGTH,
+    "mlp_only_layers": _list(_whole(2**31 - 1, least=0)).or_null,
     "embedding_multiplier": _POSITIVE,
     "attention_multiplier": _POSITIVE,
     "residual_multiplier": _POSITIVE,
@@ -248,7 +252,7 @@ FAMILIES: dict[str, Family] = {
         _LLAMA
         | dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=None)
         | dict(rope_theta=1e6, rms_norm_eps=1e-5, num_local_experts=8, num_experts_per_tok=2),
-        lambda conf: _mixtral(conf),
+        lambda conf: _experts(conf),
         names={"num_local_experts": ("num_local_experts", "num_experts")},
         windows=lambda conf: range(conf["num_hidden_layers"]),
     ),
@@ -261,6 +265,15 @@ FAMILIES: dict[str, Family] = {
         _QWEN | dict(head_dim=128, attention_bias=False),
         lambda conf: dict(qk_norm="head"),
         windows=lambda conf: range(conf["max_window_layers"], conf["num_hidden_layers"]),
+    ),
+    "qwen3_moe": Family(
+        {name: value for name, value in _QWEN.items() if name not in ("max_window_layers", "layer_types")}
+        | dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=24, num_key_value_heads=4)
+        | dict(attention_bias=False, num_local_experts=128, num_experts_per_tok=8, norm_topk_prob=False)
+        | dict(moe_intermediate_size=768, decoder_sparse_step=1, mlp_only_layers=None),
+        lambda conf: _experts(conf) | _dense(conf) | dict(qk_norm="head", ffn_dim=conf["moe_intermediate_size"]),
+        names={"num_local_experts": ("num_experts", "num_local_experts")},
+        windows=lambda conf: range(conf["num_hidden_layers"]),
     ),
     "smollm3": Family(
         _LLAMA
@@ -410,6 +423,9 @@ class ModelConfig:
     ffn_gate: bool = True
     experts: int = 0  # 0: dense
     experts_per_token: int = 0
+    router_norm: bool = True  # the shares of the chosen experts sum to 1
+    dense: tuple[int, ...] = ()  # the layers without experts
+    dense_dim: int | None = None  # their columns, where `ffn_dim` is those of an expert
     # rotary
     rotary_dim: int | None = None  # how much of a head is turned; None: all
     rope: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
@@ -424,15 +440,22 @@ class ModelConfig:
     def rope_of(self, layer: int) -> dict[str, Any]:
         return self.local_rope if self.local_rope and layer in self.windowed else self.rope
 
+    def feed(self, layer: int) -> tuple[int, int]:
+        """How many experts a layer has, 0 for a plain feed-forward part, and the columns of each."""
+        return (0, self.dense_dim or self.ffn_dim) if layer in self.dense else (self.experts, self.ffn_dim)
+
     def of_rank(self, world: int) -> "ModelConfig":
         """What one of `world` ranks has of it. UserError where heads or columns do not divide by them."""
-        heads, kv_heads, columns = self.n_heads, self.n_kv_heads, self.ffn_dim
-        fits = heads % world == columns % world == 0 and (kv_heads % world == 0 or world % kv_heads == 0)
-        if not fits:
-            has = f"{heads} heads, {kv_heads} key-value heads and {columns} feed-forward columns"
+        heads, kv_heads = self.n_heads, self.n_kv_heads
+        columns = {name: own for name in ("ffn_dim", "dense_dim") if (own := getattr(self, name))}
+        whole = all(own % world == 0 for own in (heads, *columns.values()))
+        if not (whole and (kv_heads % world == 0 or world % kv_heads == 0)):
+            feed = " and ".join(map(str, columns.values()))
+            has = f"{heads} heads, {kv_heads} key-value heads and {feed} feed-forward columns"
             raise UserError(f"{has} do not divide by {world} ranks; start another number of them")
         scale = self.attention_scale or self.head_dim**-0.5
-        own = {"n_heads": heads // world, "n_kv_heads": max(1, kv_heads // world), "ffn_dim": columns // world}
+        own = {"n_heads": heads // world, "n_kv_heads": max(1, kv_heads // world)}
+        own |= {name: count // world for name, count in columns.items()}
         return replace(self, **own, attention_scale=scale) if world > 1 else self
 
     @property
@@ -562,11 +585,18 @@ def _read(raw: dict[str, Any], family: Family) -> dict[str, Any]:
     return conf
 
 
-def _mixtral(conf: dict[str, Any]) -> dict[str, Any]:
+def _experts(conf: dict[str, Any]) -> dict[str, Any]:
     experts, chosen = conf["num_local_experts"], conf["num_experts_per_tok"]
     if chosen > experts:
         raise UserError(f"config.json: num_experts_per_tok must be at most the {experts} experts, not {chosen}")
-    return dict(experts=experts, experts_per_token=chosen)
+    return dict(experts=experts, experts_per_token=chosen, router_norm=conf.get("norm_topk_prob", True))
+
+
+def _dense(conf: dict[str, Any]) -> dict[str, Any]:
+    """The layers without experts."""
+    named, period = conf["mlp_only_layers"] or [], conf["decoder_sparse_step"]
+    dense = tuple(layer for layer in range(conf["num_hidden_layers"]) if layer in named or (layer + 1) % period)
+    return dict(dense=dense, dense_dim=conf["intermediate_size"] if dense else None)
 
 
 def _granite(conf: dict[str, Any]) -> dict[str, Any]:
@@ -764,13 +794,12 @@ def parameters(c: ModelConfig) -> int:
     attention += (heads + 2 * groups) * c.qkv_bias + c.dim * c.output_bias
     attention += c.n_heads * c.attention_sinks
     attention += norm * {None: 0, "head": 2 * c.head_dim, "projection": heads + groups}[c.qk_norm]
-    width = (2 if c.ffn_gate else 1) * c.ffn_dim
-    if c.experts:
-        ffn = c.experts * (c.dim + 3 * c.dim * c.ffn_dim)
-    else:
-        ffn = c.dim * (width + c.ffn_dim) + (width + c.dim) * c.ffn_bias
+    ffn = 0
+    for experts, columns in map(c.feed, range(c.n_layers)):
+        width = (2 if c.ffn_gate else 1) * columns
+        ffn += max(1, experts) * (c.dim * (width + columns) + (width + c.dim) * c.ffn_bias) + experts * c.dim
     norms = norm * c.dim * (c.pre_norms * (2 - c.shared_norm) + 2 * c.post_norms)
     tables = (1 if c.tie_embeddings else 2) * c.vocab_size * c.dim
     if c.position_offset is not None:
         tables += (c.max_positions + c.position_offset) * c.dim
-    return c.n_layers * (attention + ffn + norms) + norm * c.dim + tables
+    return c.n_layers * (attention + norms) + ffn + norm * c.dim + tables

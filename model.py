@@ -140,7 +140,8 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.post_attention_norm = make_norm(config) if post else nn.Identity()
         self.ffn_norm = make_norm(config) if pre and not config.shared_norm else nn.Identity()
-        self.feed_forward = Experts(config) if config.experts else FeedForward(config)
+        experts, columns = config.feed(layer)
+        self.feed_forward = Experts(config) if experts else FeedForward(config, columns)
         self.post_ffn_norm = make_norm(config) if post else nn.Identity()
 
     def forward(self, x: Tensor, rotary: Tensor, cache: "Causal | Slots") -> Tensor:
@@ -371,12 +372,12 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, columns: int):
         super().__init__()
         self.activation, self.gate = config.activation, config.ffn_gate
-        width = (2 if self.gate else 1) * config.ffn_dim  # gate and up, fused; without a gate only up
+        width = (2 if self.gate else 1) * columns  # gate and up, fused; without a gate only up
         self.w13 = Linear(config.dim, width, bias=config.ffn_bias)
-        self.w2 = Linear(config.ffn_dim, config.dim, bias=config.ffn_bias)
+        self.w2 = Linear(columns, config.dim, bias=config.ffn_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.w13(x)
@@ -391,7 +392,7 @@ class Experts(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.experts, self.top = config.experts, config.experts_per_token
+        self.experts, self.top, self.norm = config.experts, config.experts_per_token, config.router_norm
         self.activation = config.activation
         self.router = Linear(config.dim, self.experts, bias=False)
         self.w13 = Linear(config.dim, self.experts * 2 * config.ffn_dim, False, self.experts)
@@ -401,7 +402,8 @@ class Experts(nn.Module):
         """x [B, T, C]. A decode step has static shapes and never waits for the device; a prompt does so once."""
         wide = torch.promote_types(x.dtype, torch.float32)
         weights, chosen = self.router(x).to(wide).softmax(-1).flatten(0, 1).topk(self.top)  # [B * T, top]
-        weights = weights / weights.sum(-1, keepdim=True)
+        if self.norm:
+            weights = weights / weights.sum(-1, keepdim=True)
         rows = x.flatten(0, 1)
         if x.shape[1] > 1:
             out = self._grouped(rows, weights, chosen)

@@ -41,7 +41,7 @@ class Needs(NamedTuple):
         # feed-forward holds, what a policy that scores looks at, and what gives the evidence.
         queries = max(policy.queries, layers.queries, PROMPT_CHUNK if c.attention_softcap is not None else 0)
         read = prompt * (item + wide) * (3 * c.dim + 2 * heads + 4 * groups)
-        read += min(prompt, FEED_CHUNK) * 4 * item * max(1, c.experts_per_token) * c.ffn_dim
+        read += min(prompt, FEED_CHUNK) * 4 * item * max(max(1, c.experts_per_token) * c.ffn_dim, c.dense_dim or 0)
         read += 4 * wide * c.n_heads * min(prompt, queries) * prompt
         if sizes.plan is None:
             work = layers.work(rows, sizes.budget_slots, widest, sizes.floor, c.n_heads, c.head_dim)

@@ -88,8 +88,9 @@ def cut_of(name: str, config: ModelConfig, own: Shard) -> Cut:
     if own.world == 1 or part not in ("wqkv", "wo", "q_norm", "k_norm", "w13", "w2"):
         return Cut()
     dim, heads, kv_heads = config.head_dim, own.part(config.n_heads), own.kv_part(config.n_kv_heads)
+    experts, width = config.feed(int(module.split(".")[1]))
     if part in ("wo", "w2"):
-        columns = tuple(dim * head for head in heads) if part == "wo" else own.part(config.ffn_dim)
+        columns = tuple(dim * head for head in heads) if part == "wo" else own.part(width)
         return Cut(columns=columns) if kind == "weight" else Cut(muted=own.rank > 0)
     if part in ("q_norm", "k_norm"):
         whole = config.qk_norm == "head"
@@ -98,9 +99,9 @@ def cut_of(name: str, config: ModelConfig, own: Shard) -> Cut:
         starts = (0, config.n_heads, config.n_heads + config.n_kv_heads)
         each = zip(starts, (heads, kv_heads, kv_heads), strict=True)
         return Cut(tuple((dim * (start + a), dim * (start + b)) for start, (a, b) in each))
-    a, b = own.part(config.ffn_dim)
-    blocks = range(max(1, config.experts) * (2 if config.ffn_gate else 1))
-    return Cut(tuple((block * config.ffn_dim + a, block * config.ffn_dim + b) for block in blocks))
+    a, b = own.part(width)
+    blocks = range(max(1, experts) * (2 if config.ffn_gate else 1))
+    return Cut(tuple((block * width + a, block * width + b) for block in blocks))
 
 
 def cut_by_kv_head(config: ModelConfig, own: Shard) -> Cut:

@@ -63,7 +63,7 @@ def matrix_elements(config: ModelConfig) -> int:
     plain = dict(qkv_bias=False, output_bias=False, ffn_bias=False, qk_norm=None, pre_norms=0, post_norms=0)
     matrices = replace(config, tie_embeddings=True, position_offset=None, **plain)
     norm = config.dim * (2 if config.norm == "layer" else 1)
-    idle = idle_experts(config, 1) * config.n_layers * 3 * config.dim * config.ffn_dim
+    idle = idle_experts(config, 1) * (config.n_layers - len(config.dense)) * 3 * config.dim * config.ffn_dim
     return parameters(matrices) - norm - idle
 
 
@@ -73,9 +73,9 @@ def idle_experts(config: ModelConfig, batch: int) -> int:
 
 
 def idle_bytes(model: Transformer, batch: int) -> float:
-    idle = idle_experts(model.config, batch)
-    parts = (part for block in model.layers for part in (block.feed_forward.w13, block.feed_forward.w2))
-    return sum(map(stored_bytes, parts)) * idle / model.config.experts if idle else 0
+    config, idle = model.config, idle_experts(model.config, batch)
+    mixtures = [block.feed_forward for layer, block in enumerate(model.layers) if layer not in config.dense]
+    return sum(stored_bytes(part.w13) + stored_bytes(part.w2) for part in mixtures) * idle / max(1, config.experts)
 
 
 def valid_slots(plan: Sequence[int], prompt: int, new: int) -> float:

@@ -109,6 +109,7 @@ GRANITE_HYBRID |= dict(intermediate_size=None, shared_intermediate_size=88)
 NEOX = dict(branch="attention", num_key_value_heads=None)
 FALCON = dict(branch="self_attention", num_key_value_heads=None, intermediate_size=None, tie_word_embeddings=True)
 OPT = dict(num_key_value_heads=None, intermediate_size=None, rope_parameters=None, ffn_dim=88, tie_word_embeddings=True)
+QWEN3_MOE = dict(head_dim=10, num_experts=7, num_experts_per_tok=3, moe_intermediate_size=40)
 CASES = [
     case("llama-gqa"),
     case("llama-mha", num_key_value_heads=6),
@@ -162,6 +163,15 @@ CASES = [
     case("phi3-long", rope=LONGROPE, original_max_position_embeddings=23, pad_token_id=None),
     case("mixtral", num_local_experts=5, num_experts_per_tok=2),
     case("mixtral-window", num_local_experts=3, num_experts_per_tok=1, sliding_window=20, head_dim=10),
+    case("qwen3_moe", **QWEN3_MOE, norm_topk_prob=True),
+    case(
+        "qwen3_moe-dense",
+        **QWEN3_MOE,
+        mlp_only_layers=[0],
+        use_sliding_window=True,
+        sliding_window=20,
+        attention_bias=True,
+    ),
     case("opt", **OPT, pad_token_id=None),
     case("opt-no-bias", **OPT, pad_token_id=None, enable_bias=False, activation_function="gelu"),
     case("smollm3", num_hidden_layers=3, no_rope_layer_interval=2, pad_token_id=None, tie_word_embeddings=True),
@@ -220,7 +230,8 @@ MODELS = {
     "ministral3": "Ministral 3 (the text model)",
     "mixtral": "Mixtral",
     "qwen2": "Qwen2, Qwen2.5",
-    "qwen3": "Qwen3 (dense)",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3 (mixtures)",
     "smollm3": "SmolLM3",
     "granite": "Granite 3 (dense)",
     "granitemoehybrid": "Granite 4 (dense)",

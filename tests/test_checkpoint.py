@@ -126,6 +126,25 @@ def test_shards_by_transformers(written, tmp_path):
     assert all(loaded[name].equal(expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe-dense"])
+def test_stacked_experts(name: str, suffix: str, written, tmp_path):
+    """As transformers 5 writes them if it is asked to: what each expert by itself gives, on one rank and on two."""
+    families.random_model(families.BY_NAME[name]).save_pretrained(tmp_path, save_original_format=False)
+    stacks = {key: t for key, t in weights(tmp_path).items() if key.endswith(("experts.gate_up_proj", "down_proj"))}
+    assert stacks and all(tensor.ndim == 3 for tensor in stacks.values())
+    if suffix == "bin":
+        torch.save(weights(tmp_path), tmp_path / "pytorch_model.bin")
+        (tmp_path / "model.safetensors").unlink()
+    for how in ({}, {"weights": "int8"}, {"dtype": "bf16"}):
+        expected, loaded = (load(path, **how)[0].state_dict() for path in (written(name), tmp_path))
+        assert loaded.keys() == expected.keys() and all(loaded[key].equal(expected[key]) for key in expected)
+    for key, stack in stacks.items():
+        stored = Stored(next(tmp_path.glob(f"*.{suffix}")), key, list(stack.shape)).by_rows()
+        for part in (checkpoint.Cut(((3, 5), (90, 95))), checkpoint.Cut(columns=(8, 20))):
+            assert stored.read(part).equal(part.of(stack.flatten(0, 1)))
+
+
 @pytest.mark.parametrize("case", families.CASES, ids=str)
 def test_to_hf_inverts_load(case, written, tmp_path):
     loaded, config = load(written(case.name))
@@ -537,13 +556,20 @@ def test_hub_cache_links(written, tmp_path):
 HUGE = [10**12, 10**18, 2**31 - 1, 4096, 10**5]
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "mixtral", "opt", "falcon-grouped", "smollm3"])
+@pytest.mark.parametrize("name", ["llama-tied", "mixtral", "qwen3_moe-dense", "opt", "falcon-grouped", "smollm3"])
 def test_sizes_that_the_files_do_not_have(name: str, written, tmp_path):
     """One line at once, whatever size config.json says, and no model of that size is built."""
     folder = shutil.copytree(written(name), tmp_path / "huge")
     raw = json.loads((folder / "config.json").read_text())
     sizes = {"num_hidden_layers", "vocab_size", "hidden_size", "num_local_experts", "ffn_hidden_size", "ffn_dim"}
-    sizes |= {"intermediate_size", "num_attention_heads", "head_dim", "num_kv_heads", "num_key_value_heads"}
+    sizes |= {
+        "intermediate_size",
+        "moe_intermediate_size",
+        "num_attention_heads",
+        "head_dim",
+        "num_kv_heads",
+        "num_key_value_heads",
+    }
     if name == "opt":
         sizes |= {"max_position_embeddings"}
     for field in sizes & raw.keys():

@@ -84,7 +84,7 @@ def their_rotary(config) -> dict[str, Any]:
 
 
 def their_windows(c) -> list[int | None]:
-    if c.model_type in ("mistral", "ministral3", "mixtral", "phi3"):
+    if c.model_type in ("mistral", "ministral3", "mixtral", "phi3", "qwen3_moe"):
         return [c.sliding_window] * c.num_hidden_layers
     if c.model_type not in ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "olmo3"):
         return [None] * c.num_hidden_layers
@@ -121,8 +121,6 @@ def meaning(config) -> dict[str, Any]:
     kv_heads = heads if kind in ("gpt_neox", "opt") else c.num_kv_heads if kind == "falcon" else c.num_key_value_heads
     if kind == "falcon" and c.multi_query and not c.new_decoder_architecture:
         kv_heads = 1
-    ffn = {"falcon": "ffn_hidden_size", "opt": "ffn_dim", "granitemoehybrid": "shared_intermediate_size"}
-    ffn = ffn.get(kind, "intermediate_size")
     activation = {"falcon": "activation", "opt": "activation_function"}.get(kind, "hidden_act")
     activation = "hidden_activation" if kind.startswith("gemma") else activation
     eps = {"gpt_neox": "layer_norm_eps", "falcon": "layer_norm_epsilon"}.get(kind, "rms_norm_eps")
@@ -140,7 +138,6 @@ def meaning(config) -> dict[str, Any]:
         n_heads=heads,
         n_kv_heads=kv_heads,
         head_dim=head_dim,
-        ffn_dim=getattr(c, ffn),
         max_positions=c.max_position_embeddings,
         activation=getattr(c, activation),
         tie_embeddings=c.tie_word_embeddings,
@@ -159,9 +156,11 @@ def meaning(config) -> dict[str, Any]:
         logit_divisor=c.logits_scaling if granite else 1.0,
         logit_softcap=c.final_logit_softcapping if gemma else None,
         attention_softcap=c.attn_logit_softcapping if gemma else None,
-        experts=(c.num_local_experts, c.num_experts_per_tok) if kind == "mixtral" else (0, 0),
         unturned=their_unturned(c),
         query_scaling=their_query_scaling(c),
+        feed=[feed_forward(c, layer) for layer in range(c.num_hidden_layers)],
+        experts_per_token=c.num_experts_per_tok if kind in MIXTURES else 0,
+        router_norm=c.norm_topk_prob if kind == "qwen3_moe" else True,
         dtype=c.dtype or torch.float32,
     )
     if kind != "opt":
@@ -179,12 +178,26 @@ def their_layout(c) -> dict[str, bool]:
     return {"parallel": parallel, "shared_norm": parallel and norms == 1}
 
 
+MIXTURES = ("mixtral", "qwen3_moe")
+
+
+def feed_forward(c, layer: int) -> tuple[int, int]:
+    """How many experts a layer has, and the columns of each, or of the one feed-forward part."""
+    if c.model_type != "qwen3_moe":
+        columns = {"falcon": "ffn_hidden_size", "opt": "ffn_dim", "granitemoehybrid": "shared_intermediate_size"}
+        columns = columns.get(c.model_type, "intermediate_size")
+        return c.num_local_experts if c.model_type in MIXTURES else 0, getattr(c, columns)
+    if layer in c.mlp_only_layers or (layer + 1) % c.decoder_sparse_step:
+        return 0, c.intermediate_size
+    return c.num_experts, c.moe_intermediate_size
+
+
 def our_meaning(config: ModelConfig) -> dict[str, Any]:
     found = vars(config).copy()
     found["windows"] = [config.window(layer) for layer in range(config.n_layers)]
     found["attention_scale"] = config.attention_scale or config.head_dim**-0.5
-    found["experts"] = (config.experts, config.experts_per_token)
     found["unturned"] = list(config.unturned)
+    found["feed"] = [config.feed(layer) for layer in range(config.n_layers)]
     return found
 
 
@@ -227,7 +240,16 @@ def senseless(config: ModelConfig) -> list[str]:
     for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "max_positions"):
         if type(value := getattr(config, name)) is not int or not 0 < value < 2**31:
             wrong.append(f"{name} is {value!r}")
-    for name in ("tie_embeddings", "parallel", "shared_norm", "qkv_bias", "output_bias", "ffn_bias", "ffn_gate"):
+    for name in (
+        "tie_embeddings",
+        "parallel",
+        "shared_norm",
+        "qkv_bias",
+        "output_bias",
+        "ffn_bias",
+        "ffn_gate",
+        "router_norm",
+    ):
         if type(value := getattr(config, name)) is not bool:
             wrong.append(f"{name} is {value!r}")
     ropes = [rope for rope in (config.rope, config.local_rope) if rope]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import checkpoint
 from config import ModelConfig
+from config import parameters as counted
 from engine import Engine, Request
 from formats import FORMATS
 from model import Transformer
@@ -426,6 +427,22 @@ LARGE = {  # what no small machine holds: published config.json, parameters, byt
         46_702_792_704,
         2 * 32 * 8 * 128 * 2,
     ),
+    "Qwen/Qwen3-30B-A3B": (
+        dict(model_type="qwen3_moe", hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, vocab_size=151936)
+        | dict(num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8)
+        | dict(moe_intermediate_size=768, decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True)
+        | dict(rope_theta=1e6, max_position_embeddings=40960, max_window_layers=48, sliding_window=None),
+        30_532_122_624,
+        2 * 48 * 4 * 128 * 2,
+    ),
+    "Qwen/Qwen3-235B-A22B": (
+        dict(model_type="qwen3_moe", hidden_size=4096, intermediate_size=12288, num_hidden_layers=94)
+        | dict(num_attention_heads=64, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8)
+        | dict(moe_intermediate_size=1536, decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True)
+        | dict(rope_theta=1e6, max_position_embeddings=40960, max_window_layers=94, vocab_size=151936),
+        235_093_634_560,
+        2 * 94 * 4 * 128 * 2,
+    ),
     "EleutherAI/gpt-neox-20b": (
         dict(model_type="gpt_neox", hidden_act="gelu_fast", hidden_size=6144, intermediate_size=24576)
         | dict(num_attention_heads=64, num_hidden_layers=44, rotary_pct=0.25, rotary_emb_base=10000, vocab_size=50432)
@@ -442,7 +459,7 @@ def test_large_shapes(name: str):
     config = ModelConfig.from_hf(raw)
     with torch.device("meta"):
         model = Transformer(config)
-    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters == counted(config)
     assert 2 * config.n_layers * config.n_kv_heads * config.head_dim * 2 == bytes_per_token
 
 
@@ -455,7 +472,7 @@ def test_published_configs(name: str):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["streaming", "h2o"])
-@pytest.mark.parametrize("name", ["falcon", "mixtral", "opt", "gemma3_text", "olmo3"])
+@pytest.mark.parametrize("name", ["falcon", "mixtral", "qwen3_moe-dense", "opt", "gemma3_text", "olmo3"])
 def test_compiled_decoding(name: str, policy: str, folder):
     """Equals eager, without a graph break (fullgraph); once layers at all kinds of places have been seen nothing
     compiles any more, whatever the plan."""

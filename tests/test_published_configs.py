@@ -75,6 +75,13 @@ def granite(**more: Any) -> dict[str, Any]:
     return llama3(**{**factors, "model_type": "granite", "rope_theta": 10000000.0, **more})
 
 
+def qwen_moe(**more: Any) -> dict[str, Any]:
+    mixture = dict(num_experts=128, num_experts_per_tok=8, norm_topk_prob=True, moe_intermediate_size=768)
+    mixture |= dict(decoder_sparse_step=1, mlp_only_layers=[], router_aux_loss_coef=0.001, output_router_logits=False)
+    read = dict(model_type="qwen3_moe", head_dim=128, attention_bias=False, sliding_window=None, hidden_size=2048)
+    return qwen(**read | dict(num_key_value_heads=4, num_attention_heads=32)) | mixture | more
+
+
 def neox(**more: Any) -> dict[str, Any]:
     sizes = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8, num_hidden_layers=6, vocab_size=50304)
     read = dict(hidden_act="gelu", layer_norm_eps=1e-05, rotary_emb_base=10000, rotary_pct=0.25)
@@ -121,6 +128,10 @@ PUBLISHED = {
     "qwen 2.5, newer": qwen(sliding_window=None, layer_types=["full_attention"] * 24),
     "qwq": qwen(max_window_layers=64),
     "qwen 3": qwen(model_type="qwen3", head_dim=128, attention_bias=False, sliding_window=None, rope_theta=5000000),
+    "qwen 3, 30B": qwen_moe(),
+    "qwen 3, 235B": qwen_moe(hidden_size=4096, moe_intermediate_size=1536, num_attention_heads=64),
+    "qwen 3 coder, 30B": qwen_moe(rope_theta=10000000, use_qk_norm=True, qkv_bias=False, intermediate_size=5472)
+    | dict(shared_expert_intermediate_size=0, max_position_embeddings=262144, max_window_layers=28),
     "smollm3": llama3(model_type="smollm3", num_hidden_layers=36, layer_types=["full_attention"] * 36)
     | dict(max_window_layers=28, no_rope_layer_interval=4, no_rope_layers=[1, 1, 1, 0] * 9, bos_token_id=None)
     | dict(sliding_window=None, use_sliding_window=False),
