@@ -95,10 +95,14 @@ MIXTURE = LLAMA | {
 # All experts of a layer in one tensor, as transformers 5 holds them, and writes them if it is asked to.
 STACKED = {
     "layers.{l}.feed_forward.router": ["model.layers.{l}.mlp.gate"],
-    "layers.{l}.feed_forward.w13": ["model.layers.{l}.mlp.experts.gate_up_proj"],
-    "layers.{l}.feed_forward.w2": ["model.layers.{l}.mlp.experts.down_proj"],
+    "layers.{l}.feed_forward.w13": ["model.layers.{l}.mlp.experts.{e}.gate_up_proj"],
+    "layers.{l}.feed_forward.w2": ["model.layers.{l}.mlp.experts.{e}.down_proj"],
 }
-STACKS = (".experts.gate_up_proj", ".experts.down_proj")  # as they are called, without ".weight"
+GPT_OSS = LLAMA | STACKED
+GPT_OSS |= {
+    "layers.{l}.feed_forward.router": ["model.layers.{l}.mlp.router"],
+    "layers.{l}.attention.sink_logits": ["model.layers.{l}.self_attn.sinks"],  # the parameter itself
+}
 POST_NORMS = LLAMA | {
     "layers.{l}.post_attention_norm": ["model.layers.{l}.post_attention_layernorm"],
     "layers.{l}.ffn_norm": ["model.layers.{l}.pre_feedforward_layernorm"],
@@ -162,6 +166,7 @@ WEIGHTS: dict[str, Callable[[ModelConfig], dict[str, list[str]]]] = {
     "gemma3_text": lambda config: POST_NORMS,
     "olmo2": lambda config: POST_NORMS,
     "olmo3": lambda config: POST_NORMS,
+    "gpt_oss": lambda config: GPT_OSS,
     "gpt_neox": lambda config: NEOX,
     "falcon": lambda config: FALCON_TWO_NORMS if config.parallel and not config.shared_norm else FALCON,
     "opt": lambda config: OPT,
@@ -169,6 +174,9 @@ WEIGHTS: dict[str, Callable[[ModelConfig], dict[str, list[str]]]] = {
 # Ends of tensors that hold, for each key-value head in turn, its query heads, its key and its value. Ours hold all
 # query heads, then all keys, then all values.
 INTERLEAVED = (".query_key_value.weight", ".query_key_value.bias")
+# Tensors that hold all experts of a layer. In some families the matrices are [E, in, out], and gate and up alternate.
+STACK = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(_bias|_blocks|_scales|)")
+WOVEN = ("gpt_oss",)
 # Names as some files have them -> names as the tables have them. OPT's lack the outermost; the text model of several
 # modalities is inside, by one name in transformers 4 and what save_pretrained writes, by another in transformers 5.
 PREFIXES = {"opt": {"decoder.": "model.decoder."}}
@@ -196,27 +204,47 @@ class Stored(NamedTuple):
     name: str
     shape: list[int]
     tensor: Tensor | None = None  # of a file that can only be read as a whole
-    stack: bool = False  # of experts [E, out, in], which we have by rows [E * out, in]
 
     def read(self, own: Cut = WHOLE) -> Tensor:
         """The tensor, or a part. The file is mapped anew for each one, so that the pages read before are let go."""
         if self.tensor is not None:
-            whole = self.tensor
-        elif self.file.suffix != ".safetensors":
-            whole = _unpickle(self.file)[self.name]
-        else:
-            with _reading(self.file), safe_open(self.file, "pt") as tensors:
-                if own != WHOLE and not self.stack:
-                    return own.of(tensors.get_slice(self.name))
-                whole = tensors.get_tensor(self.name)
-        return own.of(whole.flatten(0, 1) if self.stack else whole)
+            return own.of(self.tensor)
+        if self.file.suffix != ".safetensors":
+            return own.of(_unpickle(self.file)[self.name])
+        with _reading(self.file), safe_open(self.file, "pt") as tensors:
+            return tensors.get_tensor(self.name) if own == WHOLE else own.of(tensors.get_slice(self.name))
 
-    def by_rows(self) -> "Stored":
-        """The same of stacked experts, which have names without an end; others as they are."""
-        if not (self.name.endswith(STACKS) and len(self.shape) == 3):
-            return self
-        experts, rows, columns = self.shape
-        return self._replace(shape=[experts * rows, columns], stack=True)
+
+class Expert(NamedTuple):
+    """One expert's part of a tensor that holds those of all experts of a layer, in the order that we have."""
+
+    stack: Stored
+    number: int
+    name: str
+    shape: list[int]
+    turned: bool  # the stack has columns first
+    woven: bool  # its rows of gate and up alternate
+
+    @property
+    def file(self) -> Path:
+        return self.stack.file
+
+    def read(self) -> Tensor:
+        tensor = self.stack.read(Cut(((self.number, self.number + 1),)))[0]
+        tensor = tensor.T if self.turned else tensor
+        return torch.cat((tensor[::2], tensor[1::2])) if self.woven else tensor
+
+    @staticmethod
+    def all_of(tensor: Stored, config: ModelConfig) -> "list[Stored | Expert]":
+        """What a tensor holds of each expert, if it is a stack of theirs; else the tensor."""
+        stack, (count, *shape) = STACK.fullmatch(tensor.name), tensor.shape or [0]
+        if not stack or count != config.experts:
+            return [tensor]
+        experts, matrix, kind = stack.groups()
+        woven, end = config.model_type in WOVEN, {"": "weight"}.get(kind, kind[1:])
+        turned = woven and end == "weight"
+        how = (shape[::-1] if turned else shape, turned, woven and matrix == "gate_up_proj")
+        return [Expert(tensor, e, f"{experts}.{e}.{matrix}.{end}", *how) for e in range(count)]
 
 
 def load(
@@ -398,7 +426,21 @@ def to_hf(state_dict: dict[str, Tensor], config: ModelConfig) -> dict[str, Tenso
             if source.endswith(INTERLEAVED):
                 part = torch.cat(by_kv_head(part, config), dim=1).flatten(0, 2)
             tensors[source] = part
-    return tensors
+    return _stacked_again(tensors) if config.model_type in WOVEN else tensors
+
+
+def _stacked_again(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With the tensors of a layer's experts in one, as `WOVEN` families have them."""
+    plain, stacks = {}, {}
+    for name, tensor in tensors.items():
+        if expert := re.fullmatch(r"(.*\.experts)\.\d+\.(\w+)\.(weight|bias)", name):
+            experts, matrix, kind = expert.groups()
+            tensor = torch.stack(tensor.chunk(2), 1).flatten(0, 1) if matrix == "gate_up_proj" else tensor
+            name = f"{experts}.{matrix}{'_bias' if kind == 'bias' else ''}"
+            stacks.setdefault(name, []).append(tensor if kind == "bias" else tensor.T)
+        else:
+            plain[name] = tensor
+    return plain | {name: torch.stack(parts) for name, parts in stacks.items()}
 
 
 def resolve(path_or_id: str | Path) -> Path:
@@ -468,6 +510,8 @@ def _matched(folder: Path, dtype: str | torch.dtype) -> Matched:
     several = text_part(raw) is not raw
     prefixes, found, unused = INSIDE if several else PREFIXES.get(config.model_type, {}), {}, []
     tensors = _weights(folder)
+    if config.experts and not gguf_file.is_gguf(folder):
+        tensors = [part for tensor in tensors for part in Expert.all_of(tensor, config)]
     if (settings := raw.get("quantization_config")) is not None:
         tensors = quantized.joined(tensors, quantized.scheme(settings))
     for tensor in tensors:
@@ -476,14 +520,12 @@ def _matched(folder: Path, dtype: str | torch.dtype) -> Matched:
             continue
         short = next((short for short in prefixes if tensor.name.startswith(short)), "")
         name = prefixes.get(short, "") + tensor.name.removeprefix(short)
-        if isinstance(tensor, Stored) and (tensor := tensor.by_rows()).stack:
-            name += ".weight"
         if name in found:
             raise UserError(f"{place(folder)}: {cut(tensor.name)} and {cut(found[name].name)} are the same tensor")
         found[name] = tensor
     if several and raw.get("tie_word_embeddings") is None:  # left out by either kind, so that the files tell
         config = replace(config, tie_embeddings="lm_head.weight" not in found)
-    layers, mixtures = config.n_layers, 0 if _stacked(found) else config.n_layers - len(config.dense)
+    layers, mixtures = config.n_layers, config.n_layers - len(config.dense)
     if layers + mixtures * max(0, config.experts - 1) > len(found):
         # Each layer and expert has tensors of its own; a model of that size is not even built.
         size = f"{layers} layers" + (f" of {config.experts} experts" if config.experts else "")
@@ -549,12 +591,9 @@ def _names(folder: Path, config: ModelConfig, found: dict[str, Stored]) -> dict[
     """Our module -> the checkpoint's modules that are fused into it."""
     if gguf_file.is_gguf(folder):
         return gguf_file.names(folder)
-    return WEIGHTS[config.model_type](config) | (STACKED if config.experts and _stacked(found) else {})
-
-
-def _stacked(found: dict[str, Stored]) -> bool:
-    """Whether the experts of a layer are one tensor."""
-    return any(name.endswith(".experts.gate_up_proj.weight") for name in found)
+    names = WEIGHTS[config.model_type](config)
+    stacked = any(name.endswith(".experts.0.gate_up_proj.weight") for name in found) and config.model_type not in WOVEN
+    return names | STACKED if stacked else names
 
 
 def _parts(name: str, rows: int, config: ModelConfig, names: dict[str, list[str]]) -> dict[str, int]:
@@ -564,6 +603,8 @@ def _parts(name: str, rows: int, config: ModelConfig, names: dict[str, list[str]
     key = module.replace(f"layers.{layer}", "layers.{l}")
     if layer and int(layer) in config.dense:
         key = key.replace("feed_forward", "dense")
+    if f"{key}.{kind}" in names:
+        return {source.format(l=layer): rows for source in names[f"{key}.{kind}"]}
     templates = names[key]
     experts = range(config.experts if "{e}" in templates[0] else 1)
     sources = [source.format(l=layer, e=expert) for expert in experts for source in templates]

@@ -25,6 +25,7 @@ ACTIVATIONS = {
     "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "longrope", "yarn")
@@ -133,6 +134,7 @@ FIELDS: dict[str, Kind] = {
     # one family's own
     "num_local_experts": _whole(2**12, least=0),
     "num_experts_per_tok": _COUNT,
+    "swiglu_limit": _POSITIVE,
     "norm_topk_prob": _YES_NO,
     "moe_intermediate_size": _SIZE,
     "decoder_sparse_step": _LENGTH,
@@ -161,6 +163,7 @@ ONLY = {
     "layer_norm_elementwise_affine": True,
     "_remove_final_layer_norm": False,
     "use_bidirectional_attention": False,
+    "swiglu_alpha": 1.702,
 }
 # Fields that say nothing of what a model computes.
 HARMLESS = re.compile(
@@ -168,7 +171,7 @@ HARMLESS = re.compile(
     "|pretraining_tp|torchscript|.*token_(id|index)|.*_token|.*dropout.*|.*drop|initializer_.*|init_.*|.*_init|output_.*"
     "|.*loss.*|ep_size|.*_config|id2label|label2id|problem_type|tokenizer_class|return_dict|use_mamba_kernels"
 )
-ALTERNATING = ("gemma2", "gemma3_text", "olmo3")  # never without a window
+ALTERNATING = ("gemma2", "gemma3_text", "olmo3", "gpt_oss")  # never without a window
 PARTIAL = ("gpt_neox", "phi3")  # those of whose heads a part may be turned
 
 
@@ -341,6 +344,23 @@ FAMILIES: dict[str, Family] = {
         windows=lambda conf: (layer for layer in range(conf["num_hidden_layers"]) if (layer + 1) % 4),
         ropes=_EACH_LAYER,
     ),
+    "gpt_oss": Family(
+        _LLAMA
+        | dict(vocab_size=201088, hidden_size=2880, intermediate_size=2880, num_hidden_layers=36)
+        | dict(num_attention_heads=64, num_key_value_heads=8, head_dim=64, max_position_embeddings=131072)
+        | dict(rms_norm_eps=1e-5, attention_bias=True, sliding_window=128, layer_types=None, rope_theta=1.5e5)
+        | dict(num_local_experts=128, num_experts_per_tok=4, swiglu_limit=7.0)
+        | dict(
+            rope_parameters=dict(rope_type="yarn", factor=32.0, truncate=False, original_max_position_embeddings=4096)
+        ),
+        lambda conf: (
+            _experts(conf)
+            | dict(attention_sinks=True, router_bias=True, ffn_bias=True)
+            | dict(activation="quick_gelu", activation_limit=conf["swiglu_limit"])
+        ),
+        names={"num_local_experts": ("num_local_experts", "num_experts")},
+        windows=lambda conf: range(0, conf["num_hidden_layers"], 2),
+    ),
     "gpt_neox": Family(
         {name: value for name, value in _LLAMA.items() if name not in _HEADS}
         | dict(vocab_size=50432, hidden_size=6144, num_hidden_layers=44, num_attention_heads=64)
@@ -423,6 +443,8 @@ class ModelConfig:
     ffn_gate: bool = True
     experts: int = 0  # 0: dense
     experts_per_token: int = 0
+    router_bias: bool = False
+    activation_limit: float | None = None  # gate is held below it, up within +- it, and 1 is added to up; None: neither
     router_norm: bool = True  # the shares of the chosen experts sum to 1
     dense: tuple[int, ...] = ()  # the layers without experts
     dense_dim: int | None = None  # their columns, where `ffn_dim` is those of an expert
@@ -797,7 +819,8 @@ def parameters(c: ModelConfig) -> int:
     ffn = 0
     for experts, columns in map(c.feed, range(c.n_layers)):
         width = (2 if c.ffn_gate else 1) * columns
-        ffn += max(1, experts) * (c.dim * (width + columns) + (width + c.dim) * c.ffn_bias) + experts * c.dim
+        ffn += max(1, experts) * (c.dim * (width + columns) + (width + c.dim) * c.ffn_bias)
+        ffn += experts * (c.dim + c.router_bias)
     norms = norm * c.dim * (c.pre_norms * (2 - c.shared_norm) + 2 * c.post_norms)
     tables = (1 if c.tie_embeddings else 2) * c.vocab_size * c.dim
     if c.position_offset is not None:

@@ -374,29 +374,30 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig, columns: int):
         super().__init__()
-        self.activation, self.gate = config.activation, config.ffn_gate
+        self.activation, self.limit, self.gate = config.activation, config.activation_limit, config.ffn_gate
         width = (2 if self.gate else 1) * columns  # gate and up, fused; without a gate only up
         self.w13 = Linear(config.dim, width, bias=config.ffn_bias)
         self.w2 = Linear(columns, config.dim, bias=config.ffn_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.w13(x)
-        return summed(self.w2(gated(hidden, self.activation) if self.gate else ACTIVATIONS[self.activation](hidden)))
+        hidden = gated(hidden, self.activation, self.limit) if self.gate else ACTIVATIONS[self.activation](hidden)
+        return summed(self.w2(hidden))
 
 
 class Experts(nn.Module):
     """Each token goes through the `top` of E gated feed-forward networks that a router likes best (arXiv 2401.04088).
 
-    The experts' matrices are stacked by rows: w13 [E * 2F, C], w2 [E * C, F].
+    The experts' matrices are stacked by rows, and their biases alike: w13 [E * 2F, C], w2 [E * C, F].
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.experts, self.top, self.norm = config.experts, config.experts_per_token, config.router_norm
-        self.activation = config.activation
-        self.router = Linear(config.dim, self.experts, bias=False)
-        self.w13 = Linear(config.dim, self.experts * 2 * config.ffn_dim, False, self.experts)
-        self.w2 = Linear(config.ffn_dim, self.experts * config.dim, False, self.experts)
+        self.activation, self.limit = config.activation, config.activation_limit
+        self.router = Linear(config.dim, self.experts, bias=config.router_bias)
+        self.w13 = Linear(config.dim, self.experts * 2 * config.ffn_dim, config.ffn_bias, self.experts)
+        self.w2 = Linear(config.ffn_dim, self.experts * config.dim, config.ffn_bias, self.experts)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, C]. A decode step has static shapes and never waits for the device; a prompt does so once."""
@@ -408,12 +409,12 @@ class Experts(nn.Module):
         if x.shape[1] > 1:
             out = self._grouped(rows, weights, chosen)
         elif chosen.numel() <= self.experts:  # few rows read only what they chose
-            hidden = gated(self.w13.chosen(chosen, rows[:, None]), self.activation)
-            out = (self.w2.chosen(chosen, hidden) * weights[..., None]).sum(1)
+            hidden = self._gated(self.w13.chosen(chosen, rows[:, None]), chosen)
+            out = (self._biased(self.w2, self.w2.chosen(chosen, hidden), chosen) * weights[..., None]).sum(1)
         else:  # many rows need most experts anyway: all of them, those not chosen with weight 0
-            hidden = gated(self.w13(rows).unflatten(1, (self.experts, -1)), self.activation)
+            hidden = gated(self.w13(rows).unflatten(1, (self.experts, -1)), self.activation, self.limit)
             shares = torch.zeros_like(weights[:, :1]).expand(-1, self.experts).scatter(1, chosen, weights)
-            out = (self.w2.each(hidden) * shares[..., None]).sum(1)
+            out = (self._biased(self.w2, self.w2.each(hidden), slice(None)) * shares[..., None]).sum(1)
         return summed(out).to(x.dtype).view_as(x)
 
     def _grouped(self, rows: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
@@ -422,13 +423,23 @@ class Experts(nn.Module):
         own = order // self.top
         counts = chosen.flatten().bincount(minlength=self.experts).tolist()
         parts = enumerate(rows[own].split(counts))
-        hidden = [(number, gated(self.w13.expert(number, part), self.activation)) for number, part in parts]
-        out = torch.cat([self.w2.expert(number, part) for number, part in hidden])
+        hidden = [(number, self._gated(self.w13.expert(number, part), number)) for number, part in parts]
+        out = torch.cat([self._biased(self.w2, self.w2.expert(number, part), number) for number, part in hidden])
         return torch.zeros_like(rows, dtype=weights.dtype).index_add_(0, own, out * weights.flatten()[order, None])
 
+    def _gated(self, x: Tensor, experts: Tensor | int) -> Tensor:
+        return gated(self._biased(self.w13, x, experts), self.activation, self.limit)
 
-def gated(x: Tensor, activation: str) -> Tensor:
+    def _biased(self, stack: nn.Module, x: Tensor, experts: Tensor | int | slice) -> Tensor:
+        """What the matrices of these experts gave, x [..., out], with their biases if they have any."""
+        return x if stack.bias is None else x + stack.bias.view(self.experts, -1)[experts]
+
+
+def gated(x: Tensor, activation: str, limit: float | None = None) -> Tensor:
+    """x [..., 2F] -> [..., F]. limit: as of `ModelConfig.activation_limit`."""
     gate, up = x.chunk(2, dim=-1)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit) + 1
     return ACTIVATIONS[activation](gate) * up
 
 

@@ -61,6 +61,7 @@ def tied(model: Transformer) -> bool:
 def matrix_elements(config: ModelConfig) -> int:
     """Elements of the matrices that each token is multiplied with; the head's once, tied or not."""
     plain = dict(qkv_bias=False, output_bias=False, ffn_bias=False, qk_norm=None, pre_norms=0, post_norms=0)
+    plain |= dict(router_bias=False, attention_sinks=False)
     matrices = replace(config, tie_embeddings=True, position_offset=None, **plain)
     norm = config.dim * (2 if config.norm == "layer" else 1)
     idle = idle_experts(config, 1) * (config.n_layers - len(config.dense)) * 3 * config.dim * config.ffn_dim

@@ -110,6 +110,8 @@ NEOX = dict(branch="attention", num_key_value_heads=None)
 FALCON = dict(branch="self_attention", num_key_value_heads=None, intermediate_size=None, tie_word_embeddings=True)
 OPT = dict(num_key_value_heads=None, intermediate_size=None, rope_parameters=None, ffn_dim=88, tie_word_embeddings=True)
 QWEN3_MOE = dict(head_dim=10, num_experts=7, num_experts_per_tok=3, moe_intermediate_size=40)
+GPT_OSS = dict(head_dim=12, num_local_experts=5, num_experts_per_tok=2, sliding_window=20, pad_token_id=None)
+GPT_OSS |= dict(swiglu_limit=0.8)  # low enough to be reached
 CASES = [
     case("llama-gqa"),
     case("llama-mha", num_key_value_heads=6),
@@ -145,6 +147,15 @@ CASES = [
         layer_types=["sliding_attention", "full_attention"],
     ),
     case("qwen3-yarn", older=True, rope=YARN, head_dim=16),
+    case("gpt_oss", **GPT_OSS, rope=YARN | {"rope_theta": 150.0, "truncate": False}),
+    case(
+        "gpt_oss-no-bias",
+        **GPT_OSS | dict(num_local_experts=3, num_experts_per_tok=1, num_key_value_heads=3),
+        older=True,
+        rope=LINEAR,
+        layer_types=["full_attention", "sliding_attention"],
+        attention_bias=False,
+    ),
     case("gpt_neox", **NEOX, rope={"partial_rotary_factor": 0.25}),
     case("gpt_neox-sequential", **NEOX, use_parallel_residual=False, rope={"partial_rotary_factor": 0.5}),
     case("gpt_neox-no-bias", **NEOX, attention_bias=False, hidden_act="gelu_fast", tie_word_embeddings=True),
@@ -235,6 +246,7 @@ MODELS = {
     "smollm3": "SmolLM3",
     "granite": "Granite 3 (dense)",
     "granitemoehybrid": "Granite 4 (dense)",
+    "gpt_oss": "gpt-oss",
     "gpt_neox": "GPT-NeoX, Pythia",
     "falcon": "Falcon 7B, 40B, 180B",
     "phi3": "Phi-3, Phi-3.5-mini, Phi-4, Phi-4-mini",

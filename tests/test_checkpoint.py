@@ -129,7 +129,7 @@ def test_shards_by_transformers(written, tmp_path):
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe-dense"])
 def test_stacked_experts(name: str, suffix: str, written, tmp_path):
-    """As transformers 5 writes them if it is asked to: what each expert by itself gives, on one rank and on two."""
+    """As transformers 5 writes them if it is asked to: what each expert by itself gives."""
     families.random_model(families.BY_NAME[name]).save_pretrained(tmp_path, save_original_format=False)
     stacks = {key: t for key, t in weights(tmp_path).items() if key.endswith(("experts.gate_up_proj", "down_proj"))}
     assert stacks and all(tensor.ndim == 3 for tensor in stacks.values())
@@ -139,10 +139,6 @@ def test_stacked_experts(name: str, suffix: str, written, tmp_path):
     for how in ({}, {"weights": "int8"}, {"dtype": "bf16"}):
         expected, loaded = (load(path, **how)[0].state_dict() for path in (written(name), tmp_path))
         assert loaded.keys() == expected.keys() and all(loaded[key].equal(expected[key]) for key in expected)
-    for key, stack in stacks.items():
-        stored = Stored(next(tmp_path.glob(f"*.{suffix}")), key, list(stack.shape)).by_rows()
-        for part in (checkpoint.Cut(((3, 5), (90, 95))), checkpoint.Cut(columns=(8, 20))):
-            assert stored.read(part).equal(part.of(stack.flatten(0, 1)))
 
 
 @pytest.mark.parametrize("case", families.CASES, ids=str)

@@ -86,7 +86,7 @@ def their_rotary(config) -> dict[str, Any]:
 def their_windows(c) -> list[int | None]:
     if c.model_type in ("mistral", "ministral3", "mixtral", "phi3", "qwen3_moe"):
         return [c.sliding_window] * c.num_hidden_layers
-    if c.model_type not in ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "olmo3"):
+    if c.model_type not in ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "olmo3", "gpt_oss"):
         return [None] * c.num_hidden_layers
     if "sliding_attention" in c.layer_types and c.sliding_window is None:
         raise Nothing
@@ -127,9 +127,10 @@ def meaning(config) -> dict[str, Any]:
     bias = {"falcon": "bias", "opt": "enable_bias"}.get(kind, "attention_bias")
     without = kind in ("mistral", "ministral3", "mixtral", "phi3", "qwen2")
     ffn_bias = getattr(c, {"falcon": "bias", "opt": "enable_bias"}.get(kind, "mlp_bias"), False)
-    if kind == "mixtral" and c.num_local_experts is None:
+    if kind in MIXTURES and c.num_local_experts is None:
         raise Nothing
     gemma, granite = kind.startswith("gemma"), kind.startswith("granite")
+    per_head = getattr(c, "query_pre_attn_scalar", 0)
     found = dict(
         model_type=kind,
         vocab_size=c.vocab_size,
@@ -139,19 +140,15 @@ def meaning(config) -> dict[str, Any]:
         n_kv_heads=kv_heads,
         head_dim=head_dim,
         max_positions=c.max_position_embeddings,
-        activation=getattr(c, activation),
+        activation="quick_gelu" if kind == "gpt_oss" else getattr(c, activation),
         tie_embeddings=c.tie_word_embeddings,
         norm_eps=1e-5 if kind == "opt" else getattr(c, eps),
         qkv_bias=kind == "qwen2" or not without and bool(getattr(c, bias)),
         output_bias=not without and bool(getattr(c, bias)),
-        ffn_bias=kind == "gpt_neox" or kind in ("llama", "smollm3", "granite", "falcon", "opt") and bool(ffn_bias),
+        ffn_bias=bool(ffn_bias) if kind in ("llama", "smollm3", "granite", "falcon", "opt") else kind in BIASED,
         windows=their_windows(c),
         embed_scale=c.hidden_size**0.5 if gemma else c.embedding_multiplier if granite else None,
-        attention_scale=c.query_pre_attn_scalar**-0.5
-        if gemma
-        else c.attention_multiplier
-        if granite
-        else head_dim**-0.5,
+        attention_scale=c.attention_multiplier if granite else (per_head if gemma else head_dim) ** -0.5,
         residual_scale=c.residual_multiplier if granite else 1.0,
         logit_divisor=c.logits_scaling if granite else 1.0,
         logit_softcap=c.final_logit_softcapping if gemma else None,
@@ -163,6 +160,8 @@ def meaning(config) -> dict[str, Any]:
         router_norm=c.norm_topk_prob if kind == "qwen3_moe" else True,
         dtype=c.dtype or torch.float32,
     )
+    found |= dict.fromkeys(("attention_sinks", "router_bias"), kind == "gpt_oss")
+    found["activation_limit"] = c.swiglu_limit if kind == "gpt_oss" else None
     if kind != "opt":
         found["rotary"] = their_rotary(c)
     return found | their_layout(c)
@@ -178,7 +177,8 @@ def their_layout(c) -> dict[str, bool]:
     return {"parallel": parallel, "shared_norm": parallel and norms == 1}
 
 
-MIXTURES = ("mixtral", "qwen3_moe")
+BIASED = ("gpt_neox", "gpt_oss")  # the feed-forward part always
+MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
 
 
 def feed_forward(c, layer: int) -> tuple[int, int]:
@@ -258,6 +258,7 @@ def senseless(config: ModelConfig) -> list[str]:
     numbers += [rope[name] for rope in ropes for name in rope if FIELDS[name].read is float]
     numbers += [value for rope in ropes for each in rope.values() if isinstance(each, list) for value in each]
     optional = (config.embed_scale, config.attention_scale, config.logit_softcap, config.attention_softcap)
+    optional += (config.activation_limit,)
     numbers += [value for value in optional if value is not None]
     if not all(type(value) is float and 0 < value < 1e31 for value in numbers):
         wrong.append(f"numbers {numbers}")

@@ -443,6 +443,18 @@ LARGE = {  # what no small machine holds: published config.json, parameters, byt
         235_093_634_560,
         2 * 94 * 4 * 128 * 2,
     ),
+    "openai/gpt-oss-20b": (
+        dict(model_type="gpt_oss", hidden_size=2880, intermediate_size=2880, num_hidden_layers=24, vocab_size=201088)
+        | dict(num_attention_heads=64, num_key_value_heads=8, head_dim=64, num_local_experts=32, sliding_window=128),
+        20_914_757_184,
+        2 * 24 * 8 * 64 * 2,
+    ),
+    "openai/gpt-oss-120b": (
+        dict(model_type="gpt_oss", hidden_size=2880, intermediate_size=2880, num_hidden_layers=36, vocab_size=201088)
+        | dict(num_attention_heads=64, num_key_value_heads=8, head_dim=64, num_local_experts=128, sliding_window=128),
+        116_829_156_672,
+        2 * 36 * 8 * 64 * 2,
+    ),
     "EleutherAI/gpt-neox-20b": (
         dict(model_type="gpt_neox", hidden_act="gelu_fast", hidden_size=6144, intermediate_size=24576)
         | dict(num_attention_heads=64, num_hidden_layers=44, rotary_pct=0.25, rotary_emb_base=10000, vocab_size=50432)

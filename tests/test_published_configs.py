@@ -82,6 +82,21 @@ def qwen_moe(**more: Any) -> dict[str, Any]:
     return qwen(**read | dict(num_key_value_heads=4, num_attention_heads=32)) | mixture | more
 
 
+def gpt_oss(**more: Any) -> dict[str, Any]:
+    """As of gpt-oss-120b."""
+    sizes = dict(hidden_size=2880, intermediate_size=2880, num_hidden_layers=36, num_attention_heads=64, head_dim=64)
+    sizes |= dict(num_key_value_heads=8, vocab_size=201088, max_position_embeddings=131072, num_local_experts=128)
+    read = dict(attention_bias=True, hidden_act="silu", rms_norm_eps=1e-05, sliding_window=128, swiglu_limit=7.0)
+    read |= dict(experts_per_token=4, num_experts_per_tok=4, rope_theta=150000, tie_word_embeddings=False)
+    yarn = dict(rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False)
+    read |= dict(rope_scaling=yarn | dict(original_max_position_embeddings=4096), initial_context_length=4096)
+    other = dict(attention_dropout=0.0, eos_token_id=200002, pad_token_id=199999, router_aux_loss_coef=0.9)
+    whole = [f"model.layers.*.{part}" for part in ("self_attn", "mlp.router")] + ["model.embed_tokens", "lm_head"]
+    packed = dict(quantization_config=dict(quant_method="mxfp4", modules_to_not_convert=whole))
+    kinds = ["sliding_attention", "full_attention"] * ({**sizes, **more}["num_hidden_layers"] // 2)
+    return sizes | read | other | packed | dict(model_type="gpt_oss", layer_types=kinds) | more
+
+
 def neox(**more: Any) -> dict[str, Any]:
     sizes = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8, num_hidden_layers=6, vocab_size=50304)
     read = dict(hidden_act="gelu", layer_norm_eps=1e-05, rotary_emb_base=10000, rotary_pct=0.25)
@@ -255,6 +270,8 @@ PUBLISHED = {
         max_position_embeddings=40960,
         rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32768),
     ),
+    "gpt-oss 20B": gpt_oss(num_hidden_layers=24, num_local_experts=32),
+    "gpt-oss 120B": gpt_oss(),
     "pythia": neox(),
     "gpt-neox 20B": neox(hidden_act="gelu_fast", attention_probs_dropout_prob=0, hidden_dropout_prob=0),
     "redpajama": neox(use_parallel_residual=False, rotary_pct=1.0),
