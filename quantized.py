@@ -12,6 +12,9 @@ The forms, as the packages that write them define them:
 - compressed-tensors: weight_packed [out, in / 8], codes plus 8; weight_zero_point packed along its rows; or `weight`
   itself in int8 or fp8, with weight_scale for each row, group, block or all.
 - fp8: `weight` in fp8 with weight_scale_inv (it multiplies too) for each block or all.
+- mxfp4 (OCP Microscaling Formats, of gpt-oss): blocks [out, groups, 16], each uint8 with two neighbouring codes of 4
+  bits (E2M1), the first in the lower bits; scales [out, groups], exponents of 2 plus 127, of 32 columns each. The files
+  hold those of all experts of a layer in one tensor, which checkpoint.py takes apart.
 """
 
 import math
@@ -26,7 +29,7 @@ from codes import Codes
 from errors import UserError, cut, place, shown
 from files import POSITIVE, is_a
 
-READABLE = "gptq of 4 or 8 bits, awq (gemm) of 4, compressed-tensors (int4, int8, fp8), fp8"
+READABLE = "gptq of 4 or 8 bits, awq (gemm) of 4, compressed-tensors (int4, int8, fp8), fp8, mxfp4"
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the row of each of an int32's codes, from the lowest bits on
 # The tensors of a matrix by form, after its module's name. The first one marks it; those with a ? may be missing.
 PARTS = {
@@ -34,8 +37,13 @@ PARTS = {
     "awq": ("qweight", "scales", "qzeros"),
     "packed": ("weight_packed", "weight_scale", "weight_zero_point?", "weight_shape?", "weight_g_idx?"),
     "plain": ("weight_scale", "weight", "weight_zero_point?"),
+    "mxfp4": ("blocks", "scales"),
 }
-CODES = {"gptq": "qweight", "awq": "qweight", "packed": "weight_packed", "plain": "weight"}  # the part that has them
+# The part that has the codes.
+CODES = {"gptq": "qweight", "awq": "qweight", "packed": "weight_packed", "plain": "weight", "mxfp4": "blocks"}
+E2M1 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)  # fp4, times two
+# Of each byte, what its two codes stand for, as one number of 16 bits.
+PAIRS = torch.stack((E2M1.repeat(16), E2M1.repeat_interleave(16)), 1).view(torch.int16).flatten()
 # Tensors about quantized activations and a quantized cache, by their ends.
 IGNORED = tuple(f".{kind}_{end}" for kind in ("input", "output") for end in ("scale", "zero_point", "global_scale"))
 IGNORED += (".activation_scale", ".act_scale", ".q_scale", ".k_scale", ".v_scale", ".kv_scale")
@@ -70,12 +78,12 @@ class Scheme(NamedTuple):
     form: str  # a key of PARTS
     bits: int  # of a code
     block: tuple[int, int]  # rows and columns that share a scale; 0: all
-    floats: bool = False  # codes are fp8 (e4m3) instead of integers
+    floats: bool = False  # codes are fp8 (e4m3) or fp4 instead of integers
     asymmetric: bool = False  # whether each matrix has to come with zero points that PARTS says may be missing
     minus_one: bool = False  # whether zero points are stored minus one, an int32 minus 1 of each code as a whole
 
     def __str__(self) -> str:
-        (rows, columns), kind = self.block, "fp8" if self.floats else f"int{self.bits}"
+        (rows, columns), kind = self.block, f"{'fp' if self.floats else 'int'}{self.bits}"
         if rows > 1:
             return f"{self.method} {kind}, blocks of {rows} x {columns}"
         return f"{self.method} {kind}, " + (f"groups of {columns}" if columns else f"by {'row' if rows else 'matrix'}")
@@ -97,11 +105,14 @@ class Quantized(NamedTuple):
     def grouped(self) -> tuple[Tensor, Tensor] | None:
         """The scales and zero points [out, groups] of `codes`, which are not read.
 
-        None where there are no `Codes`: fp8, columns in another order than their groups, a last group that is shorter.
+        None where there are no `Codes`: codes are floats, columns in another order than their groups, a last group that
+        is shorter.
         """
+        if self.scheme.floats:
+            return None
         columns = self.shape[1]
         scale, zero, groups = self._scales()
-        if self.scheme.floats or not groups.equal(torch.arange(columns) // max(1, columns // scale.shape[1])):
+        if not groups.equal(torch.arange(columns) // max(1, columns // scale.shape[1])):
             return None
         zero = (torch.zeros_like(scale) if zero is None else zero) + (8 if self.scheme.bits == 4 else 0)
         strips = self._strips()
@@ -121,19 +132,26 @@ class Quantized(NamedTuple):
         values = torch.empty(self.shape)
         rows, columns = self.shape
         strips, step = self._strips(), max(1, CHUNK // max(columns, 1))
+        size = columns // max(1, scale.shape[1])
+        regular = groups.equal(torch.arange(columns) // max(1, size))
+        spread = lambda of: of.repeat_interleave(size, 1) if regular else of[:, groups]  # noqa: E731
         for own in (slice(start, start + step) for start in range(0, rows, step)):
             part = values[own].copy_(codes[own])
             if zero is not None:
-                part -= zero[strips[own]][:, groups]
-            part *= scale[strips[own]][:, groups]
+                part -= spread(zero[strips[own]])
+            part *= spread(scale[strips[own]])
         return values
 
     def _codes(self) -> Tensor:
-        """[out, in] in int8 or fp8. Integers are centred: the zero points of symmetric matrices are 0."""
+        """[out, in] in int8 or fp8; fp4 as int8, times two. Integers are centred: symmetric matrices have zero points
+        of 0.
+        """
         bits, form = self.scheme.bits, self.scheme.form
         codes = self._tensor(CODES[form])
         if form == "plain":
             return codes
+        if form == "mxfp4":
+            return PAIRS[codes.flatten(1).int()].view(torch.int8)
         codes = _awq_unpack(codes).T if form == "awq" else _unpack(codes.T if form == "gptq" else codes, bits)
         return (codes - (1 << bits - 1)).view(torch.int8)
 
@@ -152,6 +170,8 @@ class Quantized(NamedTuple):
         elif form == "packed" and zero is not None:
             zero = _unpack(zero.T, bits).T
         strips, groups = self.scheme.grid(self.shape)
+        if form == "mxfp4":
+            return parts["scales"].view(torch.float8_e8m0fnu).float() / 2, None, self._groups(parts)
         if zero is not None:
             zero = zero[:strips].float().reshape(strips, groups) - (0 if form == "plain" else 1 << bits - 1)
         scale = (parts["scales"].T if "scales" in parts else parts["weight_scale"]).float().reshape(strips, groups)
@@ -176,6 +196,8 @@ class Quantized(NamedTuple):
     def _tensor(self, part: str) -> Tensor:
         """One of its tensors. UserError unless it is of the type that it has to be."""
         tensor, kinds = self.parts[part].read(), KINDS.get(part, INT32)
+        if self.scheme.form == "mxfp4":
+            kinds = (torch.uint8,)
         if self.scheme.form == "plain" and part != "weight_scale":
             kinds = (torch.float8_e4m3fn,) if self.scheme.floats else (torch.int8,)
         if tensor.dtype not in kinds:
@@ -270,7 +292,12 @@ def _compressed_tensors(method: str, settings: dict[str, Any]) -> Scheme:
     return schemes.pop()
 
 
+def _mxfp4(method: str, settings: dict[str, Any]) -> Scheme:
+    return Scheme(method, "mxfp4", 4, (1, 32), floats=True)
+
+
 METHODS = {"gptq": _gptq_or_awq, "awq": _gptq_or_awq, "compressed-tensors": _compressed_tensors, "fp8": _fp8}
+METHODS["mxfp4"] = _mxfp4
 
 
 def _is_block(block: Any) -> bool:
@@ -294,9 +321,10 @@ def joined(tensors: Iterable[Stored], scheme: Scheme) -> list[Stored | Quantized
     marks = [f".{end}" for end in _ends(PARTS[scheme.form][0])]
     modules = [name.removesuffix(mark) for mark in marks for name in rest if name.endswith(mark)]
     if not modules:
+        ends = " or ".join(mark[1:] for mark in marks)
         raise UserError(
-            f"config.json says that weights are quantized ({scheme}), but no tensor ends in {' or '.join(marks)}; if "
-            "they are not quantized, take quantization_config out"
+            f"config.json says that weights are quantized ({scheme}), but no tensor ends in {ends}; if they are not "
+            "quantized, take quantization_config out"
         )
     return [*(_matrix(module, scheme, rest) for module in modules), *rest.values()]
 
@@ -316,12 +344,15 @@ def _matrix(module: str, scheme: Scheme, rest: dict[str, Stored]) -> Quantized:
     if missing:
         raise UserError(f"{where} is not whole; missing: {', '.join(map(cut, missing))}")
     codes = parts[CODES[scheme.form]]
-    if len(codes.shape) != 2:
-        raise UserError(f"{where}: {cut(codes.name)} must have two dimensions, not the shape {shown(codes.shape)}")
+    form = ["rows", "groups", 16] if scheme.form == "mxfp4" else ["rows", "columns"]
+    if len(codes.shape) != len(form) or codes.shape[2:] != form[2:]:
+        raise UserError(f"{where}: {cut(codes.name)} must be [{', '.join(map(str, form))}], not {shown(codes.shape)}")
     shape = list(codes.shape)
     if scheme.form in ("gptq", "awq"):
         shape.reverse()
-    if scheme.form != "plain":
+    if scheme.form == "mxfp4":
+        shape = [shape[0], 32 * shape[1]]
+    elif scheme.form != "plain":
         shape[scheme.form != "awq"] *= 32 // scheme.bits
     for part, tensor in parts.items():
         if tensor is not codes and tensor.shape not in (fitting := _shapes(part, shape, scheme)):
@@ -339,7 +370,7 @@ def _shapes(part: str, shape: list[int], scheme: Scheme) -> list[list[int]]:
     if part in ("weight_scale", "weight_zero_point") and (scheme.form == "plain" or part == "weight_scale"):
         return [grid, *([[strips]] if groups == 1 else []), *([[]] if grid == [1, 1] else [])]
     return {
-        "scales": [[groups, strips]],
+        "scales": [grid if scheme.form == "mxfp4" else [groups, strips]],
         "qzeros": [[groups, math.ceil(strips * scheme.bits / 32)]],
         "weight_zero_point": [[math.ceil(strips * scheme.bits / 32), groups]],
         "weight_shape": [[2]],

@@ -491,7 +491,7 @@ SPOILED = {
         put("weight_packed", lambda t: t[:, :-1]),
         rf"{UP}.weight \[192, 56\] instead of \[192, 64\]",
     ),
-    "vector of codes": ("gptq", put("qweight", torch.Tensor.flatten), "qweight must have two dimensions"),
+    "vector of codes": ("gptq", put("qweight", torch.Tensor.flatten), r"qweight must be \[rows, columns\]"),
     "shape of zeros": ("gptq", put("qzeros", lambda t: t[:1]), r"qzeros has the shape \[1, 24\] instead of \[2, 24\]"),
     "groups of another size": ("int4", put("weight_scale", lambda t: t[:, :1]), r"\[192, 1\] instead of \[192, 2\]"),
     "scales of rows": ("float8-tensor", put("weight_scale", lambda t: t.expand(192)), r"\[192\] instead of \[1, 1\]"),
@@ -527,7 +527,7 @@ SPOILED = {
     "another form": (
         "awq",
         lambda tensors: [tensors.pop(name) for name in [*tensors] if name.endswith("qweight")],
-        r"config.json says that weights are quantized \(awq int4, groups of 32\), but no tensor ends in .qweight",
+        r"config.json says that weights are quantized \(awq int4, groups of 32\), but no tensor ends in qweight",
     ),
 }
 
@@ -615,6 +615,10 @@ PUBLISHED = {
         dict(activation_scheme="dynamic", fmt="e4m3", quant_method="fp8", weight_block_size=[128, 128]),
         "fp8 fp8, blocks of 128 x 128",
     ),
+    "openai/gpt-oss-20b": (
+        dict(quant_method="mxfp4", modules_to_not_convert=["model.layers.*.self_attn", "lm_head"]),
+        "mxfp4 fp4, groups of 32",
+    ),
     "of AutoFP8": (
         dict(activation_scheme="static", ignored_layers=["lm_head"], kv_cache_scheme=None, quant_method="fp8"),
         "fp8 fp8, by matrix",
@@ -631,7 +635,6 @@ def test_published(name: str):
 
 UNREADABLE = [
     (dict(quant_method="bitsandbytes", load_in_4bit=True, bnb_4bit_quant_type="nf4"), "'bitsandbytes' cannot be read"),
-    (dict(quant_method="mxfp4", modules_to_not_convert=["lm_head"]), "'mxfp4' cannot"),
     (dict(quant_method="torchao", quant_type={"default": {}}), "'torchao' cannot"),
     (dict(quant_method="aqlm", nbits_per_codebook=16), "'aqlm' cannot"),
     (dict(quant_config={"weight_quant_params": {}}, quant_method="hqq"), "'hqq' cannot"),
@@ -686,6 +689,111 @@ def test_unreadable(settings: Any, words: str):
     assert re.search(words, line) and len(line) < 500, line
     if "cannot be read" in line:
         assert "gptq of 4 or 8 bits" in line and "GGUF" in line
+
+
+# mxfp4: the experts of gpt-oss, in the form in which that is published.
+
+
+OSS = families.case(
+    "gpt_oss-mxfp4",
+    **families.GPT_OSS | dict(hidden_size=64, intermediate_size=96, head_dim=16, num_local_experts=5),
+)
+
+
+def micro(folder: Path, matrices: tuple[str, ...] = ("gate_up_proj", "down_proj")) -> Path:
+    """A tiny gpt-oss whose experts are random codes with random exponents."""
+    families.make_checkpoint(OSS, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for seed, name in enumerate(name for name in list(tensors) if name.endswith(matrices)):
+        experts, columns, rows = tensors.pop(name).shape
+        tensors[f"{name}_blocks"] = drawn(0, 255, experts, rows, columns // 32, 16, seed=seed).to(torch.uint8)
+        tensors[f"{name}_scales"] = drawn(122, 125, experts, rows, columns // 32, seed=seed).to(torch.uint8)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    settings = PUBLISHED["openai/gpt-oss-20b"][0]
+    families.change_config(folder, lambda raw: raw | {"quantization_config": settings})
+    return folder
+
+
+def test_every_code_and_exponent_of_mxfp4(tmp_path):
+    """Of all bytes with all scales that are numbers, by the tables of the format."""
+    numbers = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    numbers += [-number for number in numbers]
+    blocks = torch.arange(256, dtype=torch.uint8).view(16, 1, 16).repeat(16, 255, 1)
+    scales = torch.arange(255, dtype=torch.uint8).repeat(256, 1)
+    save_file({"layer.blocks": blocks, "layer.scales": scales}, tmp_path / "model.safetensors")
+    [matrix] = stored(tmp_path, {"quant_method": "mxfp4"})
+    read = matrix.read().unflatten(1, (255, 32))
+    assert matrix.shape == [256, 255 * 32] and matrix.codes() is None
+    want = torch.tensor([[numbers[byte % 16], numbers[byte // 16]] for byte in range(256)], dtype=torch.float64)
+    want = want.view(16, 1, 32) * torch.tensor([2.0 ** (scale - 127) for scale in range(255)])[:, None].double()
+    assert read.double()[:16].equal(want.float().double()) and read[16:32].equal(read[:16])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_mxfp4_as_transformers_has_it(dtype, tmp_path):
+    """Weights equal those that it dequantizes, of each expert; logits those of its own model."""
+    folder = micro(tmp_path)
+    model, theirs = load(folder, dtype=dtype)[0], families.load_reference(folder, dtype)
+    for ours, layer in zip(model.layers, families.layers_of(theirs), strict=True):
+        want, experts = layer.mlp.experts, ours.feed_forward
+        gate_up = torch.cat((want.gate_up_proj[..., ::2], want.gate_up_proj[..., 1::2]), -1)
+        assert experts.w13.stack.equal(gate_up.mT) and experts.w2.stack.equal(want.down_proj.mT)
+    if dtype == torch.float32:
+        ids = families.token_ids(2, 40)
+        with torch.inference_mode():
+            ours, theirs = model(ids), theirs(ids).logits
+        assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["auto", "int8", "int4"])
+def test_what_is_made_of_mxfp4(kind, tmp_path, capsys):
+    """Floats, or codes of our own; the report counts the bytes that there are."""
+    folder = micro(tmp_path)
+    (model, config), exact = load(folder, weights=kind, dtype="float64"), load(folder, dtype="float64")[0]
+    assert {module.bits for module in held(model).values()} == {"auto": set(), "int8": {8}, "int4": {4, 8}}[kind]
+    w2 = "layers.1.feed_forward.w2.weight"
+    error = (numbers(model)[w2] - exact.state_dict()[w2]).norm() / exact.state_dict()[w2].norm()
+    assert (error == 0) == (kind == "auto") and error < 0.1
+    exact.load_state_dict({name.replace("embed.matrix", "embed"): part for name, part in numbers(model).items()})
+    with torch.inference_mode():
+        for rows, length in ((1, 20), (1, 1), (3, 1)):  # expert by expert, the chosen ones, all of them
+            ids = families.token_ids(rows, length)
+            torch.testing.assert_close(model(ids), exact(ids), rtol=1e-5, atol=1e-6)
+    assert main([str(folder), "--weights", kind, "--dtype", "float64", "--tokens", "1", "--memory", "0.01"]) == 0
+    out, token = capsys.readouterr().out, config.n_layers * 2 * config.n_kv_heads * config.head_dim * 8
+    left = int(0.01 * 2**30) - sum(parameter.nbytes for parameter in model.parameters())
+    assert f"{left // token:,} sequences of 1 tokens full" in out
+    # 2 layers of 5 experts with two matrices and two biases; 4 + 4 + 1 + 2 + 2 others a layer, and 3 beside them.
+    count = "tensors  69 in 1 file(s), 20 of them quantized (mxfp4 fp4, groups of 32), 20 dequantized as they are read"
+    assert count in out
+
+
+def test_some_matrices_of_mxfp4_alone(tmp_path):
+    """Those without blocks are floats."""
+    model = load(micro(tmp_path, ("down_proj",)))[0]
+    want = families.random_model(OSS).model.layers[1].mlp.experts.gate_up_proj
+    assert model.layers[1].feed_forward.w13.stack[:, 96:].equal(want[..., 1::2].mT)
+
+
+@pytest.mark.parametrize(
+    ("end", "change", "words"),
+    [
+        ("scales", lambda t: None, r"experts.0.down_proj.blocks \(mxfp4 fp4, groups of 32\) is not whole; missing: "),
+        ("scales", lambda t: t[:, :-1], r"down_proj.scales has the shape \[63, 3\] instead of \[64, 3\]"),
+        ("scales", lambda t: t.float(), "down_proj.scales is torch.float32 instead of torch.uint8"),
+        ("scales", lambda t: torch.full_like(t, 255), "down_proj.weight holds NaN or infinite values"),
+        ("blocks", lambda t: t[..., :8], r"down_proj.blocks must be \[rows, groups, 16\], not \[64, 3, 8\]"),
+        ("blocks", lambda t: t[:, :, :2], r"scales has the shape \[64, 3\] instead of \[64, 2\]"),
+        ("blocks", lambda t: t[:4], "tensors .* missing: .*not known: .*down_proj_blocks"),
+    ],
+)
+def test_spoiled_mxfp4(end, change, words, tmp_path):
+    folder = micro(tmp_path)
+    tensors, name = load_file(folder / "model.safetensors"), f"model.layers.1.mlp.experts.down_proj_{end}"
+    if (changed := change(tensors.pop(name))) is not None:
+        tensors[name] = changed.contiguous()
+    save_file(tensors, folder / "model.safetensors")
+    assert re.search(words, line := line_of(folder)), line
 
 
 # Against the packages themselves.
