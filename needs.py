@@ -43,6 +43,8 @@ class Needs(NamedTuple):
         read = prompt * (item + wide) * (3 * c.dim + 2 * heads + 4 * groups)
         read += min(prompt, FEED_CHUNK) * 4 * item * max(max(1, c.experts_per_token) * c.ffn_dim, c.dense_dim or 0)
         read += 4 * wide * c.n_heads * min(prompt, queries) * prompt
+        if c.attention_sinks:  # queries, keys and values once more, longer by 8 elements
+            read += prompt * item * (c.n_heads + 2 * c.n_kv_heads) * (c.head_dim + 8)
         if sizes.plan is None:
             work = layers.work(rows, sizes.budget_slots, widest, sizes.floor, c.n_heads, c.head_dim)
             read += wide * work // rows

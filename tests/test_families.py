@@ -484,7 +484,7 @@ def test_published_configs(name: str):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["streaming", "h2o"])
-@pytest.mark.parametrize("name", ["falcon", "mixtral", "qwen3_moe-dense", "opt", "gemma3_text", "olmo3"])
+@pytest.mark.parametrize("name", ["falcon", "mixtral", "qwen3_moe-dense", "gpt_oss", "opt", "gemma3_text", "olmo3"])
 def test_compiled_decoding(name: str, policy: str, folder):
     """Equals eager, without a graph break (fullgraph); once layers at all kinds of places have been seen nothing
     compiles any more, whatever the plan."""
@@ -499,7 +499,7 @@ def test_compiled_decoding(name: str, policy: str, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["falcon", "falcon-grouped", "mixtral"])
+@pytest.mark.parametrize("name", ["falcon", "falcon-grouped", "mixtral", "gpt_oss"])
 def test_a_hundred_compiled_steps(name: str, ours):
     """One graph a block form, no graph break (fullgraph), and nothing compiled once the first steps are done."""
     torch._dynamo.reset()

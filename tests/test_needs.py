@@ -19,6 +19,7 @@ TERMS = {
     "experts of a prompt": (dict(ffn_dim=1000, experts=4, experts_per_token=2), 500, 2, ("window", "uniform", 8)),
     "residual stream": (dict(dim=1500), 500, 2, ("window", "uniform", 8)),
     "projections": (dict(n_heads=60), 500, 2, ("window", "uniform", 8)),
+    "projections, sink logits": (dict(n_heads=60, attention_sinks=True), 500, 2, ("window", "uniform", 8)),
     "queries that score": (dict(n_heads=12), 1500, 2, ("snapkv", "uniform", 64)),
     "all queries, soft cap": (dict(n_heads=12, attention_softcap=5.0), 1500, 2, ("window", "uniform", 8)),
     "evidence": (dict(n_heads=24, n_kv_heads=8), 900, 2, ("window", "perturbation", 200)),

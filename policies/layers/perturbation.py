@@ -191,9 +191,6 @@ def readings(layer: Attended, sizes: Sequence[int], asked: Tensor) -> Tensor:
     logits.masked_fill_((distance < len(back)) | (distance >= window), float("-inf"))
 
     top = torch.maximum(logits.amax(-1, keepdim=True), near_logits.amax(-1, keepdim=True))
-    if layer.sink_logits is not None:
-        sink = layer.sink_logits.to(top.dtype).view(heads, -1, 1, 1)
-        top = torch.maximum(top, sink)
     shares, near_shares = (logits - top).exp_(), (near_logits - top).exp_()
     edges = [0, *sizes, length]
     parts = [slice(*edge) for edge in zip(edges, edges[1:], strict=False)]
@@ -206,7 +203,7 @@ def readings(layer: Attended, sizes: Sequence[int], asked: Tensor) -> Tensor:
     read = read + every.unflatten(3, (len(parts), -1)).permute(3, 0, 1, 4, 2, 5)
     mass = mass + near_shares.sum(-1, keepdim=True)
     if layer.sink_logits is not None:
-        mass = mass + (sink - top).exp()
+        mass = mass + (layer.sink_logits.to(top.dtype).view(heads, -1, 1, 1) - top).exp()
     read = (read / mass.clamp_min(torch.finfo(mass.dtype).tiny)).to(layer.v.dtype)  # [sizes + 1, R, K, G, W, D]
     return read.permute(0, 1, 4, 2, 3, 5).flatten(3)
 
