@@ -100,6 +100,7 @@ FIELDS: dict[str, Kind] = {
     "tie_word_embeddings": _YES_NO,
     "dtype": _DTYPE.or_null,
     "attention_bias": _YES_NO,
+    "attention_out_bias": _YES_NO,
     "mlp_bias": _YES_NO,
     # sliding windows
     "sliding_window": _LENGTH.or_null,  # null: none
@@ -278,6 +279,13 @@ FAMILIES: dict[str, Family] = {
         names={"num_local_experts": ("num_experts", "num_local_experts")},
         windows=lambda conf: range(conf["num_hidden_layers"]),
     ),
+    "seed_oss": Family(
+        _LLAMA
+        | dict(vocab_size=155136, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=80, head_dim=128)
+        | dict(num_key_value_heads=8, max_position_embeddings=524288, attention_bias=True, attention_out_bias=False)
+        | dict(mlp_bias=False),
+        lambda conf: dict(output_bias=conf["attention_out_bias"]),
+    ),
     "smollm3": Family(
         _LLAMA
         | _BIASES
@@ -311,6 +319,17 @@ FAMILIES: dict[str, Family] = {
         | dict(rms_norm_eps=1e-5, original_max_position_embeddings=4096, sliding_window=None),
         windows=lambda conf: range(conf["num_hidden_layers"]),
         ropes=("default", "longrope"),
+    ),
+    "gemma": Family(
+        _LLAMA
+        | dict(vocab_size=256000, hidden_size=3072, intermediate_size=24576, num_hidden_layers=28, head_dim=256)
+        | dict(num_attention_heads=16, num_key_value_heads=16, hidden_act="gelu_pytorch_tanh", attention_bias=False)
+        | dict(max_position_embeddings=8192, tie_word_embeddings=True),
+        lambda conf: dict(
+            norm_shift=1.0,
+            embed_scale=conf["hidden_size"] ** 0.5,
+            activation={"gelu": "gelu_pytorch_tanh"}.get(conf["hidden_act"], conf["hidden_act"]),  # an older name
+        ),
     ),
     "gemma2": Family(
         _GEMMA

@@ -185,6 +185,8 @@ CASES = [
     ),
     case("opt", **OPT, pad_token_id=None),
     case("opt-no-bias", **OPT, pad_token_id=None, enable_bias=False, activation_function="gelu"),
+    case("seed_oss", head_dim=10, num_key_value_heads=3, pad_token_id=None),
+    case("seed_oss-biases", attention_out_bias=True, mlp_bias=True, pad_token_id=None),
     case("smollm3", num_hidden_layers=3, no_rope_layer_interval=2, pad_token_id=None, tie_word_embeddings=True),
     case(
         "smollm3-window",
@@ -217,6 +219,7 @@ CASES = [
         rope_parameters={"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}},
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
+    case("gemma", head_dim=10, tie_word_embeddings=True, pad_token_id=None),
     case("gemma2", **GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
     case("gemma2-no-caps", **GEMMA, attn_logit_softcapping=None, final_logit_softcapping=None, attention_bias=True),
     case("gemma3_text", **GEMMA, sliding_window_pattern=2, rope_parameters=GEMMA3_ROPE),
@@ -232,6 +235,9 @@ CASES = [
 BY_NAME = {case.name: case for case in CASES}
 # One of each family.
 FAMILIES = list({text_part(case.config)["model_type"]: case for case in reversed(CASES)}.values())[::-1]
+# Those that have nothing to themselves but how they are read: the logits of a prompt tell; their other tests are slow.
+NEAR = ("gemma", "seed_oss", "seed_oss-biases", "granitemoehybrid-nope", "ministral3-mscale")
+NEAR += tuple(case.name for case in CASES if "text_config" in case.config)
 
 
 # What the checkpoints of a model_type are called.
@@ -243,6 +249,7 @@ MODELS = {
     "qwen2": "Qwen2, Qwen2.5",
     "qwen3": "Qwen3",
     "qwen3_moe": "Qwen3 (mixtures)",
+    "seed_oss": "Seed-OSS",
     "smollm3": "SmolLM3",
     "granite": "Granite 3 (dense)",
     "granitemoehybrid": "Granite 4 (dense)",
@@ -253,6 +260,7 @@ MODELS = {
     "opt": "OPT (without 350m)",
     "olmo2": "OLMo 2",
     "olmo3": "OLMo 3",
+    "gemma": "Gemma 1",
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3 (270m, 1B; of larger ones the text model)",
 }

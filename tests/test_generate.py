@@ -356,6 +356,13 @@ def test_a_turn_that_does_not_fit(capsys, monkeypatch):
     assert (0, out) == converse(capsys, monkeypatch, "import os\ndef main():\n")[:2]
 
 
+def test_a_conversation_beyond_the_positions_is_told_once(capsys, monkeypatch):
+    monkeypatch.setattr("config.ModelConfig.reach", 20)
+    for policy, told in (("h2o", 1), ("streaming", 0)):
+        code, _, err = converse(capsys, monkeypatch, "a\nb\nc\nd\n", "--policy", policy, "--budget", 30)
+        assert code == 0 and err.count("tokens are more than the 20 positions that the model is made for") == told
+
+
 def test_interrupting_an_answer_keeps_the_conversation():
     args = ["--interactive", "--policy", "streaming", "--budget", "64", "--ignore-eos", "--max-new-tokens", "1000000"]
     with process(*args, stdin=subprocess.PIPE) as call:

@@ -150,6 +150,17 @@ PUBLISHED = {
     "smollm3": llama3(model_type="smollm3", num_hidden_layers=36, layer_types=["full_attention"] * 36)
     | dict(max_window_layers=28, no_rope_layer_interval=4, no_rope_layers=[1, 1, 1, 0] * 9, bos_token_id=None)
     | dict(sliding_window=None, use_sliding_window=False),
+    "gemma 1": gemma(model_type="gemma", hidden_act="gelu", hidden_activation=None, hidden_size=2048, head_dim=256),
+    "seed-oss": llama3(
+        model_type="seed_oss",
+        attention_bias=True,
+        attention_out_bias=False,
+        head_dim=128,
+        max_position_embeddings=524288,
+        num_attention_heads=80,
+        rope_scaling={"rope_type": "default"},
+        rope_theta=10000000.0,
+    ),
     "gemma 2": gemma(hidden_act="gelu_pytorch_tanh"),
     "gemma 2, 27B": gemma(query_pre_attn_scalar=144, head_dim=128, hidden_size=4608, sliding_window_size=4096),
     "gemma 3": gemma3(sliding_window_pattern=6, eos_token_id=[1, 106]),
