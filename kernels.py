@@ -5,6 +5,8 @@ library's call costs more than the arithmetic of small models there, and reaches
 large ones. Shapes as in model.py.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +30,15 @@ class Linear(nn.Linear):
     def expert(self, number: int, x: Tensor) -> Tensor:
         """x [R, in] times one of the experts -> [R, out]."""
         return x @ self.stack[number].T
+
+    @property
+    def waits(self) -> bool:
+        """Whether the host has to know in `grouped` where groups end, and waits for the device."""
+        return self.weight.is_cuda and not fused(self.stack)
+
+    def grouped(self, x: Tensor, ends: Tensor | list[int]) -> Tensor:
+        """x [R, in], of which those before ends [experts] are each expert's -> [R, out]. A list where that `waits`."""
+        return by_group(x, ends, self.expert) if isinstance(ends, list) else grouped_product(x, self.stack, ends)
 
     def each(self, x: Tensor) -> Tensor:
         """x [R, experts, in], times each expert its own -> [R, experts, out]."""
@@ -55,6 +66,42 @@ def matvec(weight: Tensor, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return (weight * x[..., None, :]).sum(-1)
     return (weight @ x[..., None]).squeeze(-1)
+
+
+@torch.library.custom_op("squeeze_fast::grouped_product", mutates_args=())
+def grouped_product(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
+    """x [R, in], of which the rows before ends [E] belong to each matrix in turn, times stack [E, out, in] -> [R, out].
+
+    An operation of its own: Inductor has PyTorch's own in bfloat16 only, and cannot trace the loop.
+    """
+    if fused(stack):
+        return F.grouped_mm(x, stack.mT, offs=ends)
+    return by_group(x, ends.tolist(), lambda number, part: part @ stack[number].T)
+
+
+@grouped_product.register_fake
+def _(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(len(x), stack.shape[1])
+
+
+def by_group(x: Tensor, ends: list[int], product: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """x [R, in], of which product(e, part) takes the rows before each end -> [R, out]."""
+    parts = enumerate(x.tensor_split(ends[:-1]))
+    return torch.cat([product(number, part) for number, part in parts if len(part)])
+
+
+def fused(stack: Tensor) -> bool:
+    """Whether PyTorch multiplies stacked matrices [E, out, in] in one call that does not wait for the device.
+
+    On CUDA that is in bfloat16, from Hopper on; elsewhere it copies the bounds of the groups to the host.
+    """
+    experts, size = len(stack), stack.element_size()
+    if size > 4 or stack.shape[1] * size % 16 or stack.shape[2] * size % 16:
+        return False
+    if not stack.is_cuda:
+        return True
+    new = torch.cuda.is_available() and torch.cuda.get_device_properties(stack.device).major in (9, 10)
+    return new and stack.dtype == torch.bfloat16 and experts < 1024
 
 
 def dot(q: Tensor, k: Tensor, scale: Tensor | None = None) -> Tensor:

@@ -400,37 +400,47 @@ class Experts(nn.Module):
         self.w2 = Linear(config.ffn_dim, self.experts * config.dim, config.ffn_bias, self.experts)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, T, C]. A decode step has static shapes and never waits for the device; a prompt does so once."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        weights, chosen = self.router(x).to(wide).softmax(-1).flatten(0, 1).topk(self.top)  # [B * T, top]
-        if self.norm:
-            weights = weights / weights.sum(-1, keepdim=True)
+        """x [B, T, C] -> output [B, T, C]. A decode step has static shapes and never waits for the device; a prompt
+        does so once where there is no product of groups (kernels.py).
+        """
         rows = x.flatten(0, 1)
-        if x.shape[1] > 1:
-            out = self._grouped(rows, weights, chosen)
-        elif chosen.numel() <= self.experts:  # few rows read only what they chose
+        wide = torch.promote_types(x.dtype, torch.float32)
+        shares, chosen = self.router(rows).to(wide).softmax(-1).topk(self.top)  # [B * T, top]
+        if self.norm:
+            shares = shares / shares.sum(-1, keepdim=True)
+        # By group a row costs more, but an expert that several chose is read once; a GPU's groups cost next to nothing.
+        few = max(self.top, self.experts // 4) if x.is_cuda and not self.waits else self.experts
+        if x.shape[1] == 1 and chosen.numel() <= few:  # few rows read what each one chose, in place
             hidden = self._gated(self.w13.chosen(chosen, rows[:, None]), chosen)
-            out = (self._biased(self.w2, self.w2.chosen(chosen, hidden), chosen) * weights[..., None]).sum(1)
-        else:  # many rows need most experts anyway: all of them, those not chosen with weight 0
+            out = self._biased(self.w2, self.w2.chosen(chosen, hidden), chosen)
+        elif x.shape[1] > 1 or not self.waits:
+            out = self._grouped(rows, chosen)
+        else:  # many rows need most experts anyway: all of them, those not chosen with share 0
             hidden = gated(self.w13(rows).unflatten(1, (self.experts, -1)), self.activation, self.limit)
-            shares = torch.zeros_like(weights[:, :1]).expand(-1, self.experts).scatter(1, chosen, weights)
-            out = (self._biased(self.w2, self.w2.each(hidden), slice(None)) * shares[..., None]).sum(1)
-        return summed(out).to(x.dtype).view_as(x)
+            out = self._biased(self.w2, self.w2.each(hidden), slice(None))
+            shares = torch.zeros_like(shares[:, :1]).expand(-1, self.experts).scatter(1, chosen, shares)
+        return summed((out * shares[..., None]).sum(1)).to(x.dtype).view_as(x)
 
-    def _grouped(self, rows: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """Sorts the rows by expert, so that each expert runs once over what is its own."""
+    @property
+    def waits(self) -> bool:
+        """Whether the host waits for the device in `_grouped`, which a decode step must not."""
+        return self.w13.waits or self.w2.waits
+
+    def _grouped(self, rows: Tensor, chosen: Tensor) -> Tensor:
+        """rows [R, C] through the experts [R, top] that each one chose -> [R, top, C]. Each expert runs once."""
         order = chosen.flatten().argsort()
-        own = order // self.top
-        counts = chosen.flatten().bincount(minlength=self.experts).tolist()
-        parts = enumerate(rows[own].split(counts))
-        hidden = [(number, self._gated(self.w13.expert(number, part), number)) for number, part in parts]
-        out = torch.cat([self._biased(self.w2, self.w2.expert(number, part), number) for number, part in hidden])
-        return torch.zeros_like(rows, dtype=weights.dtype).index_add_(0, own, out * weights.flatten()[order, None])
+        own, numbers = chosen.flatten()[order], torch.arange(self.experts, device=rows.device)
+        ends = torch.searchsorted(own, numbers, right=True, out_int32=True)
+        if self.waits:
+            ends = ends.tolist()
+        hidden = self._gated(self.w13.grouped(rows[order // self.top], ends), own)
+        out = self._biased(self.w2, self.w2.grouped(hidden, ends), own)
+        return out[order.argsort()].unflatten(0, chosen.shape)
 
-    def _gated(self, x: Tensor, experts: Tensor | int) -> Tensor:
+    def _gated(self, x: Tensor, experts: Tensor) -> Tensor:
         return gated(self._biased(self.w13, x, experts), self.activation, self.limit)
 
-    def _biased(self, stack: nn.Module, x: Tensor, experts: Tensor | int | slice) -> Tensor:
+    def _biased(self, stack: nn.Module, x: Tensor, experts: Tensor | slice) -> Tensor:
         """What the matrices of these experts gave, x [..., out], with their biases if they have any."""
         return x if stack.bias is None else x + stack.bias.view(self.experts, -1)[experts]
 

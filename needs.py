@@ -41,7 +41,8 @@ class Needs(NamedTuple):
         # feed-forward holds, what a policy that scores looks at, and what gives the evidence.
         queries = max(policy.queries, layers.queries, PROMPT_CHUNK if c.attention_softcap is not None else 0)
         read = prompt * (item + wide) * (3 * c.dim + 2 * heads + 4 * groups)
-        read += min(prompt, FEED_CHUNK) * 4 * item * max(max(1, c.experts_per_token) * c.ffn_dim, c.dense_dim or 0)
+        chosen = c.experts_per_token * (4 * item * c.ffn_dim + (2 * item + wide) * c.dim)
+        read += min(prompt, FEED_CHUNK) * max(chosen, 4 * item * (c.dense_dim or c.ffn_dim))
         read += 4 * wide * c.n_heads * min(prompt, queries) * prompt
         if c.attention_sinks:  # queries, keys and values once more, longer by 8 elements
             read += prompt * item * (c.n_heads + 2 * c.n_kv_heads) * (c.head_dim + 8)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bound import int4_block, int4_pack, int4_product, int8_product
 from codes import GROUP, PIECE, Codes, rows_at_a_time
-from kernels import Linear
+from kernels import Linear, by_group
 from model import Transformer
 
 WEIGHT_FORMATS = ("auto", "int8", "int4")
@@ -49,6 +49,15 @@ class Quantized(nn.Module):
     def expert(self, number: int, x: Tensor) -> Tensor:
         """x [R, in] times one of the matrices -> [R, out]."""
         return self.product(x, *self.one(number))
+
+    @property
+    def waits(self) -> bool:
+        """As of `Linear`, and not to be traced."""
+        return True
+
+    def grouped(self, x: Tensor, ends: list[int]) -> Tensor:
+        """As of `Linear`."""
+        return by_group(x, ends, self.expert)
 
     def each(self, x: Tensor) -> Tensor:
         """x [R, E, in], times each of the matrices its own -> [R, E, out]."""

@@ -286,3 +286,45 @@ def test_two_gpus_equal_one(compiled):
         assert done.returncode == 0, done.stderr
         found.append(json.loads(done.stdout)["tokens"])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_a_mixture_in_bfloat16(rows: int):
+    """Captured steps of one row and of many equal eager ones on the CPU, as far as bfloat16 goes."""
+    torch._dynamo.reset()
+    shape = dict(dim=64, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=32, experts=16, experts_per_token=4)
+    model = random_model(torch.bfloat16, **shape)
+    x = torch.randn(rows, 1, 64, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(1))
+    module = model.layers[0].feed_forward
+    with torch.inference_mode():
+        want = module(x)
+        there = module.cuda()
+        compiled = torch.compile(there, fullgraph=True, dynamic=False)
+        for run in (there, compiled):
+            torch.testing.assert_close(run(x.cuda()).cpu(), want, atol=3e-2, rtol=3e-2)
+        graph = torch.cuda.CUDAGraph()
+        given = x.cuda()
+        with torch.cuda.graph(graph):
+            out = compiled(given)
+        given.copy_(x.flip(0))
+        graph.replay()
+        torch.testing.assert_close(out.cpu(), want.flip(0), atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] not in (9, 10), reason="loop"
+)
+def test_a_mixtures_prompt_does_not_wait():
+    shape = dict(dim=64, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=32, experts=16, experts_per_token=4)
+    module = random_model(torch.bfloat16, **shape).layers[0].feed_forward
+    x = torch.randn(1, 50, 64, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        want = module(x)
+        there, given = module.cuda(), x.cuda()
+        there(given)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            out = there(given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(out.cpu(), want, atol=3e-2, rtol=3e-2)

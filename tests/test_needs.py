@@ -17,6 +17,7 @@ TERMS = {
     "logits of a step": (dict(vocab_size=60_000), 3, 9, ("window", "uniform", 8)),
     "feed-forward of a prompt": (dict(ffn_dim=3000), 500, 2, ("window", "uniform", 8)),
     "experts of a prompt": (dict(ffn_dim=1000, experts=4, experts_per_token=2), 500, 2, ("window", "uniform", 8)),
+    "what experts add": (dict(dim=600, experts=8, experts_per_token=6), 500, 2, ("window", "uniform", 8)),
     "residual stream": (dict(dim=1500), 500, 2, ("window", "uniform", 8)),
     "projections": (dict(n_heads=60), 500, 2, ("window", "uniform", 8)),
     "projections, sink logits": (dict(n_heads=60, attention_sinks=True), 500, 2, ("window", "uniform", 8)),

@@ -254,8 +254,12 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        for storage in (part.untyped_storage() for part in tree_leaves(out) if torch.is_tensor(part)):
-            self.known[StorageWeakRef(storage)] = storage.nbytes()
+        made, given = (
+            {StorageWeakRef(part.untyped_storage()): part for part in tree_leaves(tree) if torch.is_tensor(part)}
+            for tree in (out, (args, kwargs))
+        )
+        fresh = [storage for storage in made if storage not in given or storage in self.known]  # no views of weights
+        self.known |= {storage: made[storage].untyped_storage().nbytes() for storage in fresh}
         self.known = {storage: size for storage, size in self.known.items() if not storage.expired()}
         self.peak = max(self.peak, sum(self.known.values()))
         return out
