@@ -417,16 +417,21 @@ def _survey(
     return size, sorted(bits), dequantized
 
 
-def to_hf(state_dict: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The same tensors under the checkpoint's names, fused ones split, to be written as model.safetensors."""
-    tensors = {}
+def to_hf(state_dict: dict[str, Tensor], config: ModelConfig, stacked: bool = False) -> dict[str, Tensor]:
+    """The same tensors under the checkpoint's names, fused ones split, to be written as model.safetensors.
+
+    stacked: all experts of a layer as one, as transformers' own modules have them.
+    """
+    tensors, names = {}, WEIGHTS[config.model_type](config) | (STACKED if stacked and config.experts else {})
     for name, tensor in state_dict.items():
         if config.tie_embeddings and name == "head.weight":
             continue
-        parts = _parts(name, len(tensor), config, WEIGHTS[config.model_type](config))
+        parts = _parts(name, len(tensor), config, names)
         for source, part in zip(parts, tensor.split(list(parts.values())), strict=True):
             if source.endswith(INTERLEAVED):
                 part = torch.cat(by_kv_head(part, config), dim=1).flatten(0, 2)
+            if (stack := source.removesuffix(".weight")).endswith(STACKS):
+                source, part = stack, part.unflatten(0, (config.experts, -1))
             tensors[source] = part
     return _stacked_again(tensors) if config.model_type in WOVEN else tensors
 

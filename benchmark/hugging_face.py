@@ -26,7 +26,8 @@ class HuggingFace:
         self.device = model.device
         with torch.device(self.device):  # its own weights, let go in the next lines; buffers are filled here
             hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw), dtype=model.config.dtype).eval()
-        wrong = hf.load_state_dict(checkpoint.to_hf(model.state_dict(), model.config), strict=False, assign=True)
+        tensors = checkpoint.to_hf(model.state_dict(), model.config, stacked=True)
+        wrong = hf.load_state_dict(tensors, strict=False, assign=True)
         assert not wrong.unexpected_keys, wrong
         hf.tie_weights()
         hf.generation_config.eos_token_id = None

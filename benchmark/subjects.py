@@ -31,12 +31,15 @@ def _config(model_type: str, vocab: int, dim: int, ffn: int, layers: int, heads:
 LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 LLAMA3_ROPE |= dict(original_max_position_embeddings=8192)
 QWEN3 = dict(head_dim=128, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=True)
+QWEN3_MOE = QWEN3 | dict(tie_word_embeddings=False, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True)
+QWEN3_MOE |= dict(moe_intermediate_size=768)
 SHAPES: dict[str, dict[str, Any]] = {  # as in the config.json of the published checkpoints; tiny is for trying out
     "tiny": _config("llama", 512, 64, 160, 4, "4/2", 16384),
     "smollm-135m": _config("llama", 49152, 576, 1536, 30, "9/3", 2048, tie_word_embeddings=True),
     "qwen3-0.6b": _config("qwen3", 151936, 1024, 3072, 28, "16/8", 40960, **QWEN3),
     "llama-2-7b": _config("llama", 32000, 4096, 11008, 32, "32/32", 4096),
     "mistral-7b": _config("mistral", 32768, 4096, 14336, 32, "32/8", 32768, rope_theta=1e6),  # v0.3
+    "qwen3-30b-a3b-8l": _config("qwen3_moe", 151936, 2048, 6144, 8, "32/4", 40960, **QWEN3_MOE),  # of 48 layers
     "llama-3.1-8b": _config("llama", 128256, 4096, 14336, 32, "32/8", 131072, rope_theta=5e5, rope_scaling=LLAMA3_ROPE),
 }
 

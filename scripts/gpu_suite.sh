@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU. Usage: scripts/gpu_suite.sh OUTDIR [STAGE...]
 # Where no stage is named: tests switch prefill decode, which by estimate take 9 minutes together. Each other one may
-# take as long alone: decode16 static throughput throughput_llama2 long batching chat int8 int4 cache8.
+# take as long alone: decode16 static throughput throughput_llama2 long batching chat int8 int4 cache8 mixture.
 # A stage that fails, or has not ended after 9 minutes (tests: 4.5; or after LIMIT seconds of the environment), does not
 # keep the next ones from running; they are named at the end. What has been measured until then is in OUTDIR.
 # Without CUDA the tests skip and the rest runs tiny on the CPU, so that the script itself can be tried.
 set -euo pipefail
 default="tests switch prefill decode"
-known="$default decode16 static throughput throughput_llama2 long batching chat int8 int4 cache8"
+known="$default decode16 static throughput throughput_llama2 long batching chat int8 int4 cache8 mixture"
 [ $# -ge 1 ] || { echo "usage: scripts/gpu_suite.sh OUTDIR [STAGE...] (stages: $known)" >&2; exit 2; }
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
@@ -49,6 +49,11 @@ chat() { bench --stage chat; }
 int8() { suffix=_int8 bench --stage decode --batches 1 --weights int8; }
 int4() { suffix=_int4 bench --stage decode --batches 1 --weights int4; }
 cache8() { suffix=_cache8 bench --stage throughput --cache-format int8 --plot "$out/throughput_cache8.png"; }
+mixture() { # 8 of 48 layers: what a step of 1 and of 16 rows takes
+    shape=qwen3-30b-a3b-8l
+    suffix=_mixture bench --stage decode --batches 1
+    suffix=_mixture_16 bench --stage decode --batches 16
+}
 
 failed=()
 for name in "$@"; do

@@ -59,6 +59,7 @@ def test_shapes_have_the_published_sizes(name):
 @pytest.mark.parametrize("name", subjects.SHAPES)
 def test_the_peer_has_the_same_weights_and_no_copy(name, tmp_path):
     small = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, vocab_size=101, head_dim=8)
+    small |= dict(moe_intermediate_size=40, num_experts=9)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(subjects.SHAPES[name] | small | dict(num_attention_heads=6, num_key_value_heads=2)))
     subject = subjects.make(str(file), "cpu", torch.float32)  # in float64 transformers' rotary angles are still float32
@@ -349,7 +350,7 @@ def test_a_stage_that_fails_does_not_end_the_suite(tmp_path):
 
 @pytest.mark.slow
 def test_the_gpu_suite_runs_without_a_gpu(tmp_path):
-    named = "decode16 static throughput throughput_llama2 long batching chat int8 int4 cache8"
+    named = "decode16 static throughput throughput_llama2 long batching chat int8 int4 cache8 mixture"
     stages = f"tests switch prefill decode {named}".split()
     done = suite(tmp_path, *stages)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -363,5 +364,7 @@ def test_the_gpu_suite_runs_without_a_gpu(tmp_path):
         "bench_cpu_int8.json": ["decode"],
         "bench_cpu_int4.json": ["decode"],
         "bench_cpu_cache8.json": ["throughput"],
+        "bench_cpu_mixture.json": ["decode"],
+        "bench_cpu_mixture_16.json": ["decode"],
     }
     assert all((tmp_path / f"{stage}.log").stat().st_size for stage in stages)
