@@ -169,6 +169,7 @@ WEIGHTS: dict[str, Callable[[ModelConfig], dict[str, list[str]]]] = {
     "olmo2": lambda config: POST_NORMS,
     "olmo3": lambda config: POST_NORMS,
     "gpt_oss": lambda config: GPT_OSS,
+    "olmoe": lambda config: MIXTURE,
     "gpt_neox": lambda config: NEOX,
     "falcon": lambda config: FALCON_TWO_NORMS if config.parallel and not config.shared_norm else FALCON,
     "opt": lambda config: OPT,
@@ -178,6 +179,7 @@ WEIGHTS: dict[str, Callable[[ModelConfig], dict[str, list[str]]]] = {
 INTERLEAVED = (".query_key_value.weight", ".query_key_value.bias")
 # Tensors that hold all experts of a layer. In some families the matrices are [E, in, out], and gate and up alternate.
 STACK = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(_bias|_blocks|_scales|)")
+EXPERT = re.compile(r"(.*\.experts)\.\d+\.(gate_up_proj|down_proj)\.(weight|bias)")  # as we call a part of one
 WOVEN = ("gpt_oss",)
 # Names as some files have them -> names as the tables have them. OPT's lack the outermost; the text model of several
 # modalities is inside, by one name in transformers 4 and what save_pretrained writes, by another in transformers 5.
@@ -422,16 +424,18 @@ def to_hf(state_dict: dict[str, Tensor], config: ModelConfig, stacked: bool = Fa
 
     stacked: all experts of a layer as one, as transformers' own modules have them.
     """
-    tensors, names = {}, WEIGHTS[config.model_type](config) | (STACKED if stacked and config.experts else {})
+    stacked = stacked and config.experts and config.model_type not in WOVEN
+    tensors, names = {}, WEIGHTS[config.model_type](config) | (STACKED if stacked else {})
     for name, tensor in state_dict.items():
         if config.tie_embeddings and name == "head.weight":
             continue
         parts = _parts(name, len(tensor), config, names)
+        if stacked and (first := EXPERT.fullmatch(next(iter(parts)))):
+            tensors[f"{first[1]}.{first[2]}"] = tensor.unflatten(0, (config.experts, -1))
+            continue
         for source, part in zip(parts, tensor.split(list(parts.values())), strict=True):
             if source.endswith(INTERLEAVED):
                 part = torch.cat(by_kv_head(part, config), dim=1).flatten(0, 2)
-            if (stack := source.removesuffix(".weight")).endswith(STACKS):
-                source, part = stack, part.unflatten(0, (config.experts, -1))
             tensors[source] = part
     return _stacked_again(tensors) if config.model_type in WOVEN else tensors
 
@@ -440,7 +444,7 @@ def _stacked_again(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """With the tensors of a layer's experts in one, as `WOVEN` families have them."""
     plain, stacks = {}, {}
     for name, tensor in tensors.items():
-        if expert := re.fullmatch(r"(.*\.experts)\.\d+\.(\w+)\.(weight|bias)", name):
+        if expert := EXPERT.fullmatch(name):
             experts, matrix, kind = expert.groups()
             tensor = torch.stack(tensor.chunk(2), 1).flatten(0, 1) if matrix == "gate_up_proj" else tensor
             name = f"{experts}.{matrix}{'_bias' if kind == 'bias' else ''}"

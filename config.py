@@ -380,6 +380,14 @@ FAMILIES: dict[str, Family] = {
         names={"num_local_experts": ("num_local_experts", "num_experts")},
         windows=lambda conf: range(0, conf["num_hidden_layers"], 2),
     ),
+    "olmoe": Family(
+        _LLAMA
+        | dict(vocab_size=50304, hidden_size=2048, intermediate_size=2048, num_hidden_layers=16)
+        | dict(num_attention_heads=16, max_position_embeddings=4096, rms_norm_eps=1e-5, attention_bias=False)
+        | dict(num_local_experts=64, num_experts_per_tok=8, norm_topk_prob=False),
+        lambda conf: _experts(conf) | dict(qk_norm="projection"),
+        names={"num_local_experts": ("num_experts", "num_local_experts")},
+    ),
     "gpt_neox": Family(
         {name: value for name, value in _LLAMA.items() if name not in _HEADS}
         | dict(vocab_size=50432, hidden_size=6144, num_hidden_layers=44, num_attention_heads=64)

@@ -90,6 +90,8 @@ ARCHITECTURES = {
     ),
     "olmo2": Architecture("olmo2", more=lambda header: {"attention_bias": header.has("blk.0.attn_q.bias")}),
     "olmo2 with windows": Architecture("olmo3", more=lambda header: _olmo3(header)),
+    "qwen3moe": Architecture("qwen3_moe", EXPERTS, more=lambda header: _experts(header, True)),
+    "olmoe": Architecture("olmoe", EXPERTS, more=lambda header: _experts(header, False)),
     "falcon": Architecture("falcon", FUSED, words=FALCON_WORDS, more=lambda header: _falcon(header)),
     "falcon with two norms": Architecture(
         "falcon", FALCON_TWO_NORMS, words=FALCON_WORDS, more=lambda header: _falcon(header)
@@ -326,6 +328,16 @@ def _llama(header: Header) -> dict[str, Any]:
 def _mixtral(header: Header) -> dict[str, Any]:
     experts = {"num_local_experts": header.get("expert_count"), "num_experts_per_tok": header.get("expert_used_count")}
     return experts | {"sliding_window": None}
+
+
+def _experts(header: Header, normed: bool) -> dict[str, Any]:
+    """Whether the shares of the chosen ones sum to 1 is in no metadata of these: llama.cpp knows it of each family."""
+    return _mixtral(header) | {
+        "norm_topk_prob": normed,
+        "moe_intermediate_size": header.get("expert_feed_forward_length"),
+        "attention_bias": header.has("blk.0.attn_q.bias"),
+        "clip_qkv": header.get("attention.clamp_kqv"),
+    }
 
 
 def _granite(header: Header) -> dict[str, Any]:

@@ -112,6 +112,7 @@ OPT = dict(num_key_value_heads=None, intermediate_size=None, rope_parameters=Non
 QWEN3_MOE = dict(head_dim=10, num_experts=7, num_experts_per_tok=3, moe_intermediate_size=40)
 GPT_OSS = dict(head_dim=12, num_local_experts=5, num_experts_per_tok=2, sliding_window=20, pad_token_id=None)
 GPT_OSS |= dict(swiglu_limit=0.8)  # low enough to be reached
+OLMOE = dict(pad_token_id=None, intermediate_size=40, num_experts=7, num_experts_per_tok=3)
 CASES = [
     case("llama-gqa"),
     case("llama-mha", num_key_value_heads=6),
@@ -220,6 +221,8 @@ CASES = [
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
     case("gemma", head_dim=10, tie_word_embeddings=True, pad_token_id=None),
+    case("olmoe", **OLMOE),
+    case("olmoe-normed", **OLMOE, norm_topk_prob=True, attention_bias=True, num_key_value_heads=6),
     case("gemma2", **GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
     case("gemma2-no-caps", **GEMMA, attn_logit_softcapping=None, final_logit_softcapping=None, attention_bias=True),
     case("gemma3_text", **GEMMA, sliding_window_pattern=2, rope_parameters=GEMMA3_ROPE),
@@ -261,6 +264,7 @@ MODELS = {
     "olmo2": "OLMo 2",
     "olmo3": "OLMo 3",
     "gemma": "Gemma 1",
+    "olmoe": "OLMoE",
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3 (270m, 1B; of larger ones the text model)",
 }

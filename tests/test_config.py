@@ -157,7 +157,7 @@ def meaning(config) -> dict[str, Any]:
         query_scaling=their_query_scaling(c),
         feed=[feed_forward(c, layer) for layer in range(c.num_hidden_layers)],
         experts_per_token=c.num_experts_per_tok if kind in MIXTURES else 0,
-        router_norm=c.norm_topk_prob if kind == "qwen3_moe" else True,
+        router_norm=c.norm_topk_prob if kind in ("qwen3_moe", "olmoe") else True,
         dtype=c.dtype or torch.float32,
     )
     found |= dict.fromkeys(("attention_sinks", "router_bias"), kind == "gpt_oss")
@@ -179,7 +179,7 @@ def their_layout(c) -> dict[str, bool]:
 
 BIASED = ("gpt_neox", "gpt_oss")  # the feed-forward part always
 FFN_BIAS = ("llama", "seed_oss", "smollm3", "granite", "falcon", "opt")  # where the config says so
-MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
+MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "olmoe")
 
 
 def feed_forward(c, layer: int) -> tuple[int, int]:

@@ -218,14 +218,15 @@ def test_importance_of_a_batch(case: Case, theirs, ours):
 
 @each_family
 def test_bf16_error(case: Case, folder, theirs):
-    """In bf16 we stay as close to fp32 as transformers does."""
+    """In bf16 we stay as close to fp32 as transformers does; of a mixture, the token in the middle of all: where two
+    experts are nearly as good, each of the models may take the other one.
+    """
     ids = IDS[:, :PROMPT]
     exact = theirs(case)(ids).logits
     reference = families.load_reference(folder(case), torch.bfloat16)
     model, _ = checkpoint.load(folder(case), dtype="bf16")
-    error, accepted = (
-        (logits.float() - exact).square().mean().sqrt() for logits in (model(ids), reference(ids).logits)
-    )
+    squares = [(logits.float() - exact).square().mean(-1) for logits in (model(ids), reference(ids).logits)]
+    error, accepted = ((each.median() if model.config.experts else each.mean()).sqrt() for each in squares)
     assert 0 < error <= 1.5 * accepted
 
 
@@ -338,6 +339,10 @@ REFUSED = [
     ("opt", {"word_embed_proj_dim": 32}, "word_embed_proj_dim 32 is not supported for opt; only 48 is"),
     ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine False"),
     ("olmo2", {"clip_qkv": 8.0}, "clip_qkv 8.0 is not supported"),
+    ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0 is not supported"),
+    ("qwen3_moe", {"num_experts_per_tok": 8}, "num_experts_per_tok must be at most the 7 experts, not 8"),
+    ("qwen3_moe", {"mlp_only_layers": [-1]}, "mlp_only_layers must be a list, each an integer from 0 to"),
+    ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step must be an integer from 1 to"),
     ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
     ("gemma3_text", {"sliding_window": None}, "2 layers with sliding attention, but no sliding_window"),
     ("mistral", {"sliding_window": 0}, "sliding_window must be an integer from 1 to 2147483647 or null, not 0"),
@@ -461,6 +466,13 @@ LARGE = {  # what no small machine holds: published config.json, parameters, byt
         | dict(num_attention_heads=64, num_key_value_heads=8, head_dim=64, num_local_experts=128, sliding_window=128),
         116_829_156_672,
         2 * 36 * 8 * 64 * 2,
+    ),
+    "allenai/OLMoE-1B-7B-0924": (
+        dict(model_type="olmoe", hidden_size=2048, intermediate_size=1024, num_hidden_layers=16, vocab_size=50304)
+        | dict(num_attention_heads=16, num_key_value_heads=16, num_experts=64, num_experts_per_tok=8, clip_qkv=None)
+        | dict(norm_topk_prob=False, rope_theta=1e4, max_position_embeddings=4096, tie_word_embeddings=False),
+        6_919_161_856,
+        2 * 16 * 16 * 128 * 2,
     ),
     "EleutherAI/gpt-neox-20b": (
         dict(model_type="gpt_neox", hidden_act="gelu_fast", hidden_size=6144, intermediate_size=24576)

@@ -38,7 +38,7 @@ CASES = {
             families.BY_NAME[name]
             for name in """llama-gqa llama-tied llama-biases llama-head-dim llama-linear llama-llama3 mistral-no-window
             qwen2-older qwen3 qwen3-biases qwen3-yarn gpt_neox gpt_neox-sequential falcon falcon-grouped falcon-one-norm
-            phi3 phi3-short phi3-long mixtral granite olmo2 olmo2-biases olmo3""".split()
+            phi3 phi3-short phi3-long mixtral qwen3_moe olmoe granite olmo2 olmo2-biases olmo3""".split()
         ),
         families.case(
             "smollm3", num_hidden_layers=5, no_rope_layer_interval=4, pad_token_id=None, tie_word_embeddings=True
@@ -68,7 +68,7 @@ USUAL = {
     ]
 }
 ARCHITECTURE = {"mistral": "llama", "mixtral": "llama", "gpt_neox": "gptneox", "gemma3_text": "gemma3"}
-ARCHITECTURE |= {"olmo3": "olmo2"}
+ARCHITECTURE |= {"olmo3": "olmo2", "qwen3_moe": "qwen3moe"}
 TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>assistant:"
 
 
@@ -137,7 +137,8 @@ def metadata_of(config: dict[str, Any], arch: str) -> dict[str, Any]:
         f"ARCH.attention.{norm}_epsilon": eps,
         "ARCH.rope.freq_base": float(theta),
         "ARCH.rope.dimension_count": int(dim * rope.get("partial_rotary_factor", 1.0)),
-        "ARCH.expert_count": config.get("num_local_experts"),
+        "ARCH.expert_count": config.get("num_local_experts", config.get("num_experts")),
+        "ARCH.expert_feed_forward_length": config.get("moe_intermediate_size"),
         "ARCH.expert_used_count": config.get("num_experts_per_tok"),
         "ARCH.use_parallel_residual": config.get("use_parallel_residual"),
         "ARCH.attn_logit_softcapping": config.get("attn_logit_softcapping"),
@@ -199,8 +200,8 @@ def stacked(tensors: dict[str, np.ndarray], config: dict[str, Any]) -> dict[str,
     """Experts in one tensor."""
     found: dict[str, Any] = {}
     for name, values in tensors.items():
-        if match := re.fullmatch(r"(.*\.experts)\.(\d+)\.(w\d\.weight)", name):
-            found.setdefault(f"{match[1]}.{match[3]}", {})[int(match[2])] = values
+        if match := re.fullmatch(r"(.*\.experts)\.(\d+)\.(w\d|\w+_proj)\.weight", name):
+            found.setdefault(f"{match[1]}.{match[3]}.weight", {})[int(match[2])] = values
         else:
             found[name] = values
     return {n: np.stack([v[e] for e in sorted(v)]) if isinstance(v, dict) else v for n, v in found.items()}

@@ -283,6 +283,8 @@ PUBLISHED = {
     ),
     "gpt-oss 20B": gpt_oss(num_hidden_layers=24, num_local_experts=32),
     "gpt-oss 120B": gpt_oss(),
+    "olmoe": llama3(model_type="olmoe", rope_theta=10000.0, rms_norm_eps=1e-05, num_experts=64, num_experts_per_tok=8)
+    | dict(intermediate_size=1024, num_key_value_heads=16, num_attention_heads=16, clip_qkv=None, norm_topk_prob=False),
     "pythia": neox(),
     "gpt-neox 20B": neox(hidden_act="gelu_fast", attention_probs_dropout_prob=0, hidden_dropout_prob=0),
     "redpajama": neox(use_parallel_residual=False, rotary_pct=1.0),
