@@ -66,6 +66,24 @@ def olmo3(layers: int, *sizes: int) -> dict[str, Any]:
     return OTHER | sized(layers, *sizes) | read | dict(model_type="olmo3")
 
 
+def olmoe(**more: Any) -> dict[str, Any]:
+    read = dict(attention_bias=False, clip_qkv=None, max_position_embeddings=4096, norm_topk_prob=False)
+    read |= dict(num_experts=64, num_experts_per_tok=8, output_router_logits=False, rms_norm_eps=1e-05)
+    read |= dict(rope_scaling=None, rope_theta=10000.0, router_aux_loss_coef=0.01, tie_word_embeddings=False)
+    return OTHER | sized(16, 2048, 1024, 16, 16) | read | dict(model_type="olmoe", vocab_size=50304) | more
+
+
+def granite(layers: int, dim: int, ffn: int, *heads: int, **factors: float) -> dict[str, Any]:
+    state = dict(mamba_chunk_size=256, mamba_conv_bias=True, mamba_d_conv=4, mamba_d_head=64, mamba_d_state=256)
+    state |= dict(mamba_expand=2, mamba_n_groups=1, mamba_n_heads=2 * dim // 64, mamba_proj_bias=False)
+    none = dict(num_local_experts=0, num_experts_per_tok=0, output_router_logits=False, router_aux_loss_coef=0.01)
+    read = dict(attention_bias=False, layer_types=["attention"] * layers, max_position_embeddings=131072)
+    read |= dict(normalization_function="rmsnorm", position_embedding_type="rope", rms_norm_eps=1e-05)
+    read |= dict(rope_scaling=None, rope_theta=10000000, shared_intermediate_size=ffn, tie_word_embeddings=True)
+    read |= dict(embedding_multiplier=12, model_type="granitemoehybrid", vocab_size=100352, init_method="mup")
+    return OTHER | sized(layers, dim, ffn, *heads) | state | none | read | factors
+
+
 def gpt_oss(layers: int, experts: int) -> dict[str, Any]:
     packed = dict(modules_to_not_convert=["model.layers.*.self_attn", "lm_head"], quant_method="mxfp4")
     read = dict(attention_bias=True, experts_per_token=4, head_dim=64, initial_context_length=4096)
@@ -160,6 +178,19 @@ PUBLISHED: dict[str, tuple[float, dict[str, Any]]] = {  # billions of parameters
     ),
     "Olmo-3-1025-7B": (7.298, olmo3(32, 4096, 11008, 32, 32)),
     "Olmo-3-1125-32B": (32.234, olmo3(64, 5120, 27648, 40, 8)),
+    "OLMoE-1B-7B-0924": (6.919, olmoe()),
+    "granite-4.0-350m": (
+        0.352,
+        granite(28, 1024, 2048, 16, 4, attention_multiplier=0.015625, residual_multiplier=0.263, logits_scaling=4),
+    ),
+    "granite-4.0-1b": (
+        1.632,
+        granite(40, 2048, 4096, 16, 4, attention_multiplier=0.0078125, residual_multiplier=0.22, logits_scaling=8),
+    ),
+    "granite-4.0-micro": (
+        3.403,
+        granite(40, 2560, 8192, 40, 8, attention_multiplier=0.015625, residual_multiplier=0.22, logits_scaling=10),
+    ),
     "gpt-oss-20b": (20.915, gpt_oss(24, 32)),
     "gpt-oss-120b": (116.829, gpt_oss(36, 128)),
     "gemma-3-4b-it": (3.880, gemma3(34, 2560, 10240, 8, 4)),
