@@ -48,6 +48,10 @@ APART = (  # an argument, those that do not go with it, and why
 
 
 def parse(argv: list[str] | None, manual: str = "") -> argparse.Namespace:
+    return make_parser(manual).parse_args(argv)
+
+
+def make_parser(manual: str) -> Parser:
     parser = Parser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("the prompt").add_argument
     add_checkpoint(add)
@@ -82,7 +86,7 @@ def parse(argv: list[str] | None, manual: str = "") -> argparse.Namespace:
     add("--ignore-eos", action="store_true", help="do not stop at end-of-sequence")
     add("--json", action="store_true", help="print one JSON object instead of text")
     add_running(parser)
-    return parser.parse_args(argv)
+    return parser
 
 
 def add_checkpoint(add: Callable) -> None:

@@ -76,13 +76,18 @@ class RawLine(NamedTuple):
 
 
 class Lines:
-    """The lines of a file, of which none longer than `most` bytes is held. `sha256` is that of all read so far."""
+    """The lines of a file, of which none longer than `most` bytes is held. `sha256` is that of all read so far.
 
-    def __init__(self, path: Path | str, most: int = PROMPT_BYTES):
-        self.path, self.most, self.sha256 = path, most, sha256()
+    start: the byte at which the first one begins.
+    """
+
+    def __init__(self, path: Path | str, most: int = PROMPT_BYTES, start: int = 0):
+        self.path, self.most, self.start, self.sha256 = path, most, start, sha256()
 
     def __iter__(self) -> Iterator[RawLine]:
         with opened(self.path) as file:
+            if self.start:
+                file.seek(self.start)
             number = 1
             while part := self._part(file):
                 data, size, digest = part, len(part), blake2b(part, digest_size=8)

@@ -298,24 +298,13 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def run_job(asked: Asked) -> int:
-    args, sizing, limit = asked.args, asked.sizing, asked.limit
-
-    def bad(number: int, error: UserError) -> None:
-        line = f"{place(args.input)} line {number}: {error}"
-        if args.strict:
-            raise UserError(line)
-        complain("generate.py", line)
-
-    default = Request((), args.max_new_tokens, asked.sampling, asked.eos_ids)
-    how = {"resume": args.resume, "max_length": args.max_length, "limit": limit, "load_cache": args.load_cache}
-    job = Job(Path(args.input), Path(args.output), sizing, job_settings(asked), default, asked.ids, asked.text, **how)
-    survey = job.survey(bad)
+    args, limit = asked.args, asked.limit
+    job = job_of(asked, Path(args.input), Path(args.output), args.resume)
+    survey = job.survey(bad_line("generate.py", args))
     length = job.state.get("max_length") or args.max_length or survey.longest
-    needs = asked.with_caches(Needs.of(sizing, length, survey.longest_prompt, apart=True))
-    share = 1 if args.max_memory is not None else machine.SHARE
-    rows = args.batch_size or job.state.get("batch_size") or needs.rows(len(survey.ids), int(share * limit))
-    needs.check(rows, limit)
-    warn(sizing.beyond(length))
+    needs = asked.with_caches(Needs.of(asked.sizing, length, survey.longest_prompt, apart=True))
+    rows = rows_of(asked, needs, job.state.get("batch_size"), len(survey.ids))
+    warn(asked.sizing.beyond(length))
     way = f"--resume goes on with what {place(args.output)} holds"
     with exclusive(job.output) if parallel.shard().rank == 0 else nullcontext() as file:
         done = parallel.agreed(job.begin(survey, file) if file else None)
@@ -336,6 +325,33 @@ def run_job(asked: Asked) -> int:
     result = result_json(asked, own, figures) | {"kv_bytes_full": needs.row_full * rows}
     print(json.dumps(result, allow_nan=False) if args.json else "\n".join(job_report(asked, result)))
     return 2 if survey.bad or summary.failed else 0
+
+
+def bad_line(program: str, args: argparse.Namespace) -> Callable[[int, UserError], None]:
+    """What becomes of a bad line: it is reported, or ends the job."""
+
+    def bad(number: int, error: UserError) -> None:
+        line = f"{place(args.input)} line {number}: {error}"
+        if args.strict:
+            raise UserError(line)
+        complain(program, line)
+
+    return bad
+
+
+def job_of(asked: Asked, source: Path, output: Path, resume: bool) -> Job:
+    args = asked.args
+    default = Request((), args.max_new_tokens, asked.sampling, asked.eos_ids)
+    how = {"resume": resume, "max_length": args.max_length, "limit": asked.limit, "load_cache": args.load_cache}
+    return Job(source, output, asked.sizing, job_settings(asked), default, asked.ids, asked.text, **how)
+
+
+def rows_of(asked: Asked, needs: Needs, before: int | None, most: int) -> int:
+    """The rows of a job's batch: as asked for, as before, or as many as fit. UserError if they do not."""
+    share = 1 if asked.args.max_memory is not None else machine.SHARE
+    rows = asked.args.batch_size or before or needs.rows(most, int(share * asked.limit))
+    needs.check(rows, asked.limit)
+    return rows
 
 
 def job_settings(asked: Asked) -> dict[str, Any]:

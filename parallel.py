@@ -137,6 +137,12 @@ def started() -> int:
     return int(world)
 
 
+def alone(program: str) -> None:
+    """UserError where torchrun has started several ranks of a program that runs on one."""
+    if started() > 1:
+        raise UserError(f"{program} runs on one rank; start it without torchrun")
+
+
 def beside() -> int:
     """How many ranks share this machine's memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", started()))

@@ -241,7 +241,7 @@ def test_interrupt_ends_with_what_was_generated():
         call.stdout.read(20)
         call.send_signal(signal.SIGINT)
         out, err = call.communicate(timeout=60)
-    assert call.returncode == 0 and err == "", err
+    assert call.returncode == 0 and err.startswith("generate.py: 100001 tokens are more") and err.count("\n") == 1, err
     assert "interrupted" in out and "tokens/s" in out
 
 
