@@ -13,6 +13,7 @@ from conftest import ROOT, begun, random_ids, random_model
 from test_engine import BOUNDED, NEW, PLAN, run, teacher_forced
 from test_prefill import DEEP, LONG, ORDERS, SHARE, P, all_at_once, signals
 
+import checkpoint
 import generate
 import parallel
 from conversation import Conversation
@@ -244,6 +245,26 @@ def test_ragged_batch_equals_single(policy):
     requests = [Request(ids, max_new_tokens=NEW) for ids in prompts]
     done = {id(completion.request): completion for completion in Engine(model, policy, plan=PLAN).generate(requests)}
     assert [done[id(request)].tokens for request in requests] == singles
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe", "olmo3", "ministral3"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_family_on_cuda_equals_a_cpu(name, compiled, tmp_path):
+    """Sink logits, experts, two kinds of rotary, scaled queries."""
+    import families  # takes seconds
+
+    torch._dynamo.reset()
+    folder = families.make_checkpoint(families.BY_NAME[name], tmp_path)
+    ids, following = (families.token_ids(1, count, seed=count)[0].tolist() for count in (41, 20))
+    logits = []
+    for device, compiles in (("cuda", compiled), ("cpu", False)):
+        model, config = checkpoint.load(folder, device, "float32")
+        engine = Engine(model, "h2o", plan=[14, 20, 17][: config.n_layers], compile=compiles)
+        logits.append(teacher_forced(engine, ids, following).cpu())
+    assert (logits[0] - logits[1]).abs().max() < 1e-4 * logits[1].abs().max()
+    wide = logits[1][0]
+    narrow = checkpoint.load(folder, "cuda", "bfloat16")[0](torch.tensor([ids], device="cuda"))[0, -1].float().cpu()
+    assert (narrow - wide).abs().median() < 0.05 * wide.abs().max()
 
 
 @pytest.fixture
