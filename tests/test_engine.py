@@ -186,8 +186,13 @@ def test_lengths_do_not_recompile(rope):
             assert [(c.request.ids, c.tokens) for c in compiled.generate(requests, 2)] == want
 
 
+EXPERTS = dict(
+    experts=4, experts_per_token=2, ffn_bias=True, router_bias=True, activation_limit=1.0, attention_sinks=True
+)
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_k=5, top_p=0.9)], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("shape", [{}, {"experts": 4, "experts_per_token": 2}], ids=["dense", "experts"])
+@pytest.mark.parametrize("shape", [{}, EXPERTS], ids=["dense", "experts"])
 @pytest.mark.parametrize("policy", TOKEN_POLICIES)
 def test_a_step_asks_the_device_nothing(policy, shape, sampling):
     """On the meta device, where nothing has a value, whatever waits for one fails."""
