@@ -274,10 +274,7 @@ def load(
         parts = _parts(name, len(empty), whole.config, names)
         sources, rows = [found[source] for source in parts], list(parts.values())
         if held := _held(whole, name, sources, weights):  # of the whole matrix, so that all ranks have its scales
-            if held.stored:
-                codes = _codes(sources, rows, whole.config, device)
-            else:
-                codes = Codes.of(_read(sources, rows, whole.config, torch.float32, device), held.bits)
+            codes = _codes(sources, rows, whole.config, device, None if held.stored else held.bits)
             part = parallel.cut_of(name, whole.config, own)
             replace_matrix(model, name, codes.cut(part.rows, part.columns))
             continue
@@ -670,14 +667,22 @@ def put(tensor: Tensor, part: Tensor, name: str, config: ModelConfig) -> None:
         part.copy_(tensor)
 
 
-def _codes(sources: list[quantized.Quantized], rows: list[int], config: ModelConfig, device: torch.device) -> Codes:
-    """The codes of a parameter that is made of these tensors, of so many rows each."""
+def _codes(
+    sources: list[Stored], rows: list[int], config: ModelConfig, device: torch.device, bits: int | None = None
+) -> Codes:
+    """The codes of a parameter that is made of these tensors, of so many rows each: those that are stored, or made ones
+    of so many bits. One tensor at a time is in memory as numbers.
+    """
     whole: Codes | None = None
     for number, source in enumerate(sources):
-        codes = source.codes()
+        if bits:
+            codes = Codes.of(_read([source], rows[number : number + 1], config, torch.float32, device), bits)
+        else:
+            codes = source.codes()
         whole = whole or Codes(*(part.new_empty(sum(rows), part.shape[1], device=device) for part in codes))
         for part, tensor in zip(whole, codes, strict=True):
-            put(tensor, part.split(rows)[number], source.name, config)
+            own = part.split(rows)[number]
+            own.copy_(tensor) if bits else put(tensor, own, source.name, config)  # `_read` has put them in our order
     return whole
 
 
