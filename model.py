@@ -438,7 +438,8 @@ class Experts(nn.Module):
         return out[order.argsort()].unflatten(0, chosen.shape)
 
     def _gated(self, x: Tensor, experts: Tensor) -> Tensor:
-        return gated(self._biased(self.w13, x, experts), self.activation, self.limit)
+        x = self._biased(self.w13, x, experts)  # what it was before is let go
+        return gated(x, self.activation, self.limit)
 
     def _biased(self, stack: nn.Module, x: Tensor, experts: Tensor | slice) -> Tensor:
         """What the matrices of these experts gave, x [..., out], with their biases if they have any."""

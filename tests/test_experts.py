@@ -37,23 +37,34 @@ def tokens(rows: int, length: int, dtype: torch.dtype = torch.float64) -> torch.
 def by_definition(module: Experts, x: torch.Tensor) -> torch.Tensor:
     """Each token by itself through each expert that it chose."""
     w13, w2 = (part.weight.double().unflatten(0, (EXPERTS, -1)) for part in (module.w13, module.w2))
+    b13, b2, b = (0.0 if part.bias is None else part.bias.double() for part in (module.w13, module.w2, module.router))
+    b13, b2 = (each.view(EXPERTS, -1) if module.w2.bias is not None else [0.0] * EXPERTS for each in (b13, b2))
     out = torch.zeros_like(x.double()).flatten(0, 1)
     for row, token in enumerate(x.double().flatten(0, 1)):
-        shares, chosen = (module.router.weight.double() @ token).softmax(-1).topk(TOP)
+        shares, chosen = (module.router.weight.double() @ token + b).softmax(-1).topk(TOP)
         for share, expert in zip(shares / shares.sum() if module.norm else shares, chosen, strict=True):
-            gate, up = (w13[expert] @ token).chunk(2)
-            out[row] += share * (w2[expert] @ (torch.nn.functional.silu(gate) * up))
+            gate, up = (w13[expert] @ token + b13[expert]).chunk(2)
+            if module.limit:
+                gate, up = gate.clamp(max=module.limit), up.clamp(-module.limit, module.limit) + 1
+            out[row] += share * (w2[expert] @ (torch.nn.functional.silu(gate) * up) + b2[expert])
     return out.view_as(x)
 
 
-@pytest.mark.parametrize("norm", [True, False], ids=["normed", "as they are"])
+FORMS = {
+    "normed": {},
+    "as they are": dict(router_norm=False),
+    "biased": dict(ffn_bias=True, router_bias=True, activation_limit=0.9),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("size", [(1, 1), (2, 1), (7, 1), (1, 30), (3, 11)], ids=str)
-def test_all_ways_are_the_definition(size, norm, monkeypatch):
+def test_all_ways_are_the_definition(size, form, monkeypatch):
     """A few rows, many, and prompts; PyTorch's product of groups, the loop, and, where that waits, all experts."""
-    module, x = experts(router_norm=norm), tokens(*size)
+    module, x = experts(**FORMS[form]), tokens(*size)
     want = by_definition(module, x)
     torch.testing.assert_close(module(x), want)
-    single = experts(torch.float32, router_norm=norm)
+    single = experts(torch.float32, **FORMS[form])
     assert fused(single.w13.stack) and fused(single.w2.stack) and not fused(module.w13.stack)
     torch.testing.assert_close(single(x.float()).double(), want, atol=1e-5, rtol=1e-5)
     monkeypatch.setattr("kernels.fused", lambda stack: False)

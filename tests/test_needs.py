@@ -12,12 +12,14 @@ from sampling import Sampling
 
 SAMPLED = Sampling(temperature=1.0, top_k=20, seed=1)
 SMALL = dict(n_layers=2, dim=16, n_heads=2, n_kv_heads=1, head_dim=8, ffn_dim=16, vocab_size=97)
+CLAMPED = dict(ffn_bias=True, activation_limit=1.0)
 # In each case one term is most of what is needed: (changes of the shape, prompt tokens, new tokens, engine)
 TERMS = {
     "logits of a step": (dict(vocab_size=60_000), 3, 9, ("window", "uniform", 8)),
     "feed-forward of a prompt": (dict(ffn_dim=3000), 500, 2, ("window", "uniform", 8)),
     "experts of a prompt": (dict(ffn_dim=1000, experts=4, experts_per_token=2), 500, 2, ("window", "uniform", 8)),
     "what experts add": (dict(dim=600, experts=8, experts_per_token=6), 500, 2, ("window", "uniform", 8)),
+    "biased experts": (dict(ffn_dim=1000, experts=4, experts_per_token=2, **CLAMPED), 500, 2, ("window", "uniform", 8)),
     "residual stream": (dict(dim=1500), 500, 2, ("window", "uniform", 8)),
     "projections": (dict(n_heads=60), 500, 2, ("window", "uniform", 8)),
     "projections, sink logits": (dict(n_heads=60, attention_sinks=True), 500, 2, ("window", "uniform", 8)),
