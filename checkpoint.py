@@ -255,8 +255,9 @@ def load(
     path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto", weights: str = "auto"
 ) -> tuple[Transformer, ModelConfig]:
     """The model in a folder, in a GGUF file or on the hub, ready to run, and its config; dtype "auto" is the one that
-    config.json names, or that of a GGUF file's matrices, float32 where they are quantized. weights: "int8" or "int4"
-    for matrices of 8 or 4 bits (weights.py); "auto" for codes where a folder's files hold codes that fit.
+    config.json names, else that of the files' tensors, or of a GGUF file's matrices, float32 where they are quantized.
+    weights: "int8" or "int4" for matrices of 8 or 4 bits (weights.py); "auto" for codes where a folder's files hold
+    codes that fit.
 
     UserError, in one line that names the culprit, for whatever is missing, broken, unsupported or does not fit.
     """
@@ -514,10 +515,11 @@ def _matched(folder: Path, dtype: str | torch.dtype) -> Matched:
     dtype = _dtype(dtype)
     read = gguf_file.read_json if gguf_file.is_gguf(folder) else read_json
     config = ModelConfig.from_hf(raw := read(folder / "config.json"))
+    several, tensors = (text := text_part(raw)) is not raw, _weights(folder)
+    if dtype is None and text.get("dtype") is None and text.get("torch_dtype") is None:
+        dtype = _dtype_of(tensors)
     config = replace(config, dtype=dtype or config.dtype)
-    several = text_part(raw) is not raw
     prefixes, found, unused = INSIDE if several else PREFIXES.get(config.model_type, {}), {}, []
-    tensors = _weights(folder)
     if config.experts and not gguf_file.is_gguf(folder):
         tensors = [part for tensor in tensors for part in Expert.all_of(tensor, config)]
     if (settings := raw.get("quantization_config")) is not None:
@@ -544,6 +546,14 @@ def _matched(folder: Path, dtype: str | torch.dtype) -> Matched:
         model = Transformer(config)
     _check(folder, model, found)
     return Matched(model, found, unused)
+
+
+def _dtype_of(tensors: list[Stored]) -> torch.dtype | None:
+    """That of the first ones that are floats, as transformers takes where config.json names none."""
+    for tensor in tensors:
+        if tensor.shape and (dtype := tensor.read(Cut(((0, 1),))).dtype) in DTYPES.values():
+            return dtype
+    return None
 
 
 def _weights(folder: Path) -> list[Stored]:

@@ -408,8 +408,8 @@ class Experts(nn.Module):
         shares, chosen = self.router(rows).to(wide).softmax(-1).topk(self.top)  # [B * T, top]
         if self.norm:
             shares = shares / shares.sum(-1, keepdim=True)
-        # By group a row costs more, but an expert that several chose is read once; a GPU's groups cost next to nothing.
-        few = max(self.top, self.experts // 4) if x.is_cuda and not self.waits else self.experts
+        # By group a row costs more, but an expert that several chose is read once: on a GPU it pays sooner.
+        few = max(self.top, self.experts // 2) if x.is_cuda and not self.waits else self.experts
         if x.shape[1] == 1 and chosen.numel() <= few:  # few rows read what each one chose, in place
             hidden = self._gated(self.w13.chosen(chosen, rows[:, None]), chosen)
             out = self._biased(self.w2, self.w2.chosen(chosen, hidden), chosen)

@@ -181,6 +181,15 @@ def test_auto_dtype_is_the_configs(key: str, folder):
     assert load(folder)[0].dtype == torch.bfloat16
 
 
+def test_a_dtype_that_nobody_names_is_the_tensors(folder):
+    """As transformers loads it: gpt-oss and others name none."""
+    families.change_config(folder, lambda raw: {k: v for k, v in raw.items() if k != "dtype"})
+    assert load(folder)[0].dtype == torch.float32
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert load(folder)[0].dtype == families.load_reference(folder, "auto").dtype == torch.bfloat16
+
+
 def test_config_is_read_as_by_transformers(written):
     """Of two rope types the newer name counts; a window of null is none."""
     raw = json.loads((written("qwen2") / "config.json").read_text()) | {"rope_parameters": None}
