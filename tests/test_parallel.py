@@ -390,6 +390,7 @@ def random_weights(shape: str) -> float:
     return list(Engine(model).stream(random_ids(20), max_new_tokens=12))
 
 
+@pytest.mark.slow
 def test_a_measured_model_is_the_same_on_any_ranks():
     assert ranks(2, random_weights, "tiny") == [random_weights("tiny")] * 2
 
