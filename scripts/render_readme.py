@@ -19,11 +19,14 @@ from errors import UserError  # noqa: E402
 from evaluation.tables import TITLES, Board  # noqa: E402
 from files import checked, read_json, read_text, write_whole  # noqa: E402
 
+CUDA_DECODE = ("bench_cuda_mixture.json", "bench_cuda_mixture_16.json", "bench_cuda_int8.json")
+
 
 def result(name: str) -> dict:
     record, where = read_json(ROOT / "results" / name), f"results/{name}"
     needed = {"bench_cpu.json": ("decode", "throughput", "switch"), "bench_real_cpu.json": ("real",)}
     needed["bench_cuda.json"] = ("decode", "throughput", "switch")
+    needed |= dict.fromkeys(CUDA_DECODE, ("decode",))
     needed["start_cpu.json"] = ("SmolLM2-135M-Instruct.Q4_1.gguf", "tiny")
     stages = {"stages": dict.fromkeys(needed.get(name, ()), STAGE)}
     return checked(record, stages if name in needed else ORIGIN, where)
@@ -176,19 +179,24 @@ def start() -> str:
 def cuda() -> str:
     """One GPU: decode against transformers, the largest batches, and what a new plan costs."""
     stages = result("bench_cuda.json")["stages"]
-    lines = ["| shape, tokens | what | rows | tokens/s | ms a step | of the roofline | times transformers | KV |"]
-    lines.append("|---" * 8 + "|")
-    for row in (row for name in ("decode", "throughput") for row in stages[name]["rows"]):
-        job = f"{row['shape']}, {row['prompt_tokens']} + {row['new_tokens']}"
+    others = {name: result(name)["stages"]["decode"] for name in CUDA_DECODE}
+    lines = ["| GPU | shape, tokens | what | rows | tokens/s | ms a step | of the roofline | times transformers | KV |"]
+    lines.append("|---" * 9 + "|")
+    measured = [stages["decode"], *others.values(), stages["throughput"]]
+    rows = ((stage["device"].split()[1], row) for stage in measured for row in stage["rows"])
+    for gpu, row in (own for own in rows if "failed" not in own[1]):
+        weights = f", {row['weights']}" if "weights" in row else ""
+        job = f"{row['shape']}{weights}, {row['prompt_tokens']} + {row['new_tokens']}"
         times = row["times"].get("transformers generate")
         kv = f"{row['kv_bytes'] / 2**20:,.0f} MiB" if row.get("kv_bytes") else "-"
         cells = [job, row["what"], str(row["batch"]), f"{row['tokens_per_s']:,.0f}", f"{row['ms_per_step']:.1f}"]
         cells += [f"{row['of_roofline']:.0%}", "-" if times is None else f"{times:.1f}", kv]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {gpu} | {' | '.join(cells)} |")
     [switch] = stages["switch"]["rows"]
     cost = f"{switch['ms_median']:.0f} ms each (median), in which its step is captured"
     lines += ["", f"{switch['what']} of {switch['shape']}: {switch['recompilations']} recompilation, {cost}."]
-    return "\n".join([*lines, "", *(provenance(stages[name], "bench_cuda.json") + "  " for name in stages)]).rstrip()
+    origins = [(stage, "bench_cuda.json") for stage in stages.values()] + [(others[name], name) for name in others]
+    return "\n".join([*lines, "", *(provenance(*origin) + "  " for origin in origins)]).rstrip()
 
 
 def busy() -> str:

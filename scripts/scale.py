@@ -1,12 +1,14 @@
 """What 70B take on several devices, and what a day of prompts takes: computed from sizes and measured rates.
 
     python scripts/scale.py            writes docs/scale.md        (--check: fail if that would change something)
+    python scripts/scale.py --tokens CHECKPOINT TEXT               how fast one core makes ids of a text, into results/
 
 Measured, in results/bench_cuda.json: the rates of a large copy and of a large matrix product, and which share of the
 first a decode step reached. Published or assumed, and said so on the page: the links, and what a sum over ranks waits.
 """
 
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,10 +17,12 @@ sys.path.insert(0, str(ROOT))
 from commandline import guarded  # noqa: E402
 
 # isort: split
-from benchmark.record import STAGE  # noqa: E402
+import checkpoint  # noqa: E402
+import tokenizer  # noqa: E402
+from benchmark.record import ORIGIN, STAGE, origin  # noqa: E402
 from config import ModelConfig, parameters  # noqa: E402
 from errors import UserError, in_bytes  # noqa: E402
-from files import checked, read_json, read_text, write_whole  # noqa: E402
+from files import MOST_BYTES, POSITIVE, checked, read_json, read_text, write_json, write_whole  # noqa: E402
 from policies.layers import Uniform  # noqa: E402
 from policies.tokens import Full, Streaming  # noqa: E402
 from sizing import Sizing  # noqa: E402
@@ -40,6 +44,8 @@ LINK = 450e9  # bytes per second that a device sends: NVLink of an H100, as publ
 WAIT = 15e-6  # seconds that a sum over the ranks takes whatever its size: assumed
 BUDGET, LENGTH = 0.2, 4096
 PROMPT, NEW, PROMPTS = 1000, 100, 100_000_000  # the day
+PART = 4096  # prompts of a part of scripts/ray_job.py, where there are many
+TOKENS = ROOT / "results" / "tokens_cpu.json"
 
 
 class Rates(NamedTuple):
@@ -74,6 +80,8 @@ class Part(NamedTuple):
 
 
 def main() -> int:
+    if "--tokens" in sys.argv:
+        return measure(*sys.argv[sys.argv.index("--tokens") + 1 :])
     text = page(measured())
     if "--check" in sys.argv:
         return int(not PAGE.exists() or read_text(PAGE) != text)
@@ -90,6 +98,16 @@ def measured() -> Rates:
     if not rows:
         raise UserError(f"{where} has no compiled step")
     return Rates(decode["copy_bytes_per_s"], decode["matmul_operations_per_s"]["bfloat16"], rows[0]["of_roofline"])
+
+
+def measure(path: str, text: str) -> int:
+    """Each line of a text by itself, as a job's prompts are."""
+    encode, lines = tokenizer.load(checkpoint.resolve(path)).encode, read_text(text, MOST_BYTES).splitlines()
+    encode(lines[0])
+    started = time.perf_counter()
+    count = sum(len(encode(line)) for line in lines)
+    write_json(TOKENS, {**origin(), "tokens": count, "tokens_per_s": round(count / (time.perf_counter() - started))})
+    return 0
 
 
 def parts(config: ModelConfig, length: int) -> list[tuple[Part, Part]]:
@@ -181,7 +199,19 @@ def day(config: ModelConfig, rates: Rates) -> list[str]:
         answered = NEW * own.step(own.sequences, rates) / own.sequences
         groups = PROMPTS * (read + answered) / 86400
         lines.append(f"| {name} | {own.sequences} | {read:.4f} | {answered:.4f} | {groups:,.0f} |")
-    return [*lines, "", "A smaller cache saves what decoding takes; reading the prompts it does not make cheaper."]
+    rate = checked(read_json(TOKENS), ORIGIN | {"tokens_per_s": POSITIVE}, TOKENS.name)["tokens_per_s"]
+    hours = PROMPT * PROMPTS / rate / 3600
+    return [
+        *lines,
+        "",
+        "A smaller cache saves what decoding takes; reading the prompts it does not make cheaper.",
+        "",
+        f"`scripts/ray_job.py` runs such a day: a group is a worker (`--workers N --ranks {full.ranks}`). What a "
+        f"worker that dies loses is a part, {PART:,} prompts, of which there are {-(-PROMPTS // PART):,}; others take "
+        "it. Before the first part the driver reads the whole input and makes ids of it, on one core: at "
+        f"{rate:,} tokens a second ([tokens_cpu.json](../results/tokens_cpu.json)) that is {hours:,.0f} hours for "
+        f"{PROMPTS:,} prompts. With 64 inputs and drivers it is {hours / 64:.1f} hours.",
+    ]
 
 
 if __name__ == "__main__":
