@@ -5,7 +5,7 @@
     for token in engine.stream(ids, max_new_tokens=64):
         ...
 
-What happens to a request, step by step: README.md, "One request". `Batch` does it for many rows.
+What happens to a request, step by step: docs/request.md. `Batch` does it for many rows.
 """
 
 import math

@@ -28,7 +28,22 @@ def test_the_python_example_runs(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     [code] = [block for block in BLOCKS if "import checkpoint" in block]
     exec(compile(code, "example.py", "exec"), {})
-    assert len(capsys.readouterr().out.splitlines()) > 15
+    tokens, plan = re.findall(r"\[.*?\]", capsys.readouterr().out)
+    assert len(tokens.split(",")) == 32 and len(plan.split(",")) == 8
+
+
+def test_the_example_family_is_how_it_stands_there():
+    code = next(block for block in BLOCKS if "Family(" in block)
+    entries = [re.sub(r" *#.*", "", line).strip() for line in code.splitlines()]
+    [names] = [line for line in code.splitlines() if line.startswith("#")]
+    assert names.startswith("# config.py, FAMILIES")
+    for file, own in (
+        ("config.py", entries[1:-2]),
+        ("checkpoint.py", entries[-2:-1]),
+        ("tests/families.py", entries[-1:]),
+    ):
+        there = [line.strip() for line in (ROOT / file).read_text().splitlines()]
+        assert any(there[n : n + len(own)] == own for n in range(len(there))), file
 
 
 def test_every_file_is_in_the_tree():
