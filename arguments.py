@@ -18,7 +18,7 @@ from checkpoint import EMBEDDED
 from commandline import Parser, compiling, number, positive, thread_count
 from engine import Engine
 from errors import UserError, cut, place, shown
-from files import POSITIVE, check_apart, check_output, decoded, is_a, parse_json, read_json, write_json
+from files import NATURAL, check_apart, check_output, decoded, is_a, parse_json, read_json, write_json
 from formats import FORMATS
 from needs import Needs
 from policies import layers as layer_policies
@@ -191,8 +191,8 @@ def go_on(args: argparse.Namespace, about: About) -> None:
 def read_plan(path: str) -> list[int]:
     plan = read_json(path, (dict, list))
     plan = plan.get("plan") if isinstance(plan, dict) else plan
-    if plan == [] or not is_a(plan, [POSITIVE]):
-        a_plan = "a plan is a list of positive integers, slots per layer, or an object that has one"
+    if plan == [] or not is_a(plan, [NATURAL]):
+        a_plan = "a plan is a list of integers, slots per layer, or an object that has one"
         raise UserError(f"{place(path)}: {a_plan}; not {shown(plan)}")
     return plan
 

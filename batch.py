@@ -62,8 +62,8 @@ STATE = {
     "input": str,
     "seed": range(2**63),
     "max_length": POSITIVE,
-    "plan": [POSITIVE],
-    "groups": (None, [NATURAL]),
+    "plan": [NATURAL],
+    "groups": (None, [(None, NATURAL)]),
     "importance": (None, [float]),
     "batch_size": POSITIVE,
 }

@@ -48,7 +48,8 @@ from sizing import Sizing
 from weights import WEIGHT_FORMATS, bits_of, held_bytes, holds, is_matrix, own_groups, replace_matrix
 
 # Our module -> the checkpoint's modules that are fused into it, in this order, weight and bias alike. {l} is the
-# layer, {e} every expert in turn. `dense` in place of `feed_forward`: of the layers without experts among others.
+# layer, {e} every expert in turn. `dense` in place of `feed_forward`: of the layers without experts among others;
+# `linear` in place of `attention`: of those of linear attention. A key that names no module names a parameter.
 LLAMA = {
     "embed": ["model.embed_tokens"],
     "layers.{l}.attention_norm": ["model.layers.{l}.input_layernorm"],
@@ -102,6 +103,27 @@ GPT_OSS = LLAMA | STACKED
 GPT_OSS |= {
     "layers.{l}.feed_forward.router": ["model.layers.{l}.mlp.router"],
     "layers.{l}.attention.sink_logits": ["model.layers.{l}.self_attn.sinks"],  # the parameter itself
+}
+LINEAR = {
+    "layers.{l}.linear.wqkvz": ["model.layers.{l}.linear_attn.in_proj_qkvz"],
+    "layers.{l}.linear.wba": ["model.layers.{l}.linear_attn.in_proj_ba"],
+    "layers.{l}.linear.conv": ["model.layers.{l}.linear_attn.conv1d.weight"],
+    "layers.{l}.linear.a_log": ["model.layers.{l}.linear_attn.A_log"],
+    "layers.{l}.linear.dt_bias": ["model.layers.{l}.linear_attn.dt_bias"],
+    "layers.{l}.linear.norm": ["model.layers.{l}.linear_attn.norm.weight"],
+    "layers.{l}.linear.wo": ["model.layers.{l}.linear_attn.out_proj"],
+}
+LINEAR_APART = LINEAR | {
+    "layers.{l}.linear.wqkvz": ["model.layers.{l}.linear_attn.in_proj_qkv", "model.layers.{l}.linear_attn.in_proj_z"],
+    "layers.{l}.linear.wba": ["model.layers.{l}.linear_attn.in_proj_b", "model.layers.{l}.linear_attn.in_proj_a"],
+}
+SHARED = MIXTURE | {
+    "layers.{l}.feed_forward.shared.w13": [
+        "model.layers.{l}.mlp.shared_expert.gate_proj",
+        "model.layers.{l}.mlp.shared_expert.up_proj",
+    ],
+    "layers.{l}.feed_forward.shared.w2": ["model.layers.{l}.mlp.shared_expert.down_proj"],
+    "layers.{l}.feed_forward.shared_router": ["model.layers.{l}.mlp.shared_expert_gate"],
 }
 POST_NORMS = LLAMA | {
     "layers.{l}.post_attention_norm": ["model.layers.{l}.post_attention_layernorm"],
@@ -159,6 +181,9 @@ WEIGHTS: dict[str, Callable[[ModelConfig], dict[str, list[str]]]] = {
     "qwen3": lambda config: LLAMA,
     "qwen3_moe": lambda config: MIXTURE,
     "seed_oss": lambda config: LLAMA,
+    "qwen3_next": lambda config: SHARED | LINEAR,
+    "qwen3_5_text": lambda config: LLAMA | LINEAR_APART,
+    "qwen3_5_moe_text": lambda config: SHARED | LINEAR_APART,
     "smollm3": lambda config: LLAMA,
     "granite": lambda config: LLAMA,
     "granitemoehybrid": lambda config: GRANITE_HYBRID,
@@ -174,9 +199,10 @@ WEIGHTS: dict[str, Callable[[ModelConfig], dict[str, list[str]]]] = {
     "falcon": lambda config: FALCON_TWO_NORMS if config.parallel and not config.shared_norm else FALCON,
     "opt": lambda config: OPT,
 }
-# Ends of tensors that hold, for each key-value head in turn, its query heads, its key and its value. Ours hold all
-# query heads, then all keys, then all values.
-INTERLEAVED = (".query_key_value.weight", ".query_key_value.bias")
+# Ends of tensors that hold, for each head or key head in turn, its rows of several parts. Ours hold all rows of the
+# first part, then all of the second, and so on (`parts_of_head`).
+INTERLEAVED = (".query_key_value.weight", ".query_key_value.bias", ".in_proj_qkvz.weight", ".in_proj_ba.weight")
+GATED = (".self_attn.q_proj.weight", ".self_attn.q_proj.bias")  # so do these, where attention is gated
 # Tensors that hold all experts of a layer. In some families the matrices are [E, in, out], and gate and up alternate.
 STACK = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(_bias|_blocks|_scales|)")
 EXPERT = re.compile(r"(.*\.experts)\.\d+\.(gate_up_proj|down_proj)\.(weight|bias)")  # as we call a part of one
@@ -189,7 +215,9 @@ INSIDE = {
     "model.language_model.": "model.",
     "language_model.lm_head.": "lm_head.",
 }
-UNUSED = tuple(f"{outer}{part}." for outer in ("", "model.") for part in ("vision_tower", "multi_modal_projector"))
+UNUSED = ("vision_tower", "multi_modal_projector", "visual")
+UNUSED = tuple(f"{outer}{part}." for outer in ("", "model.") for part in UNUSED)
+AHEAD = ("mtp.",)  # beside linear attention: layers that guess several tokens ahead
 # Ends of tensors that hold nothing config.json does not say.
 IGNORED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
@@ -306,7 +334,7 @@ def _read(
     """What a rank has of the parameter `name` of the whole model, which is made of these tensors, of so many rows."""
     local, whole, cuts, first = config.of_rank(own.world), parallel.cut_of(name, config, own), [], 0
     for source, count in zip(sources, rows, strict=True):
-        turned = source.name.endswith(INTERLEAVED) and own.world > 1
+        turned = own.world > 1 and parts_of_head(source.name, config) is not None
         cuts.append(parallel.cut_by_kv_head(config, own) if turned else whole.within(first, count))
         first += count
     sizes = [part.size(count) for part, count in zip(cuts, rows, strict=True)]
@@ -345,9 +373,13 @@ def report(
     size, bits, dequantized = _survey(model, found, _names(folder, config, found), weights, Shard(0, ranks))
     sizing = Sizing(config, Full(), Uniform())
     count, token, full = parameters(config), sizing.slot_bytes(), sizing.full_bytes(tokens)
-    squeezed = min(full, int(budget * tokens) * config.n_layers * token)
+    layers = config.n_layers - len(config.linear)
+    squeezed = min(full, int(budget * tokens) * layers * token)
+    full, squeezed = full + sizing.recurrent_bytes, squeezed + sizing.recurrent_bytes
     left = max(0, int(memory * 2**30) - size)
     windows = f", {len(config.windowed)} of them with a window of {config.sliding_window}" if config.windowed else ""
+    windows += f", {len(config.linear)} of them of linear attention" if config.linear else ""
+    state = f" and {sizing.recurrent_bytes / 2**20:.1f} MiB of state a sequence" if config.linear else ""
     kinds = " and ".join([*(f"{each} bits" for each in bits), str(config.dtype).removeprefix("torch.")])
     schemes = [tensor.scheme for tensor in found.values() if isinstance(tensor, quantized.Quantized)]
     packed = f", {len(schemes)} of them quantized ({schemes[0]})" if schemes else ""
@@ -358,7 +390,7 @@ def report(
         "reach": f"{config.reach:,} positions{_extended(config)}",
         "tensors": f"{len(found)} in {len({tensor.file for tensor in found.values()})} file(s){packed}, all match",
         "weights": f"{count:,} parameters, {size / 2**30:.2f} GiB in {kinds}",
-        "cache": f"{token * config.n_layers:,} bytes per token; {tokens} tokens {full / 2**30:.3f} GiB full, "
+        "cache": f"{token * layers:,} bytes per token{state}; {tokens} tokens {full / 2**30:.3f} GiB full, "
         f"{squeezed / 2**30:.3f} GiB squeezed to {budget:.0%}",
         "fits": f"in {memory:g} GiB: {left // full:,} sequences of {tokens} tokens full, "
         f"{left // max(squeezed, 1):,} squeezed (activations not counted)",
@@ -432,8 +464,8 @@ def to_hf(state_dict: dict[str, Tensor], config: ModelConfig, stacked: bool = Fa
             tensors[f"{first[1]}.{first[2]}"] = tensor.unflatten(0, (config.experts, -1))
             continue
         for source, part in zip(parts, tensor.split(list(parts.values())), strict=True):
-            if source.endswith(INTERLEAVED):
-                part = torch.cat(by_kv_head(part, config), dim=1).flatten(0, 2)
+            if form := parts_of_head(source, config):
+                part = torch.cat(by_head(part, *form), dim=1).flatten(0, 1)
             tensors[source] = part
     return _stacked_again(tensors) if config.model_type in WOVEN else tensors
 
@@ -519,15 +551,15 @@ def _matched(folder: Path, dtype: str | torch.dtype) -> Matched:
     if dtype is None and text.get("dtype") is None and text.get("torch_dtype") is None:
         dtype = _dtype_of(tensors)
     config = replace(config, dtype=dtype or config.dtype)
-    prefixes, found, unused = INSIDE if several else PREFIXES.get(config.model_type, {}), {}, []
+    prefixes, found = INSIDE if several else PREFIXES.get(config.model_type, {}), {}
+    others = (UNUSED if several else ()) + (AHEAD if config.linear else ())
+    unused = [tensor.name for tensor in tensors if tensor.name.startswith(others)]
+    tensors = [tensor for tensor in tensors if not tensor.name.startswith(others)]
     if config.experts and not gguf_file.is_gguf(folder):
         tensors = [part for tensor in tensors for part in Expert.all_of(tensor, config)]
     if (settings := raw.get("quantization_config")) is not None:
         tensors = quantized.joined(tensors, quantized.scheme(settings))
     for tensor in tensors:
-        if several and tensor.name.startswith(UNUSED):
-            unused.append(tensor.name)
-            continue
         short = next((short for short in prefixes if tensor.name.startswith(short)), "")
         name = prefixes.get(short, "") + tensor.name.removeprefix(short)
         if name in found:
@@ -621,6 +653,8 @@ def _parts(name: str, rows: int, config: ModelConfig, names: dict[str, list[str]
     key = module.replace(f"layers.{layer}", "layers.{l}")
     if layer and int(layer) in config.dense:
         key = key.replace("feed_forward", "dense")
+    if layer and int(layer) in config.linear:
+        key = re.sub(r"\.attention\b", ".linear", key)
     if f"{key}.{kind}" in names:
         return {source.format(l=layer): rows for source in names[f"{key}.{kind}"]}
     templates = names[key]
@@ -628,7 +662,9 @@ def _parts(name: str, rows: int, config: ModelConfig, names: dict[str, list[str]
     sources = [source.format(l=layer, e=expert) for expert in experts for source in templates]
     shares = [1] * len(sources)
     if key.endswith("wqkv") and len(sources) == 3:
-        shares = [config.n_heads, config.n_kv_heads, config.n_kv_heads]
+        shares = [(2 if config.attention_gate else 1) * config.n_heads, config.n_kv_heads, config.n_kv_heads]
+    if key.endswith("wqkvz") and len(sources) == 2:
+        shares = [config.delta.channels, config.delta.value_heads * config.delta.value_dim]
     return {f"{source}.{kind}": rows * share // sum(shares) for source, share in zip(sources, shares, strict=True)}
 
 
@@ -660,18 +696,32 @@ def _check(folder: Path, model: Transformer, found: dict[str, Stored]) -> None:
         )
 
 
-def by_kv_head(wqkv: Tensor, config: ModelConfig) -> list[Tensor]:
-    """Views of our queries, keys and values: [K, G or 1, D, ...] each."""
-    sizes = [heads * config.head_dim for heads in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
-    return [part.unflatten(0, (config.n_kv_heads, -1, config.head_dim)) for part in wqkv.split(sizes)]
+def parts_of_head(name: str, config: ModelConfig) -> tuple[int, list[int]] | None:
+    """Of a tensor that holds the rows of one head after the other's: how many heads, and their rows of each part."""
+    if not name.endswith((*INTERLEAVED, *(GATED if config.attention_gate else ()))):
+        return None
+    if name.endswith(GATED):
+        return config.n_heads, [config.head_dim, config.head_dim]
+    if ".query_key_value." in name:
+        group = config.n_heads // config.n_kv_heads
+        return config.n_kv_heads, [config.head_dim * heads for heads in (group, 1, 1)]
+    d = config.delta
+    served = d.value_heads // d.key_heads
+    values = served * d.value_dim
+    return d.key_heads, [d.key_dim, d.key_dim, values, values] if ".in_proj_qkvz." in name else [served, served]
+
+
+def by_head(part: Tensor, heads: int, sizes: list[int]) -> list[Tensor]:
+    """Views of our rows of each part: [heads, size, ...]."""
+    return [own.unflatten(0, (heads, -1)) for own in part.split([heads * size for size in sizes])]
 
 
 def put(tensor: Tensor, part: Tensor, name: str, config: ModelConfig) -> None:
     """Copy the rows of a tensor of the files to their places in `part`, casting them."""
-    if name.endswith(INTERLEAVED):
-        views = by_kv_head(part, config)
-        heads = tensor.unflatten(0, (config.n_kv_heads, -1, config.head_dim))
-        for view, piece in zip(views, heads.split([view.shape[1] for view in views], dim=1), strict=True):
+    if form := parts_of_head(name, config):
+        heads, sizes = form
+        pieces = tensor.unflatten(0, (heads, -1)).split(sizes, dim=1)
+        for view, piece in zip(by_head(part, heads, sizes), pieces, strict=True):
             view.copy_(piece)
     else:
         part.copy_(tensor)

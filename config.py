@@ -30,6 +30,7 @@ ACTIVATIONS = {
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "longrope", "yarn")
 LAYER_TYPES = ("full_attention", "sliding_attention")
+MIXERS = ("full_attention", "linear_attention")
 
 
 class Kind(NamedTuple):
@@ -154,6 +155,15 @@ FIELDS: dict[str, Kind] = {
     "bias": _YES_NO.or_null,
     "num_ln_in_parallel_attn": _one_of((1, 2)).or_null,
     "enable_bias": _YES_NO,
+    "shared_expert_intermediate_size": _SIZE,
+    # layers of linear attention
+    "mixers": _list(_one_of(MIXERS)).or_null,
+    "full_attention_interval": _LENGTH,
+    "linear_conv_kernel_dim": _COUNT,
+    "linear_key_head_dim": _COUNT,
+    "linear_value_head_dim": _COUNT,
+    "linear_num_key_heads": _COUNT,
+    "linear_num_value_heads": _COUNT,
 }
 # What only one value of is supported, or null.
 ONLY = {
@@ -173,10 +183,18 @@ HARMLESS = re.compile(
     "|.*loss.*|ep_size|.*_config|id2label|label2id|problem_type|tokenizer_class|return_dict|use_mamba_kernels"
 )
 ALTERNATING = ("gemma2", "gemma3_text", "olmo3", "gpt_oss")  # never without a window
-PARTIAL = ("gpt_neox", "phi3")  # those of whose heads a part may be turned
+PARTIAL = (
+    "gpt_neox",
+    "phi3",
+    "qwen3_next",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+)  # those of whose heads a part may be turned
 
 
-WRAPPERS = {"gemma3": "gemma3_text", "mistral3": "mistral"}  # of several modalities -> its text model, unless told
+# Of several modalities -> its text model, unless told.
+WRAPPERS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+WRAPPERS |= {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 
 
 class Family(NamedTuple):
@@ -232,6 +250,20 @@ _GEMMA = _LLAMA | dict(
     sliding_window=4096,
     layer_types=None,
 )
+_DELTA = _LLAMA | dict(
+    num_attention_heads=16,
+    max_position_embeddings=32768,
+    head_dim=256,
+    attention_bias=False,
+    partial_rotary_factor=0.25,
+    mixers=None,
+    full_attention_interval=4,
+    linear_conv_kernel_dim=4,
+    linear_key_head_dim=128,
+    linear_value_head_dim=128,
+    linear_num_key_heads=16,
+    linear_num_value_heads=32,
+)
 
 # A family is listed here or it is not supported.
 FAMILIES: dict[str, Family] = {
@@ -285,6 +317,39 @@ FAMILIES: dict[str, Family] = {
         | dict(num_key_value_heads=8, max_position_embeddings=524288, attention_bias=True, attention_out_bias=False)
         | dict(mlp_bias=False),
         lambda conf: dict(output_bias=conf["attention_out_bias"]),
+    ),
+    "qwen3_next": Family(
+        _DELTA
+        | dict(vocab_size=151936, hidden_size=2048, intermediate_size=5632, num_hidden_layers=48)
+        | dict(num_key_value_heads=2, num_local_experts=512, num_experts_per_tok=10, norm_topk_prob=True)
+        | dict(moe_intermediate_size=512, shared_expert_intermediate_size=512)
+        | dict(decoder_sparse_step=1, mlp_only_layers=None),
+        lambda conf: (
+            _experts(conf)
+            | _dense(conf)
+            | _delta(conf)
+            | dict(ffn_dim=conf["moe_intermediate_size"], shared_dim=conf["shared_expert_intermediate_size"])
+        ),
+        names={"num_local_experts": ("num_experts",), "mixers": ("layer_types",)},
+    ),
+    "qwen3_5_text": Family(
+        _DELTA
+        | dict(vocab_size=248320, hidden_size=4096, intermediate_size=12288, num_hidden_layers=32)
+        | dict(num_key_value_heads=4),
+        lambda conf: _delta(conf),
+        names={"mixers": ("layer_types",)},
+    ),
+    "qwen3_5_moe_text": Family(
+        _DELTA
+        | dict(vocab_size=248320, hidden_size=2048, intermediate_size=512, num_hidden_layers=40)
+        | dict(num_key_value_heads=2, num_local_experts=256, num_experts_per_tok=8)
+        | dict(shared_expert_intermediate_size=512),
+        lambda conf: _experts(conf) | _delta(conf) | dict(shared_dim=conf["shared_expert_intermediate_size"]),
+        names={
+            "num_local_experts": ("num_experts",),
+            "intermediate_size": ("moe_intermediate_size",),
+            "mixers": ("layer_types",),
+        },
     ),
     "smollm3": Family(
         _LLAMA
@@ -427,6 +492,21 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+class Delta(NamedTuple):
+    """The sizes of layers of linear attention, which have a gated delta rule in attention's place (deltanet.py)."""
+
+    key_heads: int
+    value_heads: int  # a multiple of them: each key head serves as many in a row
+    key_dim: int
+    value_dim: int
+    kernel: int  # of the convolution over tokens: how many, the newest included, it looks at
+
+    @property
+    def channels(self) -> int:
+        """Queries, keys and values of one token, which go through the convolution."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything that changes what the model computes. Lengths in tokens, sizes in elements."""
@@ -462,9 +542,12 @@ class ModelConfig:
     attention_scale: float | None = None  # None: head_dim ** -0.5
     attention_softcap: float | None = None
     query_scaling: tuple[float, int] | None = None  # (b, n): a query at p is multiplied by 1 + b log(1 + p // n)
+    attention_gate: bool = False  # what heads read is multiplied by a sigmoid of as many projected numbers
     attention_sinks: bool = False  # a learned logit a head in every softmax, never soft-capped, that reads nothing
     sliding_window: int | None = None
     windowed: tuple[int, ...] = ()  # the layers that have it
+    linear: tuple[int, ...] = ()  # the layers of linear attention, which hold no keys and values but a state
+    delta: Delta | None = None  # of what sizes
     # feed-forward
     ffn_bias: bool = False
     ffn_gate: bool = True
@@ -473,6 +556,7 @@ class ModelConfig:
     router_bias: bool = False
     activation_limit: float | None = None  # gate is held below it, up within +- it, and 1 is added to up; None: neither
     router_norm: bool = True  # the shares of the chosen experts sum to 1
+    shared_dim: int | None = None  # columns of one more expert, which each token goes through
     dense: tuple[int, ...] = ()  # the layers without experts
     dense_dim: int | None = None  # their columns, where `ffn_dim` is those of an expert
     # rotary
@@ -493,8 +577,20 @@ class ModelConfig:
         """How many experts a layer has, 0 for a plain feed-forward part, and the columns of each."""
         return (0, self.dense_dim or self.ffn_dim) if layer in self.dense else (self.experts, self.ffn_dim)
 
+    def recurrent(self, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """The parts of a row's state in a layer of linear attention: the kind of their numbers, and their shape."""
+        if self.delta is None:
+            return {}
+        d, wide = self.delta, torch.promote_types(dtype, torch.float32)
+        memory = (wide, (d.value_heads, d.key_dim, d.value_dim))
+        return {"window": (dtype, (d.kernel - 1, d.channels)), "memory": memory}
+
     def of_rank(self, world: int) -> "ModelConfig":
         """What one of `world` ranks has of it. UserError where heads or columns do not divide by them."""
+        if world > 1 and self.linear:
+            raise UserError(
+                f"{self.model_type} has layers of linear attention, which {world} ranks cannot share; use one"
+            )
         heads, kv_heads = self.n_heads, self.n_kv_heads
         columns = {name: own for name in ("ffn_dim", "dense_dim") if (own := getattr(self, name))}
         whole = all(own % world == 0 for own in (heads, *columns.values()))
@@ -670,6 +766,24 @@ def _attention_only(conf: dict[str, Any]) -> dict[str, Any]:
     return {} if conf["position_embedding_type"] == "rope" else {"unturned": tuple(range(layers))}
 
 
+def _delta(conf: dict[str, Any]) -> dict[str, Any]:
+    """Layers of linear attention between those of gated attention."""
+    layers, kinds, period = conf["num_hidden_layers"], conf["mixers"], conf["full_attention_interval"]
+    if kinds is None:
+        kinds = ["linear_attention" if (layer + 1) % period else "full_attention" for layer in range(layers)]
+    if len(kinds) != layers:
+        raise UserError(f"config.json: layer_types must be a list of {layers}, not of {len(kinds)}")
+    linear = tuple(layer for layer in range(layers) if kinds[layer] == "linear_attention")
+    if len(linear) == layers:
+        raise UserError(f"config.json: none of the {layers} layers has full_attention, which at least one must have")
+    heads = conf["linear_num_key_heads"], conf["linear_num_value_heads"]
+    if heads[1] % heads[0]:
+        raise UserError(f"config.json: linear_num_value_heads {heads[1]} does not divide by {heads[0]} key heads")
+    sizes = conf["linear_key_head_dim"], conf["linear_value_head_dim"], conf["linear_conv_kernel_dim"]
+    form = dict(norm_shift=1.0, qk_norm="head", attention_gate=True)
+    return form | dict(linear=linear, delta=Delta(*heads, *sizes) if linear else None)
+
+
 def _gemma(conf: dict[str, Any]) -> dict[str, Any]:
     return dict(
         norm_shift=1.0,
@@ -839,17 +953,23 @@ def parameters(c: ModelConfig) -> int:
     """How many numbers the weights are."""
     norm = 2 if c.norm == "layer" else 1
     heads, groups = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    attention = c.dim * (heads + 2 * groups) + heads * c.dim
-    attention += (heads + 2 * groups) * c.qkv_bias + c.dim * c.output_bias
+    projected = (2 if c.attention_gate else 1) * heads + 2 * groups
+    attention = c.dim * projected + heads * c.dim + projected * c.qkv_bias + c.dim * c.output_bias
     attention += c.n_heads * c.attention_sinks
     attention += norm * {None: 0, "head": 2 * c.head_dim, "projection": heads + groups}[c.qk_norm]
     ffn = 0
     for experts, columns in map(c.feed, range(c.n_layers)):
         width = (2 if c.ffn_gate else 1) * columns
         ffn += max(1, experts) * (c.dim * (width + columns) + (width + c.dim) * c.ffn_bias)
-        ffn += experts * (c.dim + c.router_bias)
+        ffn += experts * (c.dim + c.router_bias) + (experts > 0) * c.dim * (3 * c.shared_dim + 1 if c.shared_dim else 0)
     norms = norm * c.dim * (c.pre_norms * (2 - c.shared_norm) + 2 * c.post_norms)
     tables = (1 if c.tie_embeddings else 2) * c.vocab_size * c.dim
     if c.position_offset is not None:
         tables += (c.max_positions + c.position_offset) * c.dim
-    return c.n_layers * (attention + norms) + ffn + norm * c.dim + tables
+    linear = 0
+    if d := c.delta:
+        out = d.value_heads * d.value_dim
+        linear = c.dim * (d.channels + 2 * out + 2 * d.value_heads)
+        linear += d.channels * d.kernel + 2 * d.value_heads + d.value_dim
+    mixers = (c.n_layers - len(c.linear)) * attention + len(c.linear) * linear
+    return mixers + c.n_layers * norms + ffn + norm * c.dim + tables

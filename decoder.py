@@ -2,7 +2,7 @@
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Lock
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bound import mark_dynamic
 from graphs import Code
-from kvcache import KVCache, LayerCache, Memory
+from kvcache import KVCache, LayerCache, Memory, Recurrent
 from model import Chunk, Slots, Transformer
 from policies.tokens import TokenPolicy
 from prefill import Part
@@ -47,9 +47,9 @@ class Decoder:
         blocks = zip(model.layers, rotary, self.slots, strict=True)
         self.blocks = [code.bound(code.block, block, *own) for block, *own in blocks]
         self.head = code.bound(code.logits, model)
-        if code.compiled and len(set(cache.plan)) > 1:
+        if code.compiled and len({*cache.plan} - {0}) > 1:
             # One graph for all lengths from the start. Where all are equal a static one is faster.
-            for arena in (arena for layer in cache.layers for arena in layer.parts()):
+            for arena in (arena for layer in cache.layers if layer.slots for arena in layer.parts()):
                 mark_dynamic(arena, 2)
         started = time.perf_counter()
         self.replay = code.capture(self._step) if code.capture else self._step
@@ -70,13 +70,13 @@ class Decoder:
         """
         for layer, parts in zip(self.cache.layers, layers, strict=True):
             for part, prompt in parts:
-                layer.fill(rows[part], prompt.stored, prompt.scores, prompt.positions)
+                layer.fill(rows[part], prompt.held if layer.slots else prompt)
         self._enter(rows, lengths, logits, samplings, rotary)
 
     def begin_behind(self, row: Tensor, behind: "Behind", logits: Tensor, sampling: Sampling) -> None:
         """row [1] goes on with what was appended to a prompt cache; logits [1, vocab] follow it."""
         for layer, own in zip(self.cache.layers, behind.held(), strict=True):
-            layer.fill(row, own.stored, own.score, own.position)
+            layer.fill(row, own)
         self._enter(row, behind.seen, logits, [sampling], behind.rotary)
 
     def _enter(
@@ -130,7 +130,7 @@ class Decoder:
         """Feed ids [B, T], which follow what was seen: as of the function."""
         return append(self.model, self.slots, self.rotary, self.seen, ids)
 
-    def of_row(self, row: int) -> list[LayerCache]:
+    def of_row(self, row: int) -> list[LayerCache | Recurrent]:
         """A copy of what a row's filled slots hold."""
         return self.cache.of_row(row, int(self.seen[row]))
 
@@ -143,11 +143,11 @@ class Behind:
 
     def __init__(self, decoder: Decoder, past: PromptCache):
         model, own = decoder.model, decoder.cache
-        form = (model.dtype, own.device, bool(own.state), None, own.layers[0].stored.format)
+        form = (model.dtype, own.device, bool(own.state), None, own.format, own.recurrent)
         cache = KVCache(own.plan, 1, model.config.n_kv_heads, model.config.head_dim, *form)
         row = torch.zeros(1, dtype=torch.int64, device=own.device)
         for layer, kept in zip(cache.layers, past.layers, strict=True):
-            layer.fill(row, kept.stored, kept.score, kept.position)
+            layer.fill(row, kept)
         self.model, self.seen, self.cache = model, row + past.seen, cache
         self.rotary = model.rotary_of([past.about.length])
         policies = (slots.policy for slots in decoder.slots)
@@ -157,7 +157,7 @@ class Behind:
         """Feed ids [1, T]: as of the function."""
         return append(self.model, self.slots, self.rotary, self.seen, ids)
 
-    def held(self) -> list[LayerCache]:
+    def held(self) -> list[LayerCache | Recurrent]:
         """What the filled slots hold."""
         return self.cache.of_row(0, int(self.seen))
 
@@ -199,13 +199,16 @@ class Store:
         return self._lent.locked()
 
     @contextmanager
-    def lend(self, key: Hashable, size: int, make: Callable[[Memory], Decoder]) -> Iterator[tuple[Decoder, bool]]:
-        """A decoder for `key`, whose K arena has `size` elements, and whether it was made for this."""
+    def lend(
+        self, key: Hashable, sizes: Mapping[str, int], make: Callable[[Memory], Decoder]
+    ) -> Iterator[tuple[Decoder, bool]]:
+        """A decoder for `key`, whose arenas of these names have so many elements, and whether it was made for this."""
         if not self._lent.acquire(blocking=False):  # also by another thread
             yield make(Memory()), True
             return
         try:
-            if not self.memory.fits("k", size):  # let go of the smaller one before the larger one is made
+            fits = all(map(self.memory.fits, sizes, sizes.values()))
+            if not fits:  # let go of the smaller one before the larger one is made
                 self._clear()
             if made := key not in self.idle:
                 self.idle[key] = make(self.memory)

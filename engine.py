@@ -202,9 +202,10 @@ class Engine:
     ) -> tuple[Decoder, bool]:
         """A decoder of that many rows, and whether it is new. The store lends it until `lent` is closed, if given."""
         c, sampler = self.model.config, Sampler([GREEDY] * rows, self.device, samplings)
+        recurrent = c.recurrent(self.model.dtype)
 
         def make(memory: Memory) -> Decoder:
-            form = (self.model.dtype, self.device, self.policy.scored, memory, self.sizing.format)
+            form = (self.model.dtype, self.device, self.policy.scored, memory, self.sizing.format, recurrent)
             cache = KVCache(plan, rows, c.n_kv_heads, c.head_dim, *form)
             return Decoder(self.model, self.code, cache, self.model.rotary_of([1] * rows), policies, sampler)
 
@@ -212,7 +213,9 @@ class Engine:
             return make(Memory()), True
         windowed = tuple(policy is not self.policy for policy in policies)
         key = (tuple(plan), rows, sampler.greedy, sampler.restricted, windowed)
-        return lent.enter_context(self.store.lend(key, rows * c.n_kv_heads * c.head_dim * sum(plan), make))
+        sizes = {"k": rows * c.n_kv_heads * c.head_dim * sum(plan)}
+        sizes |= {name: rows * len(c.linear) * math.prod(shape) for name, (_, shape) in recurrent.items()}
+        return lent.enter_context(self.store.lend(key, sizes, make))
 
 
 class Batch:
@@ -513,6 +516,9 @@ class Batch:
         found = []
         for number, (layer, policy) in enumerate(zip(self.decoder.cache.layers, self.sizes.policies, strict=True)):
             n = min(seen, layer.slots)
+            if not n:
+                found.append(torch.empty(1, 0, dtype=torch.int64))
+                continue
             if policy.scored:
                 found.append(layer.position[row, :, :n].cpu())
                 continue

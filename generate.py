@@ -93,8 +93,8 @@ def report(asked: Asked, result: dict[str, Any], of: str) -> list[str]:
     lines = ["layer  signal  group  slots"]
     for layer, slots in enumerate(plan):
         signal = f"{signals[layer]:.3f}" if signals else "-"
-        group = groups[layer] if groups else "-"
-        bar = "#" * max(1, round(40 * slots / max(plan)))
+        group = groups[layer] if groups and groups[layer] is not None else "-"
+        bar = "#" * max(slots > 0, round(40 * slots / max(plan)))
         lines.append(f"{layer:5}  {signal:>6}  {group:>5}  {slots:5}  {bar}")
     given, sizing, kv, full = (
         asked.args.plan or asked.args.load_cache,
@@ -109,7 +109,7 @@ def report(asked: Asked, result: dict[str, Any], of: str) -> list[str]:
         "",
         f"cache    {result['policy']} x {layers}, {result['budget_slots']} slots per layer{chosen}{of}",
         f"KV       {in_bytes(kv)} of {in_bytes(full)} ({kv / full:.0%} of the full cache), {sizing.format}, "
-        f"policy state {in_bytes(result['state_bytes'])}",
+        f"{'' if sizing.config.linear else 'policy '}state {in_bytes(result['state_bytes'])}",
         *on_threads(asked.args),
     ]
 

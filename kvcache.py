@@ -5,7 +5,8 @@ Shapes as in model.py. Keys and values are stored once per key-value head. A row
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -26,8 +27,13 @@ class LayerCache(NamedTuple):
     def slots(self) -> int:
         return self.stored.k.shape[2]
 
+    def named(self) -> dict[str, Tensor]:
+        """The parts that there are."""
+        named = self.stored._asdict() | {"score": self.score, "position": self.position}
+        return {name: part for name, part in named.items() if part is not None}
+
     def parts(self) -> list[Tensor]:
-        return [*self.stored.parts(), *(part for part in (self.score, self.position) if part is not None)]
+        return list(self.named().values())
 
     def write(self, slot: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k, v [B, K, 1, D] in `slot` [B, 1 or K] of each row and head."""
@@ -96,25 +102,57 @@ class LayerCache(NamedTuple):
             index = source.expand(part.shape[:3])
             part.copy_(items.gather(2, index if part.dim() == 3 else index[..., None].expand_as(part)))
 
-    def fill(self, rows: Tensor, kept: Stored, scores: Tensor | None, positions: Tensor) -> None:
+    def fill(self, rows: Tensor, kept: "LayerCache") -> None:
         """What the layer keeps of some rows' prompts, into its first n slots.
 
-        rows [R]; kept [R, K, n, ...]; for policies that keep them scores and prompt positions [R, 1 or K, n].
+        rows [R]; kept [R, K, n, ...]; scores and prompt positions [R, 1 or K, n] are for policies that keep them.
         """
-        n = kept.k.shape[2]
-        for part, own in zip(self.stored.parts(), kept.parts(), strict=True):
+        n = kept.slots
+        for part, own in zip(self.stored.parts(), kept.stored.parts(), strict=True):
             part[rows, :, :n] = own
         for part in (self.stored.v, self.stored.v_scale):  # what an earlier request left is masked, but 0 * inf is NaN
             if part is not None:
                 part[rows, :, n:] = 0
         if self.score is not None:
-            self.score[rows, :, :n] = scores
-            self.position[rows, :, :n] = positions
+            self.score[rows, :, :n] = kept.score
+            self.position[rows, :, :n] = kept.position
 
     def of_row(self, row: int, n: int) -> "LayerCache":
         """A copy of what a row's first n slots hold: a layer of one row."""
         own = [None if part is None else part[row : row + 1, :, :n].clone() for part in (self.score, self.position)]
         return LayerCache(self.stored.each(lambda part: part[row : row + 1, :, :n].clone()), *own)
+
+
+class Recurrent(NamedTuple):
+    """What a layer of linear attention holds of each row, in place of slots: as much however long the row is.
+
+    window [B, W, channels]: the last tokens of its convolution. memory [B, Hv, Dk, Dv]: in fp32, in fp64 for an fp64
+    model, whatever the format of slots is. Before a row's first token both are 0.
+    """
+
+    window: Tensor
+    memory: Tensor
+    slots = 0
+
+    def named(self) -> dict[str, Tensor]:
+        return self._asdict()
+
+    def parts(self) -> list[Tensor]:
+        return list(self)
+
+    def fill(self, rows: Tensor, kept: "Recurrent") -> None:
+        """What is left of the prompts of some rows [R]."""
+        for part, own in zip(self, kept, strict=True):
+            part[rows] = own.to(part.dtype)
+
+    def become(self, after: "Recurrent") -> None:
+        """Of all rows, in place."""
+        for part, own in zip(self, after, strict=True):
+            part.copy_(own)
+
+    def of_row(self, row: int, n: int) -> "Recurrent":
+        """A copy of what a row has; n, as of `LayerCache`, is 0."""
+        return Recurrent(*(part[row : row + 1].clone() for part in self))
 
 
 class Memory:
@@ -138,6 +176,9 @@ class KVCache:
 
     Layer l owns a contiguous stretch of each, that of K being B * K * plan[l] * D elements long: attention reads it as
     it lies. As slices of [B, K, sum(plan), D] the same reads take longer, on a CPU at large batches.
+
+    A layer of 0 slots in the plan is one of linear attention. recurrent: the parts of a row's state there, as of
+    `ModelConfig.recurrent`.
     """
 
     def __init__(
@@ -151,8 +192,9 @@ class KVCache:
         scored: bool = False,
         memory: Memory | None = None,
         format: str = "dense",
+        recurrent: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] = MappingProxyType({}),
     ):
-        self.plan, self.batch, self.device = list(plan), batch, device
+        self.plan, self.batch, self.device, self.format = list(plan), batch, device, format
         memory, wide = memory or Memory(), torch.promote_types(dtype, torch.float32)
         self.kv, self.state = arenas(format, dtype, head_dim), {}
         if scored:
@@ -164,12 +206,20 @@ class KVCache:
             self.arenas[name] = memory.arena(name, sum(sizes), kind, device)
             parts = zip(self.arenas[name].split(sizes), plan, strict=True)
             views[name] = [part.view(batch, kv_heads, slots, *tail) for part, slots in parts]
-        self.layers = [
+        self.recurrent, linear = recurrent, self.plan.count(0)
+        states = []
+        for name, (kind, shape) in recurrent.items():
+            self.arenas[name] = memory.arena(name, linear * batch * math.prod(shape), kind, device)
+            states.append(self.arenas[name].view(linear, batch, *shape))
+        each = iter(zip(*states, strict=True))  # of the layers of linear attention in turn
+        self.layers: list[LayerCache | Recurrent] = [
             LayerCache(Stored(*(views[name][layer] for name in self.kv)), *(views[name][layer] for name in self.state))
-            for layer in range(len(plan))
+            if slots
+            else Recurrent(*next(each))
+            for layer, slots in enumerate(plan)
         ]
 
-    def of_row(self, row: int, seen: int) -> list[LayerCache]:
+    def of_row(self, row: int, seen: int) -> list[LayerCache | Recurrent]:
         """A copy of what a row's filled slots hold after `seen` tokens."""
         return [layer.of_row(row, min(seen, layer.slots)) for layer in self.layers]
 
@@ -179,4 +229,4 @@ class KVCache:
 
     @property
     def state_bytes(self) -> int:
-        return sum(self.arenas[name].nbytes for name in self.state)
+        return sum(self.arenas[name].nbytes for name in (*self.state, *self.recurrent))

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ACTIVATIONS, ModelConfig
+from deltanet import DeltaNet
 from kernels import Linear, softcapped, softmaxed
-from kvcache import LayerCache
+from kvcache import LayerCache, Recurrent
 from parallel import of_group, shard, summed
 
 PROMPT_CHUNK = 512  # prompt queries whose attention rows exist at the same time, where they have to
@@ -137,7 +138,7 @@ class Block(nn.Module):
         self.residual_scale = config.residual_scale
         pre, post = config.pre_norms, config.post_norms
         self.attention_norm = make_norm(config) if pre else nn.Identity()
-        self.attention = Attention(config, layer)
+        self.attention = DeltaNet(config) if layer in config.linear else Attention(config, layer)
         self.post_attention_norm = make_norm(config) if post else nn.Identity()
         self.ffn_norm = make_norm(config) if pre and not config.shared_norm else nn.Identity()
         experts, columns = config.feed(layer)
@@ -180,6 +181,13 @@ class Causal:
         """What the heads read [B, H, T, D]. q, k are rotated, k_raw [B, K, T, D] are the keys before."""
         return attention.over_prompt(q, k, v)
 
+    def recur(self, linear: DeltaNet, x: Tensor) -> Tensor:
+        """What a layer of linear attention makes of x [B, T, C]."""
+        return linear.run(x)[0]
+
+    def gated(self, gate: Tensor) -> None:
+        """Told what the heads' output is multiplied by, [B, T, H * D]."""
+
     def moved(self, before: Tensor, after: Tensor) -> None:
         """Told the residual stream [B, T, C] before and after the attention branch."""
 
@@ -190,7 +198,7 @@ class Slots(NamedTuple):
     It holds nothing that has left a sliding window: the policy sees to that (`TokenPolicy.within_window`).
     """
 
-    layer: LayerCache
+    layer: LayerCache | Recurrent
     seen: Tensor
     policy: Any
 
@@ -209,6 +217,15 @@ class Slots(NamedTuple):
         out, probs = layer.attend(q, seen + 1, attention.scale, attention.softcap, sinks, attention.sink_logits)
         policy.observe(layer, slot, seen, of_group(probs) if policy.scored else probs)
         return out
+
+    def recur(self, linear: DeltaNet, x: Tensor) -> Tensor:
+        """As of `Causal`. Changes the state in place."""
+        out, after = linear.run(x, self.layer)
+        self.layer.become(after)
+        return out
+
+    def gated(self, gate: Tensor) -> None:
+        """Nobody asks."""
 
     def moved(self, before: Tensor, after: Tensor) -> None:
         """Nobody asks."""
@@ -250,7 +267,8 @@ class Attention(nn.Module):
         self.scale = config.attention_scale or config.head_dim**-0.5
         self.rope_scale = config.rope_of(layer).get("attention_factor", 1.0)
         self.q_size, self.kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        self.wqkv = Linear(config.dim, self.q_size + 2 * self.kv_size, bias=config.qkv_bias)
+        self.gate_size = self.q_size if config.attention_gate else 0
+        self.wqkv = Linear(config.dim, self.q_size + self.gate_size + 2 * self.kv_size, bias=config.qkv_bias)
         self.wo = Linear(self.q_size, config.dim, bias=config.output_bias)
         self.query_scaling = config.query_scaling
         self.sink_logits = nn.Parameter(torch.zeros(self.heads)) if config.attention_sinks else None
@@ -260,13 +278,14 @@ class Attention(nn.Module):
             self.q_norm = make_norm(config, self.q_size if whole else self.head_dim, whole)
             self.k_norm = make_norm(config, self.kv_size if whole else self.head_dim, whole)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, C] -> q [B, H, T, D], k, v [B, K, T, D], not rotated yet."""
-        q, k, v = self.wqkv(x).split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x [B, T, C] -> q [B, H, T, D], k, v [B, K, T, D], not rotated yet, and what gates the heads [B, T, H * D]."""
+        q, gate, k, v = self.wqkv(x).split([self.q_size, self.gate_size, self.kv_size, self.kv_size], dim=-1)
         if self.qk_norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (q, k, v))
-        return (self.q_norm(q), self.k_norm(k), v) if self.qk_norm == "head" else (q, k, v)
+        q, k = (self.q_norm(q), self.k_norm(k)) if self.qk_norm == "head" else (q, k)
+        return q, k, v, gate
 
     def turn(self, x: Tensor, positions: Tensor, rotary: Tensor) -> Tensor:
         """x [B, heads, T, D], rotated to positions that broadcast to [B, heads, T]; rotary as of `rotary_of`."""
@@ -274,14 +293,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Tensor, cache: Causal | Slots) -> Tensor:
         """x [B, T, C] -> output [B, T, C]."""
-        q, k_raw, v = self.project(x)
+        q, k_raw, v, gate = self.project(x)
         positions = cache.positions(x)[:, None]
         angles = rotary_angles(positions, rotary, self.rope_scale)
         q, k = rotate(q, *angles), rotate(k_raw, *angles)
         if self.query_scaling:
             growth, length = self.query_scaling
             q = q * (1 + growth * (1 + positions // length).to(rotary.dtype).log())[..., None].to(q.dtype)
-        return self.out(cache.attend(self, q, k, v, k_raw, rotary).transpose(1, 2).flatten(2))
+        heads = cache.attend(self, q, k, v, k_raw, rotary).transpose(1, 2).flatten(2)
+        if self.gate_size:
+            cache.gated(gate := gate.sigmoid())
+            heads = heads * gate
+        return self.out(heads)
 
     def out(self, heads: Tensor) -> Tensor:
         """What all heads of all ranks read, [..., H * D] here -> [..., C]."""
@@ -386,7 +409,8 @@ class FeedForward(nn.Module):
 
 
 class Experts(nn.Module):
-    """Each token goes through the `top` of E gated feed-forward networks that a router likes best (arXiv 2401.04088).
+    """Each token goes through the `top` of E gated feed-forward networks that a router likes best (arXiv 2401.04088),
+    and in some families through a shared one, whose part a router of its own says.
 
     The experts' matrices are stacked by rows, and their biases alike: w13 [E * 2F, C], w2 [E * C, F].
     """
@@ -398,6 +422,8 @@ class Experts(nn.Module):
         self.router = Linear(config.dim, self.experts, bias=config.router_bias)
         self.w13 = Linear(config.dim, self.experts * 2 * config.ffn_dim, config.ffn_bias, self.experts)
         self.w2 = Linear(config.ffn_dim, self.experts * config.dim, config.ffn_bias, self.experts)
+        self.shared = FeedForward(config, config.shared_dim) if config.shared_dim else None
+        self.shared_router = Linear(config.dim, 1, bias=False) if config.shared_dim else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, C] -> output [B, T, C]. A decode step has static shapes and never waits for the device; a prompt
@@ -419,7 +445,10 @@ class Experts(nn.Module):
             hidden = gated(self.w13(rows).unflatten(1, (self.experts, -1)), self.activation, self.limit)
             out = self._biased(self.w2, self.w2.each(hidden), slice(None))
             shares = torch.zeros_like(shares[:, :1]).expand(-1, self.experts).scatter(1, chosen, shares)
-        return summed((out * shares[..., None]).sum(1)).to(x.dtype).view_as(x)
+        out = summed((out * shares[..., None]).sum(1)).view_as(x)
+        if self.shared is not None:
+            out = out + self.shared_router(x).to(wide).sigmoid() * self.shared(x)
+        return out.to(x.dtype)
 
     @property
     def waits(self) -> bool:

@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
+from deltanet import CHUNK, PART
 from errors import UserError, in_bytes
 from machine import explained
 from model import FEED_CHUNK, PROMPT_CHUNK
@@ -35,12 +36,13 @@ class Needs(NamedTuple):
         sizes, c, item = sizing.at(length), sizing.config, sizing.dtype.itemsize
         policy, layers = sizing.policy, sizing.layer_policy
         wide, heads, groups = max(4, item), c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+        state, used = sizing.recurrent_bytes, sizes.used
         prompt, widest, planned = longest_prompt or length, max(sizes.caps), apart or sizes.plan is not None
         rows, waiting, scores = 1 if apart else rows_at_once(prompt), sizes.total, prompt
         # Of a prompt in one layer: the normed copies of the residual stream, what is projected and turned, what the
         # feed-forward holds, what a policy that scores looks at, and what gives the evidence.
         queries = max(policy.queries, layers.queries, PROMPT_CHUNK if c.attention_softcap is not None else 0)
-        read = prompt * (item + wide) * (3 * c.dim + 2 * heads + 4 * groups)
+        read = prompt * (item + wide) * (3 * c.dim + (3 if c.attention_gate else 2) * heads + 4 * groups)
         copies = (
             6 if c.ffn_bias or c.activation_limit is not None else 4
         )  # biases of experts and clamped parts beside it
@@ -49,17 +51,20 @@ class Needs(NamedTuple):
         read += 4 * wide * c.n_heads * min(prompt, queries) * prompt
         if c.attention_sinks:  # queries, keys and values once more, longer by 8 elements
             read += prompt * item * (c.n_heads + 2 * c.n_kv_heads) * (c.head_dim + 8)
+        if d := c.delta:  # what linear attention projects, and computes of chunks, of a part of the prompt
+            each = 4 * d.channels + d.value_heads * (5 * (d.key_dim + d.value_dim) + 3 * CHUNK)
+            read += wide * min(prompt, PART) * each
         if sizes.plan is None:
             work = layers.work(rows, sizes.budget_slots, widest, sizes.floor, c.n_heads, c.head_dim)
             read += wide * work // rows
         if not planned:
-            waiting, scores = layers.most_waiting(sizes.budget_slots, sizes.caps, sizes.floor), prompt * len(sizes.caps)
+            waiting, scores = layers.most_waiting(sizes.budget_slots, used, sizes.floor), prompt * len(used)
         elif not apart:  # of short prompts, which are held as they are, there are more in a group
             waiting = waiting * rows_at_once(min(prompt, max(sizes.plan.slots))) // rows
         # Meanwhile: the residual stream and its logits; a layer's keys and values, and once more while they are cut;
         # what is held of the layers before, with positions and scores.
         held = prompt * item * (c.dim + 4 * groups) + c.vocab_size * (item + wide)
-        held += waiting * (sizing.slot_bytes() + 8 * c.n_kv_heads)
+        held += state + waiting * (sizing.slot_bytes() + 8 * c.n_kv_heads)
         if type(policy).score_prompt is not TokenPolicy.score_prompt:
             held += wide * c.n_kv_heads * scores
         # In a step: the logits with what sampling sorts, and one layer's scores and probabilities.
@@ -69,7 +74,7 @@ class Needs(NamedTuple):
             held += 4 * wide * groups * prompt  # and while a prompt is encoded
         return Needs(
             weights=sizing.weights,
-            row=sizes.total * (sizing.slot_bytes() + c.n_kv_heads * (wide + 8) * policy.scored),
+            row=sizes.total * (sizing.slot_bytes() + c.n_kv_heads * (wide + 8) * policy.scored) + state,
             row_full=sizing.full_bytes(length),
             step=step,
             prefill=read + held if planned else read,  # with a plan all is gone when a group has been read

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -9,7 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from deltanet import DeltaNet
 from formats import Stored
+from kvcache import LayerCache, Recurrent
 from model import Attention, Block, Causal, Transformer
 from policies.layers import Plan, Uniform
 from policies.layers.base import Attended, importance, mean_finite
@@ -73,6 +76,11 @@ class LayerPrompt:
         self.scores = self.scores.gather(2, positions.expand(*self.stored.k.shape[:3])) if scored else None
         self.positions, self.placed = positions, True
 
+    @property
+    def held(self) -> LayerCache:
+        """What slots get of it."""
+        return LayerCache(self.stored, self.scores, self.positions)
+
     def encode(self, format: str) -> None:
         """Into the form of slots, unless it is in it already."""
         if self.stored.k_scale is None:
@@ -90,7 +98,8 @@ class LayerPrompt:
         )
 
 
-Part = tuple[slice, LayerPrompt]  # some of the rows that are read together, and what a layer holds of them
+# Some of the rows that are read together, and what a layer holds of them.
+Part = tuple[slice, LayerPrompt | Recurrent]
 
 
 class Reading(Causal):
@@ -98,7 +107,9 @@ class Reading(Causal):
 
     signal: Tensor  # [R], of `importance`
     evidence: Tensor | None = None  # [R, ...], what `measure` says
-    prompt: LayerPrompt
+    prompt: LayerPrompt | Recurrent
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    gate: Tensor | None = None
 
     def __init__(self, block: Block, policy: TokenPolicy, lengths: Tensor | None, measure: Measure | None):
         self.block, self.policy, self.lengths, self.measure = block, policy, lengths, measure
@@ -108,11 +119,22 @@ class Reading(Causal):
         self.tensors = q, k, v, k_raw
         return attention.over_prompt(q, k, v)
 
+    def recur(self, linear: DeltaNet, x: Tensor) -> Tensor:
+        """As of `Causal`."""
+        out, self.prompt = linear.run(x, lengths=self.lengths)
+        return out
+
+    def gated(self, gate: Tensor) -> None:
+        """As of `Causal`."""
+        self.gate = gate
+
     def moved(self, before: Tensor, after: Tensor) -> None:
         """Look at the layer while its tensors are there: signal, evidence, and what the prompt leaves behind."""
-        (q, k, v, k_raw), attention, policy = self.tensors, self.block.attention, self.policy
-        del self.tensors
         self.signal = importance(before, after, self.lengths)
+        if self.tensors is None:  # of linear attention
+            return
+        (q, k, v, k_raw), attention, policy = self.tensors, self.block.attention, self.policy
+        gate, self.tensors, self.gate = self.gate, None, None
         scores = policy.score_prompt(q, k, v, self.lengths, attention.group_probs)
         if self.measure is not None:
             length, real = k.shape[2], self.lengths
@@ -122,6 +144,7 @@ class Reading(Causal):
                     *(self.signal, after, q, k, v, real, attention.window, attention.logits, attention.sink_logits),
                     branch=lambda heads: self.block.branch(attention.out(heads)),
                     select=partial(policy.select, real, length, scores=scores),
+                    gate=gate,
                 )
             )
         k[:, :, : policy.sinks] = k_raw[:, :, : policy.sinks]
@@ -133,7 +156,7 @@ def read(
     prompts: Prompts,
     policies: Sequence[TokenPolicy],
     keep: Callable[[Tensor | None, list[Part]], None],
-    measures: Sequence[Measure] | None = None,
+    measures: Sequence[Measure | None] | None = None,
 ) -> Generator[None, None, tuple[Tensor, Tensor]]:
     """Run prompts through the model; a generator that stops after each layer of each group of rows.
 
@@ -188,18 +211,18 @@ def plan_for(
     """
     sizes, signals, seen = sizing.at(max_length), [], []  # by prompt, of each layer
     for request in requests:
-        found: list[Tensor | None] = []
-        keep = lambda evidence, _, found=found: found.append(evidence)  # noqa: E731
+        found: list[Tensor] = []
+        keep = lambda evidence, _, found=found: found.extend([] if evidence is None else [evidence])  # noqa: E731
         prompts = Prompts.of(model, [request.ids], [request.length])
         _, signal = finished(read(model, prompts, sizes.policies, keep, sizes.measures))
-        if all(part is None or bool(part.isfinite().all()) for part in [*found, signal]):
+        if all(bool(part.isfinite().all()) for part in [*found, signal]):
             signals.append(signal[:, 0].tolist())
             seen.append(found)
         if len(signals) == count:
             break
     importance = [fmean(layer) for layer in zip(*signals, strict=True)] or None
     if sizes.plan is None and not seen:
-        return Uniform().allocate([], sizes.budget_slots, sizes.caps, sizes.floor), importance
+        return replace(sizes, layer_policy=Uniform()).planned([]), importance
     evidence = [] if sizes.plan else [torch.cat(layer).mean(0).tolist() for layer in zip(*seen, strict=True)]
     return sizes.planned(evidence), importance
 
@@ -220,6 +243,9 @@ class Held:
         found = []
         for parts, slots in zip(self.layers, self.plan.slots, strict=True):
             [(rows, prompt)] = [part for part in parts if part[0].start <= row < part[0].stop]
+            if not slots:
+                found.append(torch.empty(1, 0, dtype=torch.int64))
+                continue
             found.append(prompt.positions[row - rows.start, :, : min(slots, int(self.prompts.lengths[row]))].cpu())
         return found
 
@@ -235,7 +261,7 @@ class Held:
             self.plan = self.sizes.planned(self.evidence)
         bounds = self.plan.slots if self.plan else self.sizes.bounds(self.evidence)
         for parts, policy, slots in zip(self.layers, self.sizes.policies, bounds, strict=False):
-            for rows, prompt in parts:
+            for rows, prompt in parts if slots else ():
                 select = partial(policy.select, self.prompts.lengths[rows], prompt.length, scores=prompt.scores)
                 if self.plan and not prompt.placed:
                     prompt.place(select(slots), policy.scored)

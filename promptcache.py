@@ -26,13 +26,12 @@ from torch import Tensor, nn
 from errors import UserError, cut, place, shown
 from files import NATURAL, POSITIVE, accessing, checked, parse_json, write_whole
 from formats import FORMATS, Stored, arenas
-from kvcache import LayerCache
+from kvcache import LayerCache, Recurrent
 from parallel import joined, shard, told
 from policies.options import form
 
 VERSION = 1
 KEY = "squeeze-fast"  # of the metadata
-PARTS = (*Stored._fields, "score", "position")
 ABOUT = {  # the metadata
     "version": NATURAL,
     "fingerprint": str,
@@ -41,8 +40,8 @@ ABOUT = {  # the metadata
     "layers": str,
     "format": str,
     "dtype": str,
-    "plan": [POSITIVE],
-    "groups": (None, [NATURAL]),
+    "plan": [NATURAL],
+    "groups": (None, [(None, NATURAL)]),
     "importance": (None, [float]),
     "seen": POSITIVE,
     "length": POSITIVE,
@@ -68,7 +67,7 @@ class About:
     plan: list[int]
     seen: int
     length: int
-    groups: list[int] | None = None
+    groups: list[int | None] | None = None
     importance: list[float] | None = None
     version: int = VERSION
 
@@ -84,14 +83,14 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class PromptCache:
-    """One row's cache: of each layer what its filled slots hold, [1, K, n, ...].
+    """One row's cache: of each layer what its filled slots hold, [1, K, n, ...], or the state of linear attention.
 
     logits [1, vocab] that follow the last token; None where that is the last token of an answer that is not fed yet.
     placed: of each layer the positions [1 or K, n] of the tokens in its slots, if somebody watches.
     """
 
     about: About
-    layers: list[LayerCache]
+    layers: list[LayerCache | Recurrent]
     logits: Tensor | None = None
     placed: list[Tensor] | None = field(default=None, repr=False)
 
@@ -119,8 +118,7 @@ class PromptCache:
         """Write the file, replaced whole."""
         tensors = {} if self.logits is None else {"logits": self.logits}
         for number, layer in enumerate(self.layers):
-            named = zip(PARTS, (*layer.stored, layer.score, layer.position), strict=True)
-            tensors |= {f"{number}.{name}": part for name, part in named if part is not None}
+            tensors |= {f"{number}.{name}": part for name, part in layer.named().items()}
         tensors = {name: _whole(name, tensor).cpu().contiguous() for name, tensor in tensors.items()}
         if shard().rank:
             return  # the first one writes
@@ -173,7 +171,7 @@ def _whole(name: str, tensor: Tensor) -> Tensor:
     return tensor if name == "logits" else joined(tensor, dim=1)
 
 
-def _tensors(path: Path | str, about: About, engine: Engine) -> tuple[list[LayerCache], Tensor | None]:
+def _tensors(path: Path | str, about: About, engine: Engine) -> tuple[list[LayerCache | Recurrent], Tensor | None]:
     """The layers and the logits, each of the shape and kind that it must have."""
     model, c, where = engine.model, engine.model.config, f"{place(path)} is damaged: its"
     own, heads = shard(), c.n_kv_heads * shard().world // shard().sharers  # ours, and those of all ranks
@@ -194,6 +192,12 @@ def _tensors(path: Path | str, about: About, engine: Engine) -> tuple[list[Layer
 
         layers = []
         for number, slots in enumerate(about.plan):
+            if number in c.linear:
+                parts_of = c.recurrent(model.dtype).items()
+                layers.append(
+                    Recurrent(*(tensor(f"{number}.{name}", kind, 1, *shape) for name, (kind, shape) in parts_of))
+                )
+                continue
             n = min(slots, about.seen)
             own = {
                 name: tensor(f"{number}.{name}", kind, 1, heads, n, *tail)[:, mine]

@@ -59,7 +59,7 @@ class Figures:
     """What a batch cost: slots per layer, bytes, seconds. It grows with each step and each request that comes."""
 
     plan: list[int] = field(default_factory=list)
-    groups: list[int] | None = None
+    groups: list[int | None] | None = None
     importance: list[float] | None = None  # of those that were read first and have one that is finite
     budget_slots: int = 0
     kv_bytes: int = 0

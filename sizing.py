@@ -4,8 +4,8 @@ A length is the most tokens that a prompt and its answer have together. `Sizing.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -30,7 +30,8 @@ CAPTURED_LENGTHS = 256  # tokens: sequences within a multiple of it get the same
 class Sizes:
     """A cache for sequences of one length.
 
-    caps: the most slots that each layer can use. budget_slots: those of a uniform plan, per layer. policies: of each
+    caps: the most slots that each layer can use, 0 of one of linear attention, of which the layer policy does not know;
+    evidence is of the others in turn. budget_slots: those of a uniform plan, per layer. policies: of each
     layer, the token policy in its own form there. plan: None if it takes the evidence of prompts.
     """
 
@@ -43,22 +44,36 @@ class Sizes:
 
     def planned(self, evidence: Sequence[Any]) -> Plan:
         """Slots per layer, by each layer's evidence if that decides."""
-        return self.plan or self.layer_policy.allocate(evidence, self.budget_slots, self.caps, self.floor)
+        if self.plan:
+            return self.plan
+        plan = self.layer_policy.allocate(evidence, self.budget_slots, self.used, self.floor)
+        return Plan(self._each(plan.slots, 0), plan.groups and self._each(plan.groups, None))
 
     def bounds(self, evidence: Sequence[Any]) -> list[int]:
-        """The most slots that each layer of which there is evidence can get."""
-        return self.layer_policy.upper_bound(evidence, len(self.caps), self.budget_slots, self.caps, self.floor)
+        """The most slots that each layer can get, up to the last of which there is evidence."""
+        used = self.used
+        return self._each(self.layer_policy.upper_bound(evidence, len(used), self.budget_slots, used, self.floor), 0)
 
     @property
-    def measures(self) -> list[Callable] | None:
+    def used(self) -> list[int]:
+        """The caps of the layers that have slots."""
+        return [cap for cap in self.caps if cap]
+
+    def _each(self, values: Iterable[Any], other: Any) -> list[Any]:
+        """One for every layer: `values` are of those that have slots in turn."""
+        values = iter(values)
+        return [next(values, other) if cap else other for cap in self.caps]
+
+    @property
+    def measures(self) -> list[Callable | None] | None:
         """What asks each layer for its evidence, where the plan needs it."""
         own = partial(self.layer_policy.measure, budget=self.budget_slots, floor=self.floor)
-        return None if self.plan else [partial(own, cap=cap) for cap in self.caps]
+        return None if self.plan else [partial(own, cap=cap) if cap else None for cap in self.caps]
 
     @property
     def total(self) -> int:
         """Slots of all layers, at the most."""
-        return sum(self.plan.slots) if self.plan else total_slots(self.budget_slots, self.caps, self.floor)
+        return sum(self.plan.slots) if self.plan else total_slots(self.budget_slots, self.used, self.floor)
 
 
 class Sizing:
@@ -104,7 +119,8 @@ class Sizing:
             plan, layers = integers(plan, "a plan's slots"), self.config.n_layers
             if len(plan) != layers:
                 raise UserError(f"the plan has {len(plan)} layers, the model {layers}")
-            if wrong := [slots for slots in plan if not 1 <= slots < 2**63]:
+            leasts = [layer not in self.config.linear for layer in range(layers)]
+            if wrong := [slots for slots, least in zip(plan, leasts, strict=True) if not least <= slots < 2**63]:
                 raise UserError(f"a plan's slots are integers from 1 to 2**63 - 1, not {shown(wrong[0])}")
         self._given = plan
 
@@ -146,19 +162,16 @@ class Sizing:
             raise UserError(f"a max-length of {shown(length)} tokens exceeds {why}")
         caps, floor = self.caps(length), self.policy.floor
         slots = self._slots(length, caps)
-        if self.given is not None:
-            plan = Plan(self._cut_plan(length))
-        elif self.layer_policy.reads_prompt:
-            plan = None
-        else:
-            plan = self.layer_policy.allocate([0.0] * len(caps), slots, caps, floor)
-        policies = self.policies(math.inf if endless else length)
-        return Sizes(caps, slots, floor, policies, self.layer_policy, plan)
+        plan = None if self.given is None else Plan(self._cut_plan(length))
+        sizes = Sizes(caps, slots, floor, self.policies(math.inf if endless else length), self.layer_policy, plan)
+        if plan is None and not self.layer_policy.reads_prompt:
+            return replace(sizes, plan=sizes.planned([0.0] * len(sizes.used)))
+        return sizes
 
     def caps(self, length: int) -> list[int]:
-        """The most slots that each layer can use: a sliding window is a cap."""
-        config = self.config
-        return [min(length, config.window(layer) or length) for layer in range(config.n_layers)]
+        """The most slots that each layer can use: a sliding window is a cap, and linear attention has no slots."""
+        c = self.config
+        return [0 if layer in c.linear else min(length, c.window(layer) or length) for layer in range(c.n_layers)]
 
     def policies(self, length: float) -> list[TokenPolicy]:
         """The token policy of each layer; its own form in those whose window is shorter than the sequence."""
@@ -174,7 +187,7 @@ class Sizing:
                 if slots < needed:
                     has = f"the plan gives layer {layer} {slots} slots"
                     raise UserError(f"{has}; policy {policy.name} needs at least {needed}")
-            return sum(self._cut_plan(length)) // len(caps)
+            return sum(self._cut_plan(length)) // (len(caps) - caps.count(0))
         if not policy.bounded:
             return length
         if self.budget is None:
@@ -194,6 +207,12 @@ class Sizing:
     def slot_bytes(self, format: str | None = None) -> int:
         """K and V of one slot of one layer, in one row, in this format or in the cache's own."""
         return self.config.n_kv_heads * slot_bytes(format or self.format, self.dtype, self.config.head_dim)
+
+    @property
+    def recurrent_bytes(self) -> int:
+        """The states of all layers of linear attention, in one row."""
+        parts = self.config.recurrent(self.dtype).values()
+        return len(self.config.linear) * sum(kind.itemsize * math.prod(shape) for kind, shape in parts)
 
     def full_bytes(self, length: int) -> int:
         """K and V of a full cache as the model has them, in one row: what a small cache is compared with."""

@@ -236,11 +236,13 @@ def bits_of(model: Transformer, name: str, weights: str) -> int | None:
 
 
 def is_matrix(model: Transformer, name: str) -> bool:
-    """Whether codes can take the parameter's place: not of norms, biases, learned positions and a router."""
+    """Whether codes can take the parameter's place: not of norms, biases, learned positions, and the few rows that
+    choose experts or make the rates of linear attention.
+    """
     module, _, kind = name.rpartition(".")
     matrix = model.get_submodule(module)
     whole = isinstance(matrix, Linear) or (isinstance(matrix, nn.Embedding) and module == "embed")
-    return whole and kind == "weight" and not module.endswith("router")
+    return whole and kind == "weight" and not module.endswith(("router", ".wba"))
 
 
 def holds(bits: int, columns: int, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> bool:

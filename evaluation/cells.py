@@ -134,13 +134,16 @@ class Batch:
                 found[layer].append(own.measure(seen._replace(select=select), slots, caps[layer], floor))
             return seen.signal
 
-        measures = [partial(ask, layer=layer) for layer in range(len(caps))]
+        measures = [partial(ask, layer=layer) if cap else None for layer, cap in enumerate(caps)]
         # Of each layer the parts of the batch, and the first keys unrotated.
         self.layers: list[list[tuple[Part, Tensor]]] = []
 
         def keep(_: Tensor | None, parts: list[Part]) -> None:
             sinks = looking[len(self.layers)].sinks
-            self.layers.append([(part, part[1].stored.k[:, :, :sinks].clone()) for part in parts])
+            if caps[len(self.layers)]:
+                self.layers.append([(part, part[1].stored.k[:, :, :sinks].clone()) for part in parts])
+            else:
+                self.layers.append([(part, None) for part in parts])
 
         self.looking = looking
         self.logits, signals = finished(read(model, self.prompts, looking, keep, measures))
@@ -156,13 +159,16 @@ class Batch:
         """A cache of its own for `cell`; `plan` and `kv_share` (of the full cache) say how large it is."""
         engine, evidence, number = _engine(self.model, cell, self.compile), [], self.words.index(cell.policy)
         if found := self.evidence.get((cell.policy, engine.layer_policy)):
-            evidence = [torch.cat(layer).mean(0).tolist() for layer in found]
+            evidence = [torch.cat(layer).mean(0).tolist() for layer in found if layer]
         sizes = engine.sizing.at(self.length)
         self.plan = sizes.planned(evidence).slots
         self.kv_share = sum(self.plan) / sum(sizes.caps)
         policies = self.policies[number]
         layers = []
         for parts, looking, policy, slots in zip(self.layers, self.looking, policies, self.plan, strict=True):
+            if not slots:
+                layers.append([part for part, _ in parts])
+                continue
             own, sinks = [], policy.sinks
             for ((rows, prompt), raw), turned, scores in zip(parts, looking.turned, looking.scores, strict=True):
                 k, v = prompt.stored[:2]

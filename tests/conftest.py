@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from config import Delta
 from decoder import Decoder
 from engine import Batch, Engine, Request
 from model import ModelConfig, Transformer
@@ -98,6 +99,18 @@ def random_model(dtype: torch.dtype = torch.float64, seed: int = 1, **changes) -
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype)
         fan_in = parameter.shape[-1]
         parameter.copy_(1 + 0.3 * noise if parameter.ndim == 1 else 1.5 * noise * fan_in**-0.5)
+    return model
+
+
+DELTA = Delta(key_heads=2, value_heads=4, key_dim=6, value_dim=10, kernel=4)
+
+
+def linear_model(n_layers: int = 4, linear: tuple[int, ...] = (0, 2), **changes) -> Transformer:
+    """One of gated attention, and of linear attention in some layers, in which what was long ago matters."""
+    form = {"delta": DELTA, "attention_gate": True, "qk_norm": "head"}
+    model = random_model(n_layers=n_layers, linear=linear, **form | changes)
+    for layer in linear:
+        model.layers[layer].attention.a_log.sub_(3)
     return model
 
 

@@ -113,6 +113,10 @@ QWEN3_MOE = dict(head_dim=10, num_experts=7, num_experts_per_tok=3, moe_intermed
 GPT_OSS = dict(head_dim=12, num_local_experts=5, num_experts_per_tok=2, sliding_window=20, pad_token_id=None)
 GPT_OSS |= dict(swiglu_limit=0.8)  # low enough to be reached
 OLMOE = dict(pad_token_id=None, intermediate_size=40, num_experts=7, num_experts_per_tok=3)
+DELTA = dict(head_dim=16, linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=10)
+DELTA |= dict(linear_value_head_dim=14)
+QWEN3_NEXT = QWEN3_MOE | DELTA | dict(shared_expert_intermediate_size=30, num_hidden_layers=3)
+VISUAL = {"depth": 1, "num_heads": 2, "out_hidden_size": 48}
 CASES = [
     case("llama-gqa"),
     case("llama-mha", num_key_value_heads=6),
@@ -184,8 +188,29 @@ CASES = [
         sliding_window=20,
         attention_bias=True,
     ),
+    case("qwen3_next", **QWEN3_NEXT, layer_types=["full_attention", "linear_attention", "full_attention"]),
+    case(
+        "qwen3_next-dense",
+        **QWEN3_NEXT,
+        mlp_only_layers=[0],
+        norm_topk_prob=False,
+        full_attention_interval=2,
+        attention_bias=True,
+    ),
+    case("qwen3_5_text", **DELTA, num_hidden_layers=3, full_attention_interval=2, tie_word_embeddings=True),
+    case(
+        "qwen3_5_text-short",
+        **DELTA | dict(linear_num_value_heads=2, linear_conv_kernel_dim=2),
+        rope={"partial_rotary_factor": 0.5},
+        num_hidden_layers=3,
+        full_attention_interval=3,
+        hidden_act="gelu",
+        attention_bias=True,
+    ),
     case("opt", **OPT, pad_token_id=None),
     case("opt-no-bias", **OPT, pad_token_id=None, enable_bias=False, activation_function="gelu"),
+    case("qwen3_5_moe_text", **QWEN3_NEXT, full_attention_interval=2),
+    wrapped("qwen3_5", case("qwen3_5_text", **DELTA, num_hidden_layers=2, full_attention_interval=2), VISUAL),
     case("seed_oss", head_dim=10, num_key_value_heads=3, pad_token_id=None),
     case("seed_oss-biases", attention_out_bias=True, mlp_bias=True, pad_token_id=None),
     case("smollm3", num_hidden_layers=3, no_rope_layer_interval=2, pad_token_id=None, tie_word_embeddings=True),
@@ -240,6 +265,7 @@ BY_NAME = {case.name: case for case in CASES}
 FAMILIES = list({text_part(case.config)["model_type"]: case for case in reversed(CASES)}.values())[::-1]
 # Those that have nothing to themselves but how they are read: the logits of a prompt tell; their other tests are slow.
 NEAR = ("gemma", "seed_oss", "seed_oss-biases", "granitemoehybrid-nope", "ministral3-mscale")
+NEAR += ("qwen3_next-dense", "qwen3_5_text", "qwen3_5_text-short", "qwen3_5_moe_text")
 NEAR += tuple(case.name for case in CASES if "text_config" in case.config)
 
 
@@ -253,6 +279,9 @@ MODELS = {
     "qwen3": "Qwen3",
     "qwen3_moe": "Qwen3 (mixtures)",
     "seed_oss": "Seed-OSS",
+    "qwen3_next": "Qwen3-Next",
+    "qwen3_5_text": "Qwen3.5 (dense; the text model)",
+    "qwen3_5_moe_text": "Qwen3.5 (mixtures; the text model)",
     "smollm3": "SmolLM3",
     "granite": "Granite 3 (dense)",
     "granitemoehybrid": "Granite 4 (dense)",
@@ -294,6 +323,8 @@ def random_model(case: Case, seed: int = 0) -> PreTrainedModel:
             drawn = (
                 0.1 if case.config["tie_word_embeddings"] else 0.5
             ) * noise  # tied and wide: a token follows itself
+        elif name.endswith("A_log"):  # decays from 0.5 to 1, so that what was long ago matters
+            drawn = noise - 2
         elif parameter.ndim > 1:
             drawn = 1.5 * noise * parameter.shape[-1] ** -0.5
         else:
@@ -307,7 +338,7 @@ def tensor_names(case: Case) -> list[str]:
         model = transformers_class(case.config).from_config(AutoConfig.for_model(**case.config))
     # Without rotary a key's bias adds the same to all scores of a query: it has no effect.
     useless = {"opt": "k_proj.bias", "smollm3-window": "layers.0.self_attn.k_proj.bias"}.get(case.name, "-")
-    others = ("model.vision_tower.", "model.multi_modal_projector.")
+    others = ("model.vision_tower.", "model.multi_modal_projector.", "model.visual.")
     names = [name for name, _ in model.named_parameters()]
     return [name for name in names if not (name.endswith(useless) or name.startswith(others))]
 
@@ -367,7 +398,8 @@ class ResidualStream:
         self._hooks = []
         for layer in layers_of(model):
             self._hooks.append(layer.register_forward_pre_hook(lambda _, args: self.inputs.append(args[0])))
-            self._hooks.append(getattr(layer, branch).register_forward_hook(self._record))
+            mixer = layer.linear_attn if hasattr(layer, "linear_attn") else getattr(layer, branch)
+            self._hooks.append(mixer.register_forward_hook(self._record))
 
     def _record(self, _, args, output) -> None:
         self.added.append(self.scale * (output[0] if isinstance(output, tuple) else output))

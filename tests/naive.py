@@ -1,7 +1,8 @@
 """The slow, obvious cache: Python lists that grow and evict by definition. The oracle of the engine.
 
 Every layer and key-value head keeps a list of entries in order of position. Before a new token is added to a full list
-one entry is evicted. Streaming turns all keys to their positions inside the list, as the reference implementation does.
+one entry is evicted. Layers of linear attention keep no entries but their state, as `NaiveDelta` does. Streaming turns
+all keys to their positions inside the list, as the reference implementation does.
 """
 
 import math
@@ -10,10 +11,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from model import Attention, Transformer
+from config import ACTIVATIONS
+from deltanet import DeltaNet
+from model import Attention, Block, Transformer
 
 EVICTING = ("h2o", "h2o-mean", "tova")  # they score all the time
 FROZEN = ("snapkv", "dropkv", "knorm", "keydiff")  # they score the prompt once; then a ring runs over half the slots
+
+
+def added_to(x: Tensor, added: Tensor, normed: Tensor, block: Block) -> Tensor:
+    """The residual stream behind a block whose attention read `normed` and adds that."""
+    return block.feed(x, normed, x + block.post_attention_norm(added) * block.residual_scale)
 
 
 @dataclass
@@ -88,6 +96,38 @@ def attended(
     return out
 
 
+class NaiveDelta:
+    """A layer of linear attention: the gated delta rule head by head and token by token, as it is defined."""
+
+    def __init__(self, net: DeltaNet):
+        self.net, d = net, net.sizes
+        self.before: list[Tensor] = []  # of each token, what goes into the convolution
+        self.memory = [net.norm.new_zeros(d.key_dim, d.value_dim) for _ in range(d.value_heads)]
+
+    def feed(self, x: Tensor) -> Tensor:
+        """x [1, 1, C] -> [1, 1, C]."""
+        net, d = self.net, self.net.sizes
+        row = net.wqkvz(x)[0, 0]
+        self.before.append(row[: d.channels])
+        taps = reversed(net.conv[:, 0].unbind(1))  # the last one is of the newest token
+        mixed = sum(tap * token for tap, token in zip(taps, reversed(self.before), strict=False))
+        q, k, v = ACTIVATIONS[net.config.activation](mixed).split([d.key_heads * d.key_dim] * 2 + [net.values])
+        out = []
+        for head in range(d.value_heads):
+            own = head // (d.value_heads // d.key_heads)
+            query, key = (part.view(d.key_heads, -1)[own] for part in (q, k))
+            query, key = (part / (part.square().sum() + 1e-6).sqrt() for part in (query, key))
+            value, gate = (part.view(d.value_heads, -1)[head] for part in (v, row[d.channels :]))
+            rate, fall = net.wba(x)[0, 0].view(2, -1)[:, head]
+            kept = (-net.a_log[head].exp() * (1 + (fall + net.dt_bias[head]).exp()).log()).exp()
+            memory = kept * self.memory[head]
+            memory = memory + torch.outer(key, rate.sigmoid() * (value - key @ memory))
+            self.memory[head], read = memory, query @ memory / d.key_dim**0.5
+            read = read / (read.square().mean() + net.config.norm_eps).sqrt() * net.norm
+            out.append(read * gate * gate.sigmoid())
+        return net.wo(torch.cat(out)[None, None])
+
+
 class NaiveCache:
     """Feeds one token at a time through `model`; `prompt` attends to everything and evicts only at its end.
 
@@ -115,8 +155,10 @@ class NaiveCache:
         self.policies = ["window" if plain and short else policy for short in windowed]
         self.plan = [min(slots, window) for slots, window in zip(plan, self.windows, strict=True)]
         self.rotary = model.rotary(1)
-        self.lists = [[[] for _ in range(c.n_kv_heads)] for _ in range(c.n_layers)]
-        self.doomed = [[[] for _ in range(c.n_kv_heads)] for _ in range(c.n_layers)]  # go before the ring's, in order
+        heads = [0 if layer in c.linear else c.n_kv_heads for layer in range(c.n_layers)]
+        self.linear = {layer: NaiveDelta(model.layers[layer].attention) for layer in c.linear}
+        self.lists = [[[] for _ in range(count)] for count in heads]
+        self.doomed = [[[] for _ in range(count)] for count in heads]  # go before the ring's, in order
         self.seen = 0
 
     def prompt(self, ids: list[int]) -> Tensor:
@@ -189,8 +231,12 @@ class NaiveCache:
         for layer, block in enumerate(model.layers):
             policy, slots, frequencies = self.policies[layer], self.plan[layer], self.rotary[layer]
             attention, normed = block.attention, block.attention_norm(x)
+            if layer in self.linear:
+                x = added_to(x, self.linear[layer].feed(normed), normed, block)
+                continue
             scale = attention.rope_scale
-            q, k, v = (part[0, :, 0] for part in attention.project(normed))
+            *projected, gate = attention.project(normed)
+            q, k, v = (part[0, :, 0] for part in projected)
             out = []
             for kv_head, entries in enumerate(self.lists[layer]):
                 self._make_room(layer, kv_head, evicting)
@@ -220,7 +266,8 @@ class NaiveCache:
                 for same in zip(*self.lists[layer], strict=True):
                     for entry in same:
                         entry.latest = sum(other.received[-1] for other in same)
-            added = attention.wo(torch.cat(out)[None, None])
-            x = block.feed(x, normed, x + block.post_attention_norm(added) * block.residual_scale)
+            heads = torch.cat(out)[None, None]
+            added = attention.wo(heads / (1 + (-gate).exp()) if attention.gate_size else heads)
+            x = added_to(x, added, normed, block)
         self.seen += 1
         return model.logits(x[0, 0])

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from config import ACTIVATIONS, FAMILIES, FIELDS, ONLY, ModelConfig
+from config import ACTIVATIONS, FAMILIES, FIELDS, MIXERS, ONLY, Delta, ModelConfig
 from errors import UserError
 from model import rotary_frequencies
 from tokenizer import eos_ids
@@ -66,7 +66,8 @@ def their_rotary(config) -> dict[str, Any]:
         raise Nothing
     if config.model_type == "gpt_neox" and hasattr(config, "head_dim"):  # its frequencies read it, its attention not
         raise Nothing
-    rotary = next(value for name, value in vars(module).items() if name.endswith("RotaryEmbedding"))(config)
+    names = [name for name in vars(module) if name.endswith("RotaryEmbedding") and "Vision" not in name]
+    rotary = getattr(module, names[0])(config)
     kinds = sorted(set(config.layer_types)) if config.model_type in ("gemma3_text", "olmo3") else [None]
     for kind in kinds:
         given = config.rope_parameters if kind is None else config.rope_parameters[kind]
@@ -127,7 +128,7 @@ def meaning(config) -> dict[str, Any]:
     bias = {"falcon": "bias", "opt": "enable_bias"}.get(kind, "attention_bias")
     without = kind in ("mistral", "ministral3", "mixtral", "phi3", "qwen2")
     ffn_bias = getattr(c, {"falcon": "bias", "opt": "enable_bias"}.get(kind, "mlp_bias"), False)
-    if kind in MIXTURES and c.num_local_experts is None:
+    if kind in MIXTURES and getattr(c, "num_local_experts", 0) is None:
         raise Nothing
     gemma, granite = kind in ("gemma2", "gemma3_text"), kind.startswith("granite")
     per_head = getattr(c, "query_pre_attn_scalar", 0)
@@ -157,7 +158,11 @@ def meaning(config) -> dict[str, Any]:
         query_scaling=their_query_scaling(c),
         feed=[feed_forward(c, layer) for layer in range(c.num_hidden_layers)],
         experts_per_token=c.num_experts_per_tok if kind in MIXTURES else 0,
-        router_norm=c.norm_topk_prob if kind in ("qwen3_moe", "olmoe") else True,
+        router_norm=c.norm_topk_prob if kind in ("qwen3_moe", "olmoe", "qwen3_next") else True,
+        shared_dim=c.shared_expert_intermediate_size if kind in ("qwen3_next", "qwen3_5_moe_text") else None,
+        attention_gate=kind in LINEAR,
+        mixers=c.layer_types if kind in LINEAR else ["full_attention"] * c.num_hidden_layers,
+        delta=delta(c) if kind in LINEAR and "linear_attention" in c.layer_types else None,
         dtype=c.dtype or torch.float32,
     )
     found |= dict.fromkeys(("attention_sinks", "router_bias"), kind == "gpt_oss")
@@ -179,12 +184,15 @@ def their_layout(c) -> dict[str, bool]:
 
 BIASED = ("gpt_neox", "gpt_oss")  # the feed-forward part always
 FFN_BIAS = ("llama", "seed_oss", "smollm3", "granite", "falcon", "opt")  # where the config says so
-MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "olmoe")
+MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "olmoe", "qwen3_next", "qwen3_5_moe_text")
+LINEAR = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")  # with layers of linear attention
 
 
 def feed_forward(c, layer: int) -> tuple[int, int]:
     """How many experts a layer has, and the columns of each, or of the one feed-forward part."""
-    if c.model_type != "qwen3_moe":
+    if c.model_type == "qwen3_5_moe_text":
+        return c.num_experts, c.moe_intermediate_size
+    if c.model_type not in ("qwen3_moe", "qwen3_next"):
         columns = {"falcon": "ffn_hidden_size", "opt": "ffn_dim", "granitemoehybrid": "shared_intermediate_size"}
         columns = columns.get(c.model_type, "intermediate_size")
         return c.num_local_experts if c.model_type in MIXTURES else 0, getattr(c, columns)
@@ -193,11 +201,20 @@ def feed_forward(c, layer: int) -> tuple[int, int]:
     return c.num_experts, c.moe_intermediate_size
 
 
+def delta(c) -> Delta:
+    """The sizes of its layers of linear attention."""
+    if {*c.layer_types} - {*MIXERS} or c.linear_num_value_heads % c.linear_num_key_heads:
+        raise Nothing
+    heads = c.linear_num_key_heads, c.linear_num_value_heads
+    return Delta(*heads, c.linear_key_head_dim, c.linear_value_head_dim, c.linear_conv_kernel_dim)
+
+
 def our_meaning(config: ModelConfig) -> dict[str, Any]:
     found = vars(config).copy()
     found["windows"] = [config.window(layer) for layer in range(config.n_layers)]
     found["attention_scale"] = config.attention_scale or config.head_dim**-0.5
     found["unturned"] = list(config.unturned)
+    found["mixers"] = [MIXERS[layer in config.linear] for layer in range(config.n_layers)]
     found["feed"] = [config.feed(layer) for layer in range(config.n_layers)]
     return found
 

@@ -185,7 +185,13 @@ def test_bad_input(capsys, args, words):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("[1, 2", "not JSON"), ("[64, 0, 1]", "positive integers"), ("[64, 64]", "2 layers, the model 8"), ("{}", "plan")],
+    [
+        ("[1, 2", "not JSON"),
+        ("[64, -1, 1]", "integers, slots per layer"),
+        ("[64, 64]", "2 layers, the model 8"),
+        ("[9, 9, 9, 0, 9, 9, 9, 9]", "integers from 1 to"),
+        ("{}", "plan"),
+    ],
 )
 def test_bad_plans(capsys, tmp_path, content, words):
     plan = tmp_path / "plan.json"

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import ROOT, begun, random_ids, random_model
+from conftest import ROOT, begun, linear_model, random_ids, random_model
 from test_engine import BOUNDED, NEW, PLAN, run, teacher_forced
 from test_prefill import DEEP, LONG, ORDERS, SHARE, P, all_at_once, signals
 
@@ -144,14 +144,18 @@ def test_no_step_waits_for_the_device(policy, compiled, sampling=SAMPLED):
     ]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_replayed_equals_eager(policy):
+@pytest.mark.parametrize(
+    ("policy", "make"),
+    [*((policy, random_model) for policy in POLICIES), ("h2o", linear_model)],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_replayed_equals_eager(policy, make):
     """A batch whose rows are refilled, and streams, greedy and sampled, twice: from the store. Then a conversation.
 
     The batch is first: what needs a larger arena than there is ends the captures before it.
     """
     torch._dynamo.reset()
-    model = random_model(max_positions=100).cuda()
+    model = make(max_positions=100).cuda()
     answers = []
     for compiled in (False, True):
         engine = Engine(model, policy, plan=None if policy == "full" else PLAN, compile=compiled)
@@ -182,6 +186,16 @@ def test_cuda_equals_cpu(policy, compiled, form):
     plan = [82] * 4 if policy == "full" else PLAN
     want = teacher_forced(Engine(model, policy, plan=plan, cache_format=form), ids, following)
     engine = Engine(model.cuda(), policy, plan=plan, compile=compiled, cache_format=form)
+    torch.testing.assert_close(teacher_forced(engine, ids, following).cpu(), want, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_linear_attention_on_cuda(compiled):
+    """Several chunks of a prompt, and steps behind them."""
+    torch._dynamo.reset()
+    model, ids, following = linear_model(), random_ids(150), random_ids(20, seed=3)
+    want = teacher_forced(Engine(model, "h2o", plan=PLAN), ids, following)
+    engine = Engine(model.cuda(), "h2o", plan=PLAN, compile=compiled)
     torch.testing.assert_close(teacher_forced(engine, ids, following).cpu(), want, rtol=0, atol=1e-9)
 
 

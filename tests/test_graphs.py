@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BY_LENGTH, begun, quick, random_ids, random_model
+from conftest import BY_LENGTH, DELTA, begun, quick, random_ids, random_model
 from torch._inductor.cpu_vec_isa import VecAVX2
 from torch._inductor.output_code import CompiledFxGraph
 
@@ -55,6 +55,7 @@ FORMS = [
     dict(qk_norm="head", attention_softcap=20.0, logit_softcap=30.0),
     dict(sliding_window=16, windowed=(0,)),
     dict(attention_sinks=True, sliding_window=16, windowed=(1,)),
+    dict(linear=(0,), delta=DELTA, attention_gate=True),
     dict(rope=BY_LENGTH[1], max_positions=32),
 ]
 

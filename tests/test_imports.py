@@ -45,6 +45,7 @@ FLOORS = {
     "kept": -0.5,
     "kernels": -0.5,
     "kvcache": 0,
+    "deltanet": 0.5,
     "machine": 0,
     "policies": 0,
     "rendering": 0,

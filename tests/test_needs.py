@@ -5,6 +5,7 @@ import torch
 from conftest import random_ids, random_model
 from test_prefill import Live
 
+from config import Delta
 from engine import Engine, Request
 from needs import Needs
 from prefill import plan_for
@@ -13,6 +14,7 @@ from sampling import Sampling
 SAMPLED = Sampling(temperature=1.0, top_k=20, seed=1)
 SMALL = dict(n_layers=2, dim=16, n_heads=2, n_kv_heads=1, head_dim=8, ffn_dim=16, vocab_size=97)
 CLAMPED = dict(ffn_bias=True, activation_limit=1.0)
+DELTA = Delta(key_heads=16, value_heads=32, key_dim=32, value_dim=32, kernel=4)
 # In each case one term is most of what is needed: (changes of the shape, prompt tokens, new tokens, engine)
 TERMS = {
     "logits of a step": (dict(vocab_size=60_000), 3, 9, ("window", "uniform", 8)),
@@ -29,6 +31,10 @@ TERMS = {
     "what is held": (dict(n_layers=40), 900, 2, ("window", "perturbation", 0.5)),
     "what is held, as planned": (dict(n_layers=40), 900, 2, ("window", "uniform", 0.9)),
     "scores": (dict(n_layers=40), 900, 2, ("h2o", "squeeze", 0.3)),
+    "gated heads": (dict(n_heads=60, attention_gate=True), 500, 2, ("window", "uniform", 8)),
+    "linear attention": (dict(linear=(0,), delta=DELTA), 900, 2, ("window", "uniform", 8)),
+    "linear attention in parts": (dict(linear=(0,), delta=DELTA), 6000, 2, ("window", "uniform", 8)),
+    "states": (dict(n_layers=40, linear=(*range(39),), delta=DELTA), 20, 2, ("window", "uniform", 8)),
     "8 bits": (dict(n_layers=60, n_kv_heads=2, head_dim=32), 900, 2, ("window", "uniform", 0.9, None, False, "int8")),
 }
 

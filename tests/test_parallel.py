@@ -244,7 +244,8 @@ def test_interleaved_rows_are_those_of_our_layout():
         config = ModelConfig("falcon", 9, 16, 1, heads, kv_heads, 2, 8, 9)
         rows = (heads + 2 * kv_heads) * 2
         ours = torch.arange(rows * 3.0).view(rows, 3)
-        theirs = torch.cat(checkpoint.by_kv_head(ours, config), dim=1).flatten(0, 2)
+        form = checkpoint.parts_of_head("a.query_key_value.weight", config)
+        theirs = torch.cat(checkpoint.by_head(ours, *form), dim=1).flatten(0, 1)
         for world in (2, 4, 8):
             for number in range(world):
                 own = parallel.Shard(number, world)

@@ -24,6 +24,7 @@ FORMS = {
     "post norms alone": {"pre_norms": False, "post_norms": True, "qk_norm": "projection"},
     "parallel": {"parallel": True, "norm": "layer", "ffn_gate": False, "qkv_bias": True, "output_bias": True},
     "learned positions": {"position_offset": 2, "norm": "layer", "ffn_gate": False},
+    "gated": {"attention_gate": True},
     "scaled": {"attention_scale": 0.5, "rotary_dim": 6},
 }
 LENGTHS = [33, 5, 1]
@@ -63,7 +64,8 @@ def naive_curve(block, attended, policy, token_policy, scores, row: int, sizes: 
                 logits = torch.cat((logits, attention.sink_logits[head : head + 1]))
             shares = logits.softmax(0)[: len(near) + 1]
             heads.append(shares @ attended.v[row, group, [*near, at]])
-        out = attention.wo(torch.cat(heads))
+        out = torch.cat(heads)
+        out = attention.wo(out if attended.gate is None else out * attended.gate[row, at])
         return block.post_attention_norm(out) * block.residual_scale
 
     everything = [set(range(length))] * attention.kv_heads

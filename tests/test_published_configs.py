@@ -82,6 +82,27 @@ def qwen_moe(**more: Any) -> dict[str, Any]:
     return qwen(**read | dict(num_key_value_heads=4, num_attention_heads=32)) | mixture | more
 
 
+def linear(**more: Any) -> dict[str, Any]:
+    """As of Qwen3-Next, 80B, but for its experts."""
+    sizes = dict(hidden_size=2048, intermediate_size=5120, num_hidden_layers=48, num_attention_heads=16, head_dim=256)
+    sizes |= dict(num_key_value_heads=2, vocab_size=151936, max_position_embeddings=262144, full_attention_interval=4)
+    sizes |= dict(linear_conv_kernel_dim=4, linear_key_head_dim=128, linear_value_head_dim=128)
+    sizes |= dict(linear_num_key_heads=16, linear_num_value_heads=32)
+    read = dict(attention_bias=False, hidden_act="silu", rms_norm_eps=1e-06, tie_word_embeddings=False)
+    read |= dict(partial_rotary_factor=0.25, rope_theta=10000000, rope_scaling=None, torch_dtype="bfloat16")
+    return sizes | read | dict(model_type="qwen3_next", attention_dropout=0.0, use_cache=True) | more
+
+
+def qwen3_5(**more: Any) -> dict[str, Any]:
+    """The text part of Qwen3.5, 27B."""
+    sizes = dict(hidden_size=5120, intermediate_size=17408, num_hidden_layers=64, num_attention_heads=24)
+    sizes |= dict(num_key_value_heads=4, vocab_size=248320, linear_num_value_heads=48)
+    rope = dict(mrope_interleaved=True, mrope_section=[11, 11, 10], rope_type="default", rope_theta=10000000)
+    read = dict(layer_types=(["linear_attention"] * 3 + ["full_attention"]) * 16, attn_output_gate=True)
+    read |= dict(rope_parameters=rope | {"partial_rotary_factor": 0.25}, dtype="bfloat16", mtp_num_hidden_layers=1)
+    return linear(**sizes | read, model_type="qwen3_5_text", mamba_ssm_dtype="float32", torch_dtype=None) | more
+
+
 def gpt_oss(**more: Any) -> dict[str, Any]:
     """As of gpt-oss-120b."""
     sizes = dict(hidden_size=2880, intermediate_size=2880, num_hidden_layers=36, num_attention_heads=64, head_dim=64)
@@ -147,6 +168,16 @@ PUBLISHED = {
     "qwen 3, 235B": qwen_moe(hidden_size=4096, moe_intermediate_size=1536, num_attention_heads=64),
     "qwen 3 coder, 30B": qwen_moe(rope_theta=10000000, use_qk_norm=True, qkv_bias=False, intermediate_size=5472)
     | dict(shared_expert_intermediate_size=0, max_position_embeddings=262144, max_window_layers=28),
+    "qwen 3 next": linear(num_experts=512, num_experts_per_tok=10, moe_intermediate_size=512, mlp_only_layers=[])
+    | dict(shared_expert_intermediate_size=512, decoder_sparse_step=1, norm_topk_prob=True, router_aux_loss_coef=0.001),
+    "qwen 3.5": qwen3_5(),
+    "qwen 3.5, 35B": qwen3_5(num_hidden_layers=40, hidden_size=2048, num_attention_heads=16, num_key_value_heads=2)
+    | dict(layer_types=(["linear_attention"] * 3 + ["full_attention"]) * 10, linear_num_value_heads=32)
+    | dict(model_type="qwen3_5_moe_text", num_experts=256, num_experts_per_tok=8, moe_intermediate_size=512)
+    | dict(shared_expert_intermediate_size=512, router_aux_loss_coef=0.001),
+    "qwen 3.5, whole": dict(model_type="qwen3_5", text_config=qwen3_5(), tie_word_embeddings=False)
+    | dict(architectures=["Qwen3_5ForConditionalGeneration"], image_token_id=248056, vision_start_token_id=248053)
+    | dict(vision_config=dict(depth=27, hidden_size=1152, model_type="qwen3_5", out_hidden_size=5120)),
     "smollm3": llama3(model_type="smollm3", num_hidden_layers=36, layer_types=["full_attention"] * 36)
     | dict(max_window_layers=28, no_rope_layer_interval=4, no_rope_layers=[1, 1, 1, 0] * 9, bos_token_id=None)
     | dict(sliding_window=None, use_sliding_window=False),

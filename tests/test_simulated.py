@@ -4,7 +4,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import quick, random_ids, random_model
+from conftest import linear_model, quick, random_ids, random_model
 from simulated import Device, OnDevice, moved, simulated
 from test_graphs import FORMS
 
@@ -78,6 +78,12 @@ def test_prompts_that_wait_for_the_plan(case):
 @pytest.mark.parametrize("form", quick(FORMS[0], of=FORMS), ids=lambda form: next(iter(form)))
 def test_every_form(form):
     same_as_on_the_cpu(lambda place: Engine(place(random_model(n_layers=2, **form)), "h2o", plan=PLAN))
+
+
+def test_linear_attention():
+    """Its states are filled, changed and gone on with on the device."""
+    plan = [0, 20, 0, 33]
+    same_as_on_the_cpu(lambda place: Engine(place(linear_model()), "h2o", plan=plan, cache_format="int8"))
 
 
 @pytest.mark.parametrize("policy", quick("streaming", "snapkv", of=TOKEN_POLICIES))

@@ -1,7 +1,7 @@
 """What a layer policy answers, and `fit`, which makes its wishes true in integers.
 
 `budget`, `caps`, `floor` and `slots` all count slots of one layer (keys that a decode step attends to); L is the number
-of layers.
+of layers that have any: layers of linear attention are left out.
 """
 
 import math
@@ -19,7 +19,7 @@ from errors import UserError
 @dataclass(frozen=True)
 class Plan:
     slots: list[int]  # per layer
-    groups: list[int] | None = None  # squeeze: cluster of each layer, 0..2 ascending by mean signal
+    groups: list[int | None] | None = None  # squeeze: cluster of each layer, 0..2 ascending by mean signal
 
 
 class Attended(NamedTuple):
@@ -36,6 +36,7 @@ class Attended(NamedTuple):
     sink_logits: Tensor | None  # [H]: in the softmax beside those; None: none
     branch: Callable[[Tensor], Tensor]  # what heads read [..., H * D] -> what that adds to the residual stream [..., C]
     select: Callable[[int], Tensor]  # slots -> the prompt positions that the token policy keeps in them [R, 1 or K, n]
+    gate: Tensor | None = None  # [R, S, H * D]: what heads read is multiplied by it before `branch`
 
 
 class LayerPolicy:

@@ -78,6 +78,8 @@ class Perturbation(LayerPolicy):
         asked, real = self._asked(layer.lengths, layer.window)
         sizes = [min(size, length) for size in sizes_of(budget, cap, floor)]
         out = readings(layer, sizes, asked)
+        if layer.gate is not None:
+            out = out * layer.gate.gather(1, asked[..., None].expand(*asked.shape, out.shape[-1]))
         added = layer.branch(out)
         wide = torch.promote_types(added.dtype, torch.float32)
         added = added.to(wide)
@@ -127,7 +129,7 @@ class Perturbation(LayerPolicy):
         if isinstance(self.weights, str):
             return [WEIGHTS[self.weights]((layer + 1) / layers) for layer in range(layers)]
         if len(self.weights) != layers:
-            raise UserError(f"perturbation has {len(self.weights)} weights, the model {layers} layers")
+            raise UserError(f"perturbation has {len(self.weights)} weights, the plan {layers} layers")
         return list(self.weights)
 
     def _asked(self, lengths: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
@@ -158,7 +160,8 @@ def sizes_of(budget: int, cap: int, floor: int) -> list[int]:
 
 def part_of(layer: Attended, rows: slice, select: Callable[[int], Tensor]) -> Attended:
     """Some of the rows; `select` answers for all."""
-    own = {name: getattr(layer, name)[rows] for name in ("signal", "after", "q", "k", "v", "lengths")}
+    names = ("signal", "after", "q", "k", "v", "lengths", "gate")
+    own = {name: part[rows] for name in names if (part := getattr(layer, name)) is not None}
     return layer._replace(**own, select=lambda slots: select(slots)[rows])
 
 
