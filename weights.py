@@ -19,6 +19,7 @@ from kernels import Linear, by_group
 from model import Transformer
 
 WEIGHT_FORMATS = ("auto", "int8", "int4")
+STRIDE = 32  # columns of which PyTorch's product of bytes wants a multiple: it reads past the end of others
 FEW = 8  # rows up to which the products of codes are faster than those of the numbers that they stand for
 
 
@@ -94,7 +95,7 @@ class Words(Quantized):
         if len(x) == 1 and torch.compiler.is_compiling():
             return self.loop(x[0], words, scale, zero)[None]
         x = x.unflatten(-1, (*words.shape[1:2], 32 // self.bits, -1)).mT.flatten(1)  # in the order of the codes
-        plain = zero is None and scale.shape[1] == 1
+        plain = zero is None and scale.shape[1] == 1 and x.shape[1] % STRIDE == 0
         if plain and len(x) <= FEW and x.dtype == torch.bfloat16 and not x.is_cuda:
             return int8_product(x, words.view(torch.int8).flatten(1), scale[:, 0].to(x.dtype))
         parts = (part.split(rows_at_a_time(x, x.shape[1])) for part in (words, scale, zero) if part is not None)
