@@ -244,7 +244,11 @@ class Setup:
             self.limit //= parallel.beside()
         self.limit = min(parallel.told(self.limit))
         config, size = checkpoint.outline(self.folder, args.dtype, args.weights)
-        self.sizing = Sizing(config, *policies, args.budget, plan, format=args.cache_format, weights=size)
+        self.sizing = Sizing(config, *policies, args.budget, format=args.cache_format, weights=size)
+        try:
+            self.sizing.given = plan
+        except UserError as error:
+            raise UserError(f"{place(args.plan)}: {error}" if args.plan else str(error)) from None
 
     def paths(self) -> tuple[dict[str, Path | str | None], dict[str, Path | str | None]]:
         """What is written and what is read, by the flags that name it."""

@@ -405,7 +405,7 @@ def test_every_field_has_a_kind():
 UNSUPPORTED = {  # a family of transformers -> what its line names, a field that the nearest supported one reads
     "deepseek_v3": ("kv_lora_rank", "num_experts_per_tok"),
     "jamba": ("mamba_d_state", "num_experts_per_tok"),
-    "qwen2_moe": ("shared_expert_intermediate_size", "num_experts_per_tok"),
+    "qwen2_moe": ("qkv_bias", "num_experts_per_tok"),
     "llama4": ("attention_chunk_size", "no_rope_layers"),  # its text_config's
     "bamba": ("mamba_n_heads", "num_key_value_heads"),
     "olmo": ("its fields are known", "rms_norm_eps"),

@@ -87,7 +87,7 @@ def test_short_prompts_of_a_batch_are_held_as_they_are():
     assert live.peak <= needs.total(40) - needs.weights < 3 * live.peak
 
 
-@pytest.mark.parametrize("layers", ["uniform", "squeeze", "perturbation"])
+@pytest.mark.parametrize("layers", ["uniform", "squeeze", pytest.param("perturbation", marks=pytest.mark.slow)])
 def test_what_is_read_apart_does_not_wait(layers):
     """A job's plan is made from prompts that are read one by one, and so are all that come under it."""
     model = random_model(torch.float32, **SMALL | dict(n_layers=24, n_kv_heads=2))

@@ -337,7 +337,7 @@ def _wrong(said: dict[str, Any], given: Input) -> str | None:
     if signals is not None and not all(abs(signal) <= 1 + 1e-3 for signal in signals):
         return f"importance {signals}"
     if plan is not None and "kv_bytes" in said:
-        if not plan or min(plan) < 1 or said["kv_bytes"] < 1 or said["kv_bytes"] % sum(plan):
+        if not plan or min(plan) < 0 or sum(plan) < 1 or said["kv_bytes"] < 1 or said["kv_bytes"] % sum(plan):
             return f"{said['kv_bytes']} bytes for the plan {plan}"
         if len(signals) != len(plan) or said["kv_bytes"] > said["kv_bytes_full"] or said["state_bytes"] < 0:
             return f"plan {plan}, {len(signals)} layers, {said['kv_bytes']} bytes of {said['kv_bytes_full']}"
