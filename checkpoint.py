@@ -379,6 +379,7 @@ def report(
     left = max(0, int(memory * 2**30) - size)
     windows = f", {len(config.windowed)} of them with a window of {config.sliding_window}" if config.windowed else ""
     windows += f", {len(config.linear)} of them of linear attention" if config.linear else ""
+    windows += f", {config.experts} experts of which a token takes {config.experts_per_token}" if config.experts else ""
     state = f" and {sizing.recurrent_bytes / 2**20:.1f} MiB of state a sequence" if config.linear else ""
     kinds = " and ".join([*(f"{each} bits" for each in bits), str(config.dtype).removeprefix("torch.")])
     schemes = [tensor.scheme for tensor in found.values() if isinstance(tensor, quantized.Quantized)]

@@ -277,6 +277,7 @@ def test_report(written, folder, capsys, monkeypatch):
     assert "gemma2, 3 layers, 2 of them with a window of 20" in out
     assert "reach    128 positions\n" in out
     assert "reach    128 positions (32 extended by rope type yarn)\n" in checkpoint.report(written("qwen3-yarn"))
+    assert ", 7 experts of which a token takes 3\n" in checkpoint.report(written("qwen3_moe"))
     assert f"{parameters:,} parameters" in out and "480 bytes per token" in out
     assert f"{left // (90 * 160):,} sequences of 50 tokens full, {left // (15 * 160):,} squeezed" in out
     tensors_with(lambda tensors: tensors.pop(UP))(folder)

@@ -1,7 +1,7 @@
 """Checkpoints that people load today, by the fields of their config.json: read as transformers reads them.
 
 test_published_configs.py has odd spellings of one field; here are whole models, with their sizes. The number of
-parameters, which each publisher states, shows that the sizes are those of the checkpoint and that all of it is counted.
+parameters, which is what transformers makes of them, shows that all of a model is counted.
 """
 
 import json
