@@ -344,7 +344,8 @@ def tensor_names(case: Case) -> list[str]:
 
 
 def load_reference(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
-    kind = transformers_class(json.loads((folder / "config.json").read_text()))
+    file = folder / "config.json"  # beside a GGUF file there is none
+    kind = transformers_class(json.loads(file.read_text())) if file.exists() else AutoModelForCausalLM
     return kind.from_pretrained(
         folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager", **options
     ).eval()
