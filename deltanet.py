@@ -121,9 +121,8 @@ def over_chunks(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, fall: Tensor, mem
     rate, fall = (F.pad(part, (0, pad)).unflatten(2, (-1, size)) for part in (rate, fall))
     fall = fall.cumsum(-1)  # since the beginning of the chunk
     later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
-    between = (
-        (fall[..., None] - fall[..., None, :]).masked_fill(later, float("-inf")).exp()
-    )  # from the second to the first
+    # The decay from the second token to the first.
+    between = (fall[..., None] - fall[..., None, :]).masked_fill(later, float("-inf")).exp()
     written, since = rate[..., None] * k, fall.exp()[..., None]
     # The values that the tokens write if the memory was empty, and what each takes away of what it held.
     sides = torch.cat((rate[..., None] * v, since * written), dim=-1)

@@ -43,9 +43,7 @@ class Needs(NamedTuple):
         # feed-forward holds, what a policy that scores looks at, and what gives the evidence.
         queries = max(policy.queries, layers.queries, PROMPT_CHUNK if c.attention_softcap is not None else 0)
         read = prompt * (item + wide) * (3 * c.dim + (3 if c.attention_gate else 2) * heads + 4 * groups)
-        copies = (
-            6 if c.ffn_bias or c.activation_limit is not None else 4
-        )  # biases of experts and clamped parts beside it
+        copies = 6 if c.ffn_bias or c.activation_limit is not None else 4  # biased or clamped: beside the others
         chosen = c.experts_per_token * (copies * item * c.ffn_dim + (2 * item + wide) * c.dim)
         read += min(prompt, FEED_CHUNK) * max(chosen, 4 * item * (c.dense_dim or c.ffn_dim))
         read += 4 * wide * c.n_heads * min(prompt, queries) * prompt

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import families
 import pytest
+import test_families
 import torch
 from conftest import ROOT, random_ids
 from test_decoder import StandIn
@@ -401,19 +402,7 @@ def test_a_measured_model_is_the_same_on_any_ranks():
 
 LARGE = {
     "Llama-2-70B": LLAMA_2_70B,
-    "Mixtral-8x7B": dict(
-        model_type="mixtral",
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-        max_position_embeddings=32768,
-        dtype="bfloat16",
-    ),
+    "Mixtral-8x7B": test_families.LARGE["mistralai/Mixtral-8x7B-v0.1"][0] | {"dtype": "bfloat16"},
     "Falcon-40B": dict(
         model_type="falcon",
         vocab_size=65024,
